@@ -1,0 +1,23 @@
+"""Exact, fast, small multivariate normals N(μ, PPᵀ + D) over whole images.
+
+    distribution   `LowRankMultivariateNormal`, a drop-in for torch's class of that name
+    functional     the same as functions, with `impl=` to choose the implementation
+    reference      the textbook formulas: the specification
+    aten           the closed forms in torch's operators, block by block
+    ops            the operators as torch sees them (schema, shapes, derivatives, batching)
+
+README.md in this folder derives the formulas.
+"""
+
+from .distribution import LowRankMultivariateNormal
+from .functional import Conditional, condition, entropy, log_prob, log_prob_and_entropy, rsample
+
+__all__ = [
+    "Conditional",
+    "LowRankMultivariateNormal",
+    "condition",
+    "entropy",
+    "log_prob",
+    "log_prob_and_entropy",
+    "rsample",
+]

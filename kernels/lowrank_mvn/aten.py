@@ -1,0 +1,278 @@
+r"""The closed forms in torch's own operators: the CPU implementation, and one that runs on any device.
+
+Everything is computed block by block over N, so that nothing of the size of P is allocated but its
+gradient. With C = I + PᵀD⁻¹P, δ = x − μ, w = PᵀD⁻¹δ (README.md in this folder derives all of it):
+
+    forward    read P: C, w, log|D|       (products in float32, sums over blocks in float64)
+               R×R, in float64: log|C|, C⁻¹, v = C⁻¹w
+               read P: r = δ − Pv,  q(v) = rᵀD⁻¹r + vᵀv,  g = PᵀD⁻¹r − v
+               q = q(v) − gᵀC⁻¹g,  v ← v + C⁻¹g
+    backward   read P, write grad_P, given a = ∂loss/∂q, b = ∂loss/∂log|Σ| and z = D⁻¹r:
+               grad_x = 2az = −grad_loc        grad_P = 2b D⁻¹PC⁻¹ − 2a z vᵀ
+               grad_d = bπ − az²               π = diag Σ⁻¹ = 1/d − diag(PC⁻¹Pᵀ)/d²
+
+The functions here take canonical shapes and neither check nor record anything: `ops` registers them.
+
+    x    [S, B, N]                 P  [B, N, R], any strides
+    loc  [S, B, N] or [1, B, N]    d  [B, N] or [B, 1] (one value per item, never expanded)
+"""
+
+import ctypes
+import math
+import sys
+
+import torch
+from torch import Tensor
+
+# Values of P in one block: 4 MiB in float32. Larger ones gain nothing, smaller ones pay for the calls (kernels/LOG.md).
+BLOCK_VALUES = 1 << 20
+
+# An item's C is made again with float64 products where rounding in float32 could move log|C| by more than this.
+LOG_DET_TOLERANCE = 0.01  # nats
+
+
+def _blocks(P: Tensor, S: int, items: slice):
+    """Index pairs (items, pixels) that cover `items` of P in blocks of about BLOCK_VALUES values."""
+    B, N, R = items.stop - items.start, P.shape[1], P.shape[2]
+    row = R + 3 * S  # a row of P, and δ, r, z of every sample
+    step_b = max(1, min(B, BLOCK_VALUES // max(1, min(N, 1024) * row)))
+    step_n = max(1, BLOCK_VALUES // (step_b * row))
+    for b in range(items.start, items.stop, step_b):
+        for n in range(0, N, step_n):
+            yield slice(b, min(b + step_b, items.stop)), slice(n, min(n + step_n, N))
+
+
+def _delta(x: Tensor, loc: Tensor, b: slice, n: slice, dtype: torch.dtype) -> Tensor:
+    """δ = x − μ of a block, [b, S, n]."""
+    return (x[:, b, n].to(dtype) - loc[:, b, n].to(dtype)).transpose(0, 1)
+
+
+def _diagonal(d: Tensor, b: slice, n: slice, dtype: torch.dtype) -> Tensor:
+    """The block of a [B, N] or [B, 1] tensor, [b, n or 1]."""
+    return d[b, n if d.shape[1] > 1 else slice(None)].to(dtype)
+
+
+# A product with P is written in the order in which the library streams P and keeps the thin operand, several times
+# faster than the other one (kernels/LOG.md), and so that the result lies as its users read it.
+
+
+def _rows(a: Tensor, p: Tensor) -> Tensor:
+    """(Pa)ᵀ = aᵀPᵀ [b, S, n] of `a` [b, S, R]."""
+    return torch.bmm(a, p.mT)
+
+
+def _projection(z: Tensor, p: Tensor) -> Tensor:
+    """zᵀP [b, S, R] of `z` [b, S, n]."""
+    return torch.bmm(z, p)
+
+
+def _times(p: Tensor, A: Tensor) -> Tensor:
+    """PA [b, n, R] of `A` [b, R, R], in the layout of P."""
+    return torch.bmm(p, A) if p.stride(-1) <= p.stride(-2) else torch.bmm(A.mT, p.mT).mT
+
+
+def _gram(x: Tensor, loc: Tensor, P: Tensor, d: Tensor, items: slice, dtype: torch.dtype, inverted: bool):
+    """C = I + PᵀD⁻¹P and w = PᵀD⁻¹δ of some items, products in `dtype`, float64 out.
+
+    `d` is the diagonal of D or, if `inverted`, of D⁻¹, where 0 stands for a pixel that is not observed.
+    """
+    S, R = x.shape[0], P.shape[2]
+    C = P.new_zeros(P.shape[0], R, R, dtype=torch.float64)
+    w = P.new_zeros(P.shape[0], S, R, dtype=torch.float64)
+    for b, n in _blocks(P, S, items):
+        block = _diagonal(d, b, n, dtype)
+        scale = block.sqrt() if inverted else block.rsqrt()
+        Q = P[b, n].to(dtype) * scale.unsqueeze(-1)
+        C[b] += torch.bmm(Q.mT, Q)
+        if S:
+            w[b] += _projection(_delta(x, loc, b, n, dtype) * scale.unsqueeze(1), Q)
+    C.diagonal(dim1=-2, dim2=-1).add_(1)
+    return C[items], w[items]
+
+
+def _factorise(C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """C⁻¹, log|C| and how far rounding may have moved log|C| (inf: not positive definite) of float64 `C` [B, R, R].
+
+    With |ΔCᵢⱼ| ≤ ε √(Cᵢᵢ Cⱼⱼ), |tr C⁻¹ΔC| ≤ ε (Σⱼ √(Cⱼⱼ C⁻¹ⱼⱼ))²: the root is of the variance inflation factor of
+    column j, 1 where it is orthogonal to the others and large where it is nearly a combination of them.
+    """
+    L, info = torch.linalg.cholesky_ex(C)
+    failed = (info != 0) | ~torch.isfinite(C).flatten(1).all(1)
+    C_inv = torch.cholesky_inverse(L)
+    log_det = 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    inflation = (C.diagonal(dim1=-2, dim2=-1) * C_inv.diagonal(dim1=-2, dim2=-1)).sqrt().sum(-1).square()
+    moved = torch.finfo(torch.float32).eps * inflation
+    nan = torch.full_like(log_det, math.nan)
+    return (
+        torch.where(failed[:, None, None], nan[:, None, None], C_inv),
+        torch.where(failed, nan, log_det),
+        torch.where(failed, torch.full_like(moved, math.inf), moved),
+    )
+
+
+def _runs(wide: Tensor, dtype: torch.dtype):
+    """Runs of neighbouring items with the dtype of their products: float64 where `wide`, else `dtype`."""
+    flags = wide.tolist() if wide.device.type == "cpu" else [True] * len(wide)
+    start = 0
+    for i in range(1, len(flags) + 1):
+        if i == len(flags) or flags[i] != flags[start]:
+            yield slice(start, i), torch.float64 if flags[start] else dtype
+            start = i
+
+
+def _capacitance(x: Tensor, loc: Tensor, P: Tensor, d: Tensor, inverted: bool):
+    """The R×R part: C and C⁻¹ [B, R, R], log|C| [B], w [B, S, R] (float64) and `wide` [B].
+
+    `wide` marks the items whose C and w were made with float64 products: a decision taken on the CPU only; elsewhere
+    it would wait for the device, so there every item is.
+    """
+    B, dtype = P.shape[0], _product_dtype(x, loc, P, d)
+    if P.device.type != "cpu":
+        dtype = torch.float64
+    C, w = _gram(x, loc, P, d, slice(0, B), dtype, inverted)
+    C_inv, log_det, moved = _factorise(C)
+    if dtype == torch.float64:
+        return C, C_inv, log_det, w, torch.ones(B, dtype=torch.bool, device=P.device)
+    wide = moved > LOG_DET_TOLERANCE
+    for items, products in _runs(wide, dtype):
+        if products == torch.float64:
+            C[items], w[items] = _gram(x, loc, P, d, items, products, inverted)
+            C_inv[items], log_det[items], _ = _factorise(C[items])
+    return C, C_inv, log_det, w, wide
+
+
+def _logdet_D(d: Tensor, N: int) -> Tensor:
+    """log|D| [B]. In float64: the same error at each of N pixels would add up to N errors."""
+    if d.shape[1] == 1:
+        return N * d[:, 0].double().log()
+    parts = [part.double().log().sum(-1) for part in d.split(max(1, BLOCK_VALUES // (8 * max(1, d.shape[0]))), 1)]
+    return torch.stack(parts).sum(0) if parts else d.new_zeros(d.shape[0], dtype=torch.float64)
+
+
+def _product_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 where any input is, float32 otherwise: half precision is an input format, not one to compute in."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def gram(x: Tensor, loc: Tensor, P: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:
+    """C = I + Pᵀ diag(precision) P [B, R, R] and w = Pᵀ diag(precision) δ [S, B, R], float64."""
+    C, _, _, w, _ = _capacitance(x, loc, P, precision, inverted=True)
+    return C, w.transpose(0, 1).contiguous()
+
+
+def mahalanobis_and_logdet(
+    x: Tensor,
+    loc: Tensor,
+    P: Tensor,
+    d: Tensor,
+    C_inv: Tensor | None = None,
+    logdet: Tensor | None = None,
+    wide: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q = δᵀΣ⁻¹δ [S, B], log|Σ| [B], C⁻¹ [B, R, R], v [S, B, R] (all float64) and `wide` [B].
+
+    The last of an earlier call for the same P and d may be given: then C is not made again.
+    """
+    S, (B, N, R) = x.shape[0], P.shape
+    dtype = _product_dtype(x, loc, P, d)
+    if C_inv is None or logdet is None or wide is None:
+        _, C_inv, logdet, w, wide = _capacitance(x, loc, P, d, inverted=False)
+        logdet = logdet + _logdet_D(d, N)
+    else:
+        C_inv, logdet, wide = C_inv.clone(), logdet.clone(), wide.clone()
+        w = P.new_zeros(B, S, R, dtype=torch.float64)
+        for items, products in _runs(wide, dtype):
+            for b, n in _blocks(P, S, items):
+                z = _delta(x, loc, b, n, products) / _diagonal(d, b, n, products).unsqueeze(1)
+                w[b] += _projection(z, P[b, n].to(products))
+    v = w @ C_inv
+    q = v.square().sum(-1)
+    g = -v
+    for items, products in _runs(wide, dtype) if S else ():
+        for b, n in _blocks(P, S, items):
+            p = P[b, n].to(products)
+            r = _residual(x, loc, p, v[b], b, n, products)
+            z = r / _diagonal(d, b, n, products).unsqueeze(1)
+            q[b] += (r * z).sum(-1, dtype=torch.float64)
+            g[b] += _projection(z, p)
+    step = g @ C_inv
+    q = q - (g * step).sum(-1)
+    return q.T.contiguous(), logdet, C_inv, (v + step).transpose(0, 1).contiguous(), wide
+
+
+def _residual(x: Tensor, loc: Tensor, p: Tensor, v: Tensor, b: slice, n: slice, dtype: torch.dtype) -> Tensor:
+    """r = δ − Pv of a block, [b, S, n], with float64 `v` [b, S, R]: what `dtype` drops of v is S more rows."""
+    delta = _delta(x, loc, b, n, dtype)
+    if dtype == torch.float64:
+        return delta - _rows(v, p)
+    high = v.to(dtype)
+    Pv = _rows(torch.cat([high, (v - high).to(dtype)], 1), p)
+    S = v.shape[1]
+    return delta - Pv[:, :S] - Pv[:, S:]
+
+
+def _empty_like(P: Tensor) -> Tensor:
+    """A gradient of P's size and layout; on Linux in huge pages, because the first touch of 4 KiB pages costs as much
+    time as a third of the whole backward pass (kernels/LOG.md)."""
+    grad = torch.empty_like(P)
+    if sys.platform == "linux" and grad.device.type == "cpu" and grad.nbytes >= 1 << 22:
+        page, advice = 1 << 21, 14  # bytes, MADV_HUGEPAGE: a hint, so that its refusal is no error
+        start = -(-grad.data_ptr() // page) * page
+        size = (grad.data_ptr() + grad.nbytes - start) // page * page
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice)
+    return grad
+
+
+def mahalanobis_and_logdet_backward(
+    grad_mahalanobis: Tensor,
+    grad_logdet: Tensor,
+    x: Tensor,
+    loc: Tensor,
+    P: Tensor,
+    d: Tensor,
+    C_inv: Tensor,
+    v: Tensor,
+    wide: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """grad_x, grad_loc, grad_P, grad_d, each in its input's shape and dtype; empty where `needs` says no."""
+    S, (N, R) = x.shape[0], P.shape[1:]
+    need_x, need_loc, need_P, need_d = needs
+    dtype = _product_dtype(x, loc, P, d)
+    scalar_d = d.shape[1] == 1
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0)
+    grad_loc = torch.empty_like(loc, memory_format=torch.contiguous_format) if need_loc else x.new_empty(0)
+    grad_P = _empty_like(P) if need_P else x.new_empty(0)
+    grad_d = d.new_zeros(d.shape, dtype=torch.float64 if scalar_d else d.dtype) if need_d else d.new_empty(0)
+    a, b_ = grad_mahalanobis.T.double(), grad_logdet.double()  # [B, S], [B]
+    v = v.transpose(0, 1)  # [B, S, R]
+    minus_2av = -2 * a.unsqueeze(-1) * v
+    if need_d and scalar_d:
+        # Σₙ πₙ = (N − R + tr C⁻¹)/d, because PᵀD⁻¹P = C − I.
+        trace = C_inv.diagonal(dim1=-2, dim2=-1).sum(-1)
+        grad_d += (b_ * (N - R + trace)).unsqueeze(1) / d.double()
+    for items, products in _runs(wide, dtype):
+        for b, n in _blocks(P, S, items):
+            p = P[b, n].to(products)
+            d_inv = _diagonal(d, b, n, products).reciprocal()
+            r = _residual(x, loc, p, v[b], b, n, products)
+            z = r * d_inv.unsqueeze(1)
+            az = z * a[b].to(products).unsqueeze(-1)
+            if need_x:
+                grad_x[:, b, n] = 2 * az.transpose(0, 1)
+            if need_loc:
+                grad_loc[:, b, n] = -2 * (az.transpose(0, 1) if loc.shape[0] == S else az.sum(1).unsqueeze(0))
+            if need_d:
+                az2 = (az * z).sum(1)
+                if scalar_d:
+                    grad_d[b] -= az2.sum(-1, keepdim=True, dtype=torch.float64)
+            if need_P or (need_d and not scalar_d):
+                T = _times(p, C_inv[b].to(products))
+                b_block = b_[b].to(products).unsqueeze(-1)
+                if need_d and not scalar_d:
+                    pi = d_inv - (T * p).sum(-1) * d_inv.square()
+                    grad_d[b, n] = pi * b_block - az2
+                if need_P:
+                    T *= (2 * d_inv * b_block).unsqueeze(-1)
+                    grad_P[b, n] = T.baddbmm_(z.mT, minus_2av[b].to(products)) if S else T
+    return grad_x, grad_loc, grad_P, grad_d.to(d.dtype)

@@ -1,0 +1,384 @@
+"""The public functions: log-density, entropy, samples and conditionals of N(μ, PPᵀ + D).
+
+Shapes broadcast as in `torch.distributions`: with event size N and rank R,
+
+    value, loc   [..., N]
+    cov_factor   [..., N, R], any strides (the transposed view of [..., R, N] is read as it lies)
+    cov_diag     [..., N] or [..., 1], a 0-d tensor or a number: one variance for every pixel, never expanded
+
+float32 and float64 are computed in as they are; float16 and bfloat16 are read as such, computed in float32, and
+give a float32 log-density and entropy. `impl` is "aten" (closed forms, any device) or "reference" (the textbook
+formulas, inexact in float32). Forward-mode derivatives, and derivatives beyond the first, go through the formulas
+of the reference in float64 whatever the implementation.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import reference
+from .ops import IMPLEMENTATIONS
+
+__all__ = ["Conditional", "condition", "entropy", "log_prob", "log_prob_and_entropy", "rsample"]
+
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+class Conditional(NamedTuple):
+    """Parameters of a conditional normal over all N pixels; observed ones have their value, and variance 0."""
+
+    loc: Tensor  # [..., N]
+    cov_factor: Tensor  # [..., N, R]
+    cov_diag: Tensor  # [..., N]
+
+
+class Capacitance(NamedTuple):
+    """What one pass over P leaves behind for the next call with the same P and d (canonical shapes, see `ops`)."""
+
+    C_inv: Tensor
+    logdet: Tensor
+    wide: Tensor
+
+
+def log_prob(
+    value: Tensor, loc: Tensor, cov_factor: Tensor, cov_diag: Tensor | float, *, impl: str | None = None
+) -> Tensor:
+    """log p(value) = −½ (N log 2π + log|Σ| + δᵀΣ⁻¹δ) in nats, of the broadcast batch shape.
+
+    The quadratic form is a sum of squares of the residual δ − Pv, never a difference of two large numbers.
+
+    Raises:
+        ValueError: a shape does not fit, R = 0, tensors on different devices, or an unknown `impl`.
+        TypeError: an argument that is not a floating-point tensor, or dtypes that differ (outside autocast).
+    """
+    return log_prob_and_entropy(value, loc, cov_factor, cov_diag, impl=impl)[0]
+
+
+def entropy(cov_factor: Tensor, cov_diag: Tensor | float, *, impl: str | None = None) -> Tensor:
+    """H = ½ (N (1 + log 2π) + log|Σ|) in nats, of the batch shape of `cov_factor` and `cov_diag`.
+
+    Raises: as `log_prob`.
+    """
+    d = as_diag(cov_diag, cov_factor)
+    check_tensors(cov_factor=cov_factor, cov_diag=d)
+    batch = check_shapes(None, None, cov_factor, d)
+    nothing = cov_factor.new_empty(0, cov_factor.shape[-2])
+    _, logdet, _ = mahalanobis_and_logdet(nothing, nothing, cov_factor, d, check_impl(impl, cov_factor))
+    return _entropy(logdet.expand(batch), cov_factor.shape[-2]).to(result_dtype(cov_factor, d))
+
+
+def log_prob_and_entropy(
+    value: Tensor, loc: Tensor, cov_factor: Tensor, cov_diag: Tensor | float, *, impl: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """`log_prob` and `entropy` from one capacitance matrix, with one backward pass for both.
+
+    Returns: the log-density, of the broadcast shape of all four arguments, and the entropy, of that of the last
+    three; both in nats.
+
+    Raises: as `log_prob`.
+    """
+    d = as_diag(cov_diag, cov_factor)
+    value = as_value(value, loc)
+    check_tensors(value=value, loc=loc, cov_factor=cov_factor, cov_diag=d)
+    batch = check_shapes(value, loc, cov_factor, d)
+    q, logdet, _ = mahalanobis_and_logdet(value, loc, cov_factor, d, check_impl(impl, cov_factor))
+    N, dtype = cov_factor.shape[-2], result_dtype(value, loc, cov_factor, d)
+    return log_density(q, logdet, N).to(dtype), _entropy(logdet.expand(batch), N).to(dtype)
+
+
+def rsample(
+    loc: Tensor,
+    cov_factor: Tensor,
+    cov_diag: Tensor | float,
+    sample_shape: torch.Size | tuple[int, ...] = (),
+    *,
+    noise: tuple[Tensor, Tensor] | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """y = μ + P ω_p + √d ⊙ ω_d, of shape `sample_shape` + batch + [N], differentiable.
+
+    Args:
+        noise: ω_p [..., R] and ω_d [..., N], broadcast to `sample_shape` + batch; drawn from torch's generator, in
+            this order, where it is not given.
+
+    All samples share one pass over P. Nothing is factorised: a zero diagonal gives samples.
+
+    Raises: as `log_prob`.
+    """
+    d = as_diag(cov_diag, cov_factor)
+    check_tensors(loc=loc, cov_factor=cov_factor, cov_diag=d)
+    impl = check_impl(impl, cov_factor)
+    shape = torch.Size(sample_shape) + check_shapes(None, loc, cov_factor, d)
+    N, R = cov_factor.shape[-2:]
+    if noise is None:
+        options = {"dtype": loc.dtype, "device": loc.device}
+        omega_p, omega_d = torch.randn(*shape, R, **options), torch.randn(*shape, N, **options)
+    else:
+        omega_p, omega_d = noise
+        check_tensors(loc=loc, **{"noise[0]": omega_p, "noise[1]": omega_d})
+        for name, omega, size in (("noise[0]", omega_p, R), ("noise[1]", omega_d, N)):
+            if omega.dim() < 1 or omega.shape[-1] != size or not _broadcasts_to(omega.shape[:-1], shape):
+                raise ValueError(f"{name} has shape {_shape(omega)}, expected one that broadcasts to {[*shape, size]}")
+        omega_p = omega_p.expand(*shape, R)
+    dtype = torch.result_type(loc, cov_factor)
+    with torch.autocast(cov_factor.device.type, enabled=False):
+        if impl == "reference":
+            return reference.rsample(loc, cov_factor, d, omega_p, omega_d).to(dtype)
+        layout = _Layout(shape, cov_factor.shape[:-2])
+        P = layout.items(cov_factor, 2)
+        columns = layout.samples(omega_p, everything=True).permute(1, 2, 0)  # [B, R, S]
+        y = layout.restore(torch.bmm(P, columns.to(P.dtype)).permute(2, 0, 1))
+        high = result_dtype(loc, cov_factor, d)
+        return (loc.to(high) + y.to(high) + d.to(high).sqrt() * omega_d.to(high)).to(dtype)
+
+
+def condition(
+    value: Tensor,
+    observed: Tensor,
+    loc: Tensor,
+    cov_factor: Tensor,
+    cov_diag: Tensor | float,
+    *,
+    impl: str | None = None,
+) -> Conditional:
+    """p(y | y[observed] = value[observed]), again low-rank plus diagonal, over all N pixels.
+
+    With index 1 for the rest, 2 for what is observed and C₂ = I + P₂ᵀD₂⁻¹P₂ = L₂L₂ᵀ, the mean of the rest is
+    μ₁ + P₁C₂⁻¹P₂ᵀD₂⁻¹(value₂ − μ₂), its factor P₁L₂⁻ᵀ, its diagonal d₁ (paper, equations 6 and 7, and Woodbury's
+    identity). Observed pixels keep their value with a zero factor and a zero diagonal: the result can be sampled as
+    it is, and has a density over the rest (index the rows with `~observed`). O(N R²).
+
+    Args:
+        value: [..., N]; what stands at pixels that are not observed is ignored, NaN too.
+        observed: bool, [..., N].
+
+    Raises: as `log_prob`; TypeError where `observed` is not of dtype bool.
+    """
+    d = as_diag(cov_diag, cov_factor)
+    value = as_value(value, loc)
+    check_tensors(value=value, loc=loc, cov_factor=cov_factor, cov_diag=d)
+    impl = check_impl(impl, cov_factor)
+    batch = check_shapes(value, loc, cov_factor, d)
+    N, R = cov_factor.shape[-2:]
+    if not isinstance(observed, Tensor) or observed.dtype != torch.bool:
+        raise TypeError(f"observed must be a tensor of dtype bool, got {_describe(observed)}")
+    if observed.shape[-1:] != (N,):
+        raise ValueError(f"observed has shape {_shape(observed)}, expected [..., {N}]")
+    shape = _broadcast(value.shape[:-1], observed.shape[:-1], batch, names="value, observed and the parameters")
+    dtype, high = torch.result_type(loc, cov_factor), result_dtype(loc, cov_factor, d)
+    value, loc = (t.to(high).expand(*shape, N) for t in (value, loc))
+    observed = observed.expand(*shape, N)
+    value = torch.where(observed, value, loc)
+    d = d.to(high).expand(*shape, N)
+    with torch.autocast(cov_factor.device.type, enabled=False):
+        if impl == "reference" or _forward_mode():
+            work = high if impl == "reference" else torch.float64
+            mean, factor, diag = reference.condition(
+                value.to(work), observed, loc.to(work), cov_factor.to(work), d.to(work)
+            )
+            return Conditional(mean.to(dtype), factor.expand(*shape, N, R).to(dtype), diag.to(dtype))
+        precision = torch.where(observed, d, torch.ones_like(d)).reciprocal() * observed
+        P = cov_factor.expand(*shape, N, R).reshape(shape.numel(), N, R)
+        flat = [t.reshape(shape.numel(), N) for t in (value, loc, precision)]
+        C, w = torch.ops.lowrank_mvn.gram(flat[0][None], flat[1][None], P, flat[2], impl)
+        L = torch.linalg.cholesky_ex(C)[0]
+        v = torch.cholesky_solve(w[0].unsqueeze(-1), L)
+        identity = torch.eye(R, dtype=L.dtype, device=L.device).expand_as(L)
+        L_inv_t = torch.linalg.solve_triangular(L.mT, identity, upper=True)
+        both = torch.bmm(P.to(high), torch.cat([L_inv_t, v], -1).to(high)).reshape(*shape, N, R + 1)
+        mean, factor = loc + both[..., R], both[..., :R]
+        return Conditional(
+            torch.where(observed, value, mean).to(dtype),
+            torch.where(observed.unsqueeze(-1), torch.zeros_like(factor), factor).to(dtype),
+            torch.where(observed, torch.zeros_like(d), d).to(dtype),
+        )
+
+
+# --- Shared with the distribution class -------------------------------------------------------------------------
+
+
+def mahalanobis_and_logdet(
+    value: Tensor, loc: Tensor, P: Tensor, d: Tensor, impl: str, given: Capacitance | None = None
+) -> tuple[Tensor, Tensor, Capacitance | None]:
+    """q in the broadcast shape of everything, log|Σ| in that of P and d, and what a next call can be given."""
+    items_shape = _broadcast(P.shape[:-2], d.shape[:-1])
+    if impl == "reference" or _forward_mode():
+        work = torch.promote_types(result_dtype(P), torch.float64 if impl != "reference" else P.dtype)
+        with torch.autocast(P.device.type, enabled=False):
+            q, logdet = reference.mahalanobis_and_logdet(*(t.to(work) for t in (value, loc, P, d)))
+        return q, logdet.expand(items_shape), None
+    shape = _broadcast(value.shape[:-1], loc.shape[:-1], items_shape)
+    layout = _Layout(shape, items_shape)
+    q, logdet, *rest = torch.ops.lowrank_mvn.mahalanobis_and_logdet(
+        layout.samples(value, everything=True),
+        layout.samples(loc),
+        layout.items(P, 2),
+        layout.items(d, 1),
+        *(given or (None, None, None)),
+        impl,
+    )
+    C_inv, _, wide = rest
+    return layout.restore(q), logdet.reshape(items_shape), Capacitance(C_inv, logdet.detach(), wide)
+
+
+def log_density(mahalanobis: Tensor, logdet: Tensor, N: int) -> Tensor:
+    return -0.5 * (N * math.log(2 * math.pi) + logdet + mahalanobis)
+
+
+def _entropy(logdet: Tensor, N: int) -> Tensor:
+    return 0.5 * (N * (1 + math.log(2 * math.pi)) + logdet)
+
+
+class _Layout:
+    """Sorts the dimensions of a broadcast shape into items (those P and d vary over) and samples (those they share).
+
+    P is then [B, N, R] and everything else [S, B, N], whatever was broadcast, and P is read once for all samples.
+    """
+
+    def __init__(self, shape: torch.Size, items_shape: torch.Size):
+        self.shape = shape
+        padded = (1,) * (len(shape) - len(items_shape)) + tuple(items_shape)
+        self.item_dims = [i for i, size in enumerate(padded) if size == shape[i]]
+        self.sample_dims = [i for i, size in enumerate(padded) if size != shape[i]]
+        self.order = self.sample_dims + self.item_dims
+        self.S = math.prod(shape[i] for i in self.sample_dims)
+        self.B = math.prod(shape[i] for i in self.item_dims)
+        self.items_shape = items_shape
+
+    def items(self, t: Tensor, trailing: int) -> Tensor:
+        """[..., *event] -> [B, *event]: a view unless `t` is itself broadcast over some of the items."""
+        event = t.shape[t.dim() - trailing :]
+        return t.expand(*self.items_shape, *event).reshape(self.B, *event)
+
+    def samples(self, t: Tensor, everything: bool = False) -> Tensor:
+        """[..., N] -> [S, B, N], or [1, B, N] where no sample dimension is present and not `everything` is asked for."""
+        padded = t.reshape((1,) * (len(self.shape) + 1 - t.dim()) + t.shape)
+        shared = not everything and all(padded.shape[i] == 1 for i in self.sample_dims)
+        shape = [1 if shared and i in self.sample_dims else size for i, size in enumerate(self.shape)]
+        ordered = padded.expand(*shape, t.shape[-1]).permute(*self.order, len(self.shape))
+        return ordered.reshape(1 if shared else self.S, self.B, t.shape[-1])
+
+    def restore(self, t: Tensor) -> Tensor:
+        """[S, B, ...] -> the broadcast shape."""
+        trailing = t.shape[2:]
+        back = [self.order.index(i) for i in range(len(self.shape))]
+        extra = range(len(back), len(back) + len(trailing))
+        return t.reshape(*(self.shape[i] for i in self.order), *trailing).permute(*back, *extra)
+
+
+def _forward_mode() -> bool:
+    """Whether forward-mode differentiation is under way: the operators do not take part in it."""
+    return forward_ad._current_level >= 0
+
+
+def result_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of a log-density: float64 where any tensor is, else float32; never half precision."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+# --- Arguments --------------------------------------------------------------------------------------------------
+
+
+def available_implementations() -> list[str]:
+    return [*IMPLEMENTATIONS, "reference"]
+
+
+def check_impl(impl: str | None, P: Tensor) -> str:
+    if impl is None:
+        return "triton" if P.is_cuda and "triton" in IMPLEMENTATIONS else "aten"
+    if impl not in available_implementations():
+        raise ValueError(f"impl={impl!r} is not available here, expected one of {available_implementations()}")
+    return impl
+
+
+def as_diag(cov_diag: Tensor | float, cov_factor: Tensor) -> Tensor:
+    """A number or a 0-d tensor as [1]."""
+    if isinstance(cov_diag, int | float):
+        like = cov_factor if isinstance(cov_factor, Tensor) else torch.empty(())
+        return torch.full((1,), cov_diag, dtype=result_dtype(like), device=like.device)
+    return cov_diag.unsqueeze(0) if isinstance(cov_diag, Tensor) and cov_diag.dim() == 0 else cov_diag
+
+
+def as_value(value: Tensor, loc: Tensor) -> Tensor:
+    """Integers, bools and narrower floats take the dtype of `loc`, as they do in torch's arithmetic."""
+    if isinstance(value, Tensor) and isinstance(loc, Tensor) and torch.promote_types(value.dtype, loc.dtype) == loc.dtype:
+        return value.to(loc.dtype)
+    return value
+
+
+def check_tensors(**tensors: Tensor) -> None:
+    """Floating-point tensors of one dtype on one device.
+
+    Beside half precision a float32 `cov_diag` is welcome: rounding 1e-5 to bfloat16 moves log|D| by 100 nats at the
+    size of an image. Under autocast any mixture without float64 is.
+    """
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor) or t.dtype not in _FLOATS:
+            raise TypeError(f"{name} must be a floating-point tensor, got {_describe(t)}")
+    (first, anchor), *others = tensors.items()
+    for name, t in others:
+        if t.device != anchor.device:
+            raise ValueError(f"{name} is on {t.device}, {first} on {anchor.device}; expected one device")
+        narrow = torch.float64 not in (t.dtype, anchor.dtype)
+        wide_diag = name == "cov_diag" and t.dtype == torch.float32 and narrow
+        mixable = wide_diag or (narrow and torch.is_autocast_enabled(t.device.type))
+        if t.dtype != anchor.dtype and not mixable:
+            raise TypeError(f"{name} has dtype {t.dtype}, {first} has {anchor.dtype}; expected one dtype")
+
+
+def check_shapes(value: Tensor | None, loc: Tensor | None, cov_factor: Tensor, d: Tensor) -> torch.Size:
+    """The batch shape of the parameters; raises ValueError where something does not fit."""
+    if cov_factor.dim() < 2:
+        raise ValueError(
+            f"cov_factor must be at least two-dimensional, with optional leading batch dimensions: "
+            f"it has shape {_shape(cov_factor)}, expected [..., N, R]"
+        )
+    N, R = cov_factor.shape[-2:]
+    if R == 0:
+        raise ValueError(f"cov_factor has shape {_shape(cov_factor)}, expected [..., {N}, R] with a rank R of at least 1")
+    for name, t, sizes in (("value", value, (N,)), ("loc", loc, (N,)), ("cov_diag", d, (N, 1))):
+        if t is None:
+            continue
+        if t.dim() < 1:
+            raise ValueError(f"{name} must be at least one-dimensional: expected [..., {N}]")
+        if t.shape[-1] not in sizes:
+            expected = " or ".join(f"[..., {size}]" for size in sizes)
+            raise ValueError(
+                f"{name} has shape {_shape(t)}, expected {expected} because cov_factor has shape {_shape(cov_factor)}"
+            )
+    shapes = [cov_factor.shape[:-2], d.shape[:-1], *([] if loc is None else [loc.shape[:-1]])]
+    names = "loc, cov_factor and cov_diag"
+    try:
+        batch = torch.broadcast_shapes(*shapes)
+    except RuntimeError as error:
+        given = ", ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"Incompatible batch shapes of cov_factor, cov_diag and loc: {given}") from error
+    if value is not None:
+        _broadcast(value.shape[:-1], batch, names=f"value and of {names}")
+    return batch
+
+
+def _broadcast(*shapes: torch.Size, names: str = "the arguments") -> torch.Size:
+    try:
+        return torch.broadcast_shapes(*shapes)
+    except RuntimeError as error:
+        given = ", ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"Incompatible batch shapes of {names}: {given}") from error
+
+
+def _broadcasts_to(shape: torch.Size, target: torch.Size) -> bool:
+    try:
+        return torch.broadcast_shapes(shape, target) == target
+    except RuntimeError:
+        return False
+
+
+def _shape(t: Tensor) -> list[int]:
+    return list(t.shape)
+
+
+def _describe(t: object) -> str:
+    return f"a tensor of dtype {t.dtype}" if isinstance(t, Tensor) else type(t).__name__

