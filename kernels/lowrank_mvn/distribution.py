@@ -8,7 +8,7 @@ from torch.distributions.distribution import Distribution
 from torch.distributions.kl import kl_divergence, register_kl
 from torch.distributions.utils import lazy_property
 
-from . import functional, reference
+from . import functional, ops, reference
 from .functional import Capacitance
 
 __all__ = ["LowRankMultivariateNormal"]
@@ -74,9 +74,12 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
         self._unbroadcasted_cov_diag = d.expand(d.shape[:-1] + event_shape)
         self._loc, self._d = loc, d  # as given: nothing below works on an expanded copy
         self._memory = _Memory()
-        # Not torch's own constructor, which factorises the capacitance matrix.
-        Distribution.__init__(self, batch_shape, event_shape, validate_args=validate_args)
-        if self._validate_args:
+        # Not torch's own constructor, which factorises the capacitance matrix; torch's constraints fail on nothing.
+        empty = self.cov_factor.numel() == 0
+        Distribution.__init__(self, batch_shape, event_shape, validate_args=False if empty else validate_args)
+        if empty:
+            self._validate_args = type(self)._validate_args if validate_args is None else validate_args
+        elif self._validate_args:
             for name, t in (("loc", loc), ("cov_factor", cov_factor), ("cov_diag", d)):
                 if not torch._is_all_true(torch.isfinite(t)):
                     raise ValueError(f"{name} of shape {list(t.shape)} has values that are not finite")
@@ -104,11 +107,16 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
         return functional.log_density(q, logdet, self._event_shape[0]).to(self._result_dtype)
 
     def entropy(self) -> Tensor:
-        """Entropy in nats, of shape `batch_shape`; it shares capacitance and backward pass with `log_prob` before it."""
+        """Entropy in nats, of shape `batch_shape`.
+
+        After `log_prob` it costs nothing: both then come from one node, with one backward pass. Asked for first, it
+        leaves the capacitance to `log_prob`, whose backward pass is then another one.
+        """
         logdet = self._memory.logdet()
         if logdet is None:
-            nothing = self._unbroadcasted_cov_factor.new_empty(0, self._event_shape[0])
-            logdet = self._evaluate(nothing, nothing)[1]
+            P, d = self._unbroadcasted_cov_factor, self._d
+            logdet, capacitance = functional.logdet_alone(P, d, functional.check_impl(None, P))
+            self._remember(logdet, capacitance)
         return functional._entropy(logdet, self._event_shape[0]).to(self._result_dtype).expand(self._batch_shape)
 
     def log_prob_and_entropy(self, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,21 +126,20 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
 
     def _mahalanobis_and_logdet(self, value: Tensor) -> tuple[Tensor, Tensor]:
         value = functional.as_value(value, self._loc)
-        if self._validate_args:
+        if self._validate_args and value.numel():
             self._validate_sample(value)
         functional.check_tensors(loc=self._loc, value=value)
         functional.check_shapes(value, self.loc, self._unbroadcasted_cov_factor, self._d)
-        q, logdet = self._evaluate(value, self._loc)
-        shape = torch.broadcast_shapes(value.shape[:-1], self._batch_shape)
-        return q.expand(shape), logdet
+        P, d = self._unbroadcasted_cov_factor, self._d
+        impl, given = functional.check_impl(None, P), self._memory.capacitance()
+        q, logdet, capacitance = functional.mahalanobis_and_logdet(value, self._loc, P, d, impl, given)
+        self._remember(logdet, capacitance)
+        return q.expand(torch.broadcast_shapes(value.shape[:-1], self._batch_shape)), logdet
 
-    def _evaluate(self, value: Tensor, loc: Tensor) -> tuple[Tensor, Tensor]:
-        P, d, memory = self._unbroadcasted_cov_factor, self._d, self._memory
-        impl = functional.check_impl(None, P)
-        q, logdet, capacitance = functional.mahalanobis_and_logdet(value, loc, P, d, impl, memory.capacitance())
-        learned = torch.is_grad_enabled() and (P.requires_grad or d.requires_grad)
-        memory.keep(logdet if learned else logdet.detach(), capacitance)
-        return q, logdet
+    def _remember(self, logdet: Tensor, capacitance: Capacitance | None) -> None:
+        # The joint node also hangs on the value and the mean: without a gradient for P or d the entropy must not.
+        learned = self._unbroadcasted_cov_factor.requires_grad or self._d.requires_grad or torch.jit.is_tracing()
+        self._memory.keep(logdet if learned else logdet.detach(), capacitance)
 
     @property
     def _result_dtype(self) -> torch.dtype:
@@ -141,17 +148,18 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
     # --- Samples and conditionals ---------------------------------------------------------------------------
 
     def rsample(
-        self, sample_shape: torch.Size | tuple[int, ...] = torch.Size(), *, noise: tuple[Tensor, Tensor] | None = None
+        self,
+        sample_shape: torch.Size | list[int] | tuple[int, ...] = (),
+        *,
+        noise: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """y = μ + P ω_p + √d ⊙ ω_d, of shape `sample_shape + batch_shape + event_shape`.
 
         Args:
             noise: ω_p [..., R] and ω_d [..., N] to use in place of fresh noise, for interpolation and editing.
         """
-        shape = torch.Size(sample_shape)
-        extra = len(self._batch_shape) - max(self._unbroadcasted_cov_factor.dim() - 2, self._d.dim() - 1)
-        loc = self.loc if extra > 0 or self._loc.shape[:-1] != self._batch_shape else self._loc
-        return functional.rsample(loc, self._unbroadcasted_cov_factor, self._d, shape, noise=noise)
+        P, d = self._unbroadcasted_cov_factor, self._d
+        return functional.rsample(self.loc, P, d, torch.Size(sample_shape), noise=noise)
 
     def condition(self, value: Tensor, observed: Tensor) -> "LowRankMultivariateNormal":
         """The distribution given that the pixels of the mask `observed` have the values that stand in `value`.
@@ -159,8 +167,6 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
         It is over all N pixels: observed ones are pinned (variance 0), so that its samples are whole images. For a
         density over the rest, take the rows of its parameters at `~observed`. See `functional.condition`.
         """
-        if self._validate_args and isinstance(observed, Tensor) and observed.dtype == torch.bool:
-            value = torch.where(observed, value, torch.zeros_like(value))
         P, d = self._unbroadcasted_cov_factor, self._d
         return type(self)(*functional.condition(value, observed, self.loc, P, d), validate_args=False)
 
@@ -174,23 +180,23 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
         row = (P @ P[..., n, :].unsqueeze(-1)).squeeze(-1)
         pixel = torch.zeros(N, dtype=row.dtype, device=row.device)
         pixel[n] = 1
-        return (row + self._unbroadcasted_cov_diag[..., n, None] * pixel).expand(self._batch_shape + (N,))
+        return (row + self._unbroadcasted_cov_diag[..., n, None] * pixel).expand(torch.Size((*self._batch_shape, N)))
 
     # --- What others read from torch's class ----------------------------------------------------------------
 
     @lazy_property
-    def _capacitance_tril(self) -> Tensor:  # type: ignore[override]
+    def _capacitance_tril(self) -> Tensor:
         """Cholesky factor of C = I + PᵀD⁻¹P, differentiable; made in float64 when somebody asks for it."""
         with torch.autocast(self.loc.device.type, enabled=False):
             C = reference.capacitance(self._unbroadcasted_cov_factor.double(), self._d.double().reciprocal())
             return torch.linalg.cholesky(C).to(self._result_dtype)
 
     @lazy_property
-    def precision_matrix(self) -> Tensor:  # type: ignore[override]
+    def precision_matrix(self) -> Tensor:
         return self._textbook().precision_matrix.to(self._result_dtype).expand(self._matrix_shape)
 
     @lazy_property
-    def scale_tril(self) -> Tensor:  # type: ignore[override]
+    def scale_tril(self) -> Tensor:
         return self._textbook().scale_tril.to(self._result_dtype).expand(self._matrix_shape)
 
     @property
@@ -199,14 +205,14 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
 
     def _textbook(self) -> td.LowRankMultivariateNormal:
         """The same distribution as torch's class in float64, where its formulas are exact enough."""
-        parameters = (self.loc, self._unbroadcasted_cov_factor, self._unbroadcasted_cov_diag)
-        return td.LowRankMultivariateNormal(*(t.double() for t in parameters), validate_args=False)
+        return _double(self)
 
 
 class _Memory:
     """What `log_prob` leaves for the calls after it: the capacitance, and the log-determinant of the joint node.
 
-    The node is kept for the grad mode it was made in, and nothing inside a transform of `torch.func`, whose tensors must not outlive it.
+    The node is kept for the grad mode it was made in, and nothing inside a transform of `torch.func`, whose tensors
+    must not outlive it.
     """
 
     def __init__(self) -> None:
@@ -215,24 +221,21 @@ class _Memory:
         self._capacitance: Capacitance | None = None
 
     def keep(self, logdet: Tensor, capacitance: Capacitance | None) -> None:
-        if not _transformed():
-            self._mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-            self._logdet, self._capacitance = logdet, capacitance
+        if not ops.transformed() and not functional.forward_mode():
+            self._mode, self._logdet, self._capacitance = _grad_mode(), logdet, capacitance
 
     def logdet(self) -> Tensor | None:
-        now = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        return self._logdet if self._mode == now and not _transformed() else None
+        unusable = self._mode != _grad_mode() or ops.transformed() or functional.forward_mode()
+        return None if unusable else self._logdet
 
     def capacitance(self) -> Capacitance | None:
-        """Constants to autograd, so that only a tensor made in inference mode is tied to its mode."""
-        made_in_inference = self._mode is not None and self._mode[1]
-        tied = made_in_inference and not torch.is_inference_mode_enabled()
-        return None if tied or _transformed() else self._capacitance
+        """Constants to autograd, so that only tensors made in inference mode are tied to the mode."""
+        tied = self._mode == (False, True) != _grad_mode()
+        return None if tied or ops.transformed() else self._capacitance
 
 
-def _transformed() -> bool:
-    """Whether a transform of `torch.func` is under way (while compiling, the compiler sees to it)."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+def _grad_mode() -> tuple[bool, bool]:
+    return torch.is_grad_enabled(), not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
 
 
 # --- Kullback–Leibler divergence: torch's formulas, in float64 ----------------------------------------------------

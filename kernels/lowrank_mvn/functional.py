@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import reference
-from .ops import IMPLEMENTATIONS
+from . import ops, reference
 
 __all__ = ["Conditional", "condition", "entropy", "log_prob", "log_prob_and_entropy", "rsample"]
 
@@ -65,8 +64,7 @@ def entropy(cov_factor: Tensor, cov_diag: Tensor | float, *, impl: str | None = 
     d = as_diag(cov_diag, cov_factor)
     check_tensors(cov_factor=cov_factor, cov_diag=d)
     batch = check_shapes(None, None, cov_factor, d)
-    nothing = cov_factor.new_empty(0, cov_factor.shape[-2])
-    _, logdet, _ = mahalanobis_and_logdet(nothing, nothing, cov_factor, d, check_impl(impl, cov_factor))
+    logdet, _ = logdet_alone(cov_factor, d, check_impl(impl, cov_factor))
     return _entropy(logdet.expand(batch), cov_factor.shape[-2]).to(result_dtype(cov_factor, d))
 
 
@@ -114,8 +112,7 @@ def rsample(
     shape = torch.Size(sample_shape) + check_shapes(None, loc, cov_factor, d)
     N, R = cov_factor.shape[-2:]
     if noise is None:
-        options = {"dtype": loc.dtype, "device": loc.device}
-        omega_p, omega_d = torch.randn(*shape, R, **options), torch.randn(*shape, N, **options)
+        omega_p, omega_d = (torch.randn(*shape, size, dtype=loc.dtype, device=loc.device) for size in (R, N))
     else:
         omega_p, omega_d = noise
         check_tensors(loc=loc, **{"noise[0]": omega_p, "noise[1]": omega_d})
@@ -123,7 +120,7 @@ def rsample(
             if omega.dim() < 1 or omega.shape[-1] != size or not _broadcasts_to(omega.shape[:-1], shape):
                 raise ValueError(f"{name} has shape {_shape(omega)}, expected one that broadcasts to {[*shape, size]}")
         omega_p = omega_p.expand(*shape, R)
-    dtype = torch.result_type(loc, cov_factor)
+    dtype = torch.promote_types(loc.dtype, cov_factor.dtype)
     with torch.autocast(cov_factor.device.type, enabled=False):
         if impl == "reference":
             return reference.rsample(loc, cov_factor, d, omega_p, omega_d).to(dtype)
@@ -168,13 +165,13 @@ def condition(
     if observed.shape[-1:] != (N,):
         raise ValueError(f"observed has shape {_shape(observed)}, expected [..., {N}]")
     shape = _broadcast(value.shape[:-1], observed.shape[:-1], batch, names="value, observed and the parameters")
-    dtype, high = torch.result_type(loc, cov_factor), result_dtype(loc, cov_factor, d)
+    dtype, high = torch.promote_types(loc.dtype, cov_factor.dtype), result_dtype(loc, cov_factor, d)
     value, loc = (t.to(high).expand(*shape, N) for t in (value, loc))
     observed = observed.expand(*shape, N)
     value = torch.where(observed, value, loc)
     d = d.to(high).expand(*shape, N)
     with torch.autocast(cov_factor.device.type, enabled=False):
-        if impl == "reference" or _forward_mode():
+        if impl == "reference" or forward_mode():
             work = high if impl == "reference" else torch.float64
             mean, factor, diag = reference.condition(
                 value.to(work), observed, loc.to(work), cov_factor.to(work), d.to(work)
@@ -183,7 +180,7 @@ def condition(
         precision = torch.where(observed, d, torch.ones_like(d)).reciprocal() * observed
         P = cov_factor.expand(*shape, N, R).reshape(shape.numel(), N, R)
         flat = [t.reshape(shape.numel(), N) for t in (value, loc, precision)]
-        C, w = torch.ops.lowrank_mvn.gram(flat[0][None], flat[1][None], P, flat[2], impl)
+        C, w = ops.gram(flat[0][None], flat[1][None], P, flat[2], impl)
         L = torch.linalg.cholesky_ex(C)[0]
         v = torch.cholesky_solve(w[0].unsqueeze(-1), L)
         identity = torch.eye(R, dtype=L.dtype, device=L.device).expand_as(L)
@@ -205,14 +202,14 @@ def mahalanobis_and_logdet(
 ) -> tuple[Tensor, Tensor, Capacitance | None]:
     """q in the broadcast shape of everything, log|Σ| in that of P and d, and what a next call can be given."""
     items_shape = _broadcast(P.shape[:-2], d.shape[:-1])
-    if impl == "reference" or _forward_mode():
+    if impl == "reference" or forward_mode():
         work = torch.promote_types(result_dtype(P), torch.float64 if impl != "reference" else P.dtype)
         with torch.autocast(P.device.type, enabled=False):
             q, logdet = reference.mahalanobis_and_logdet(*(t.to(work) for t in (value, loc, P, d)))
         return q, logdet.expand(items_shape), None
     shape = _broadcast(value.shape[:-1], loc.shape[:-1], items_shape)
     layout = _Layout(shape, items_shape)
-    q, logdet, *rest = torch.ops.lowrank_mvn.mahalanobis_and_logdet(
+    q, logdet, *rest = ops.mahalanobis_and_logdet(
         layout.samples(value, everything=True),
         layout.samples(loc),
         layout.items(P, 2),
@@ -222,6 +219,13 @@ def mahalanobis_and_logdet(
     )
     C_inv, _, wide = rest
     return layout.restore(q), logdet.reshape(items_shape), Capacitance(C_inv, logdet.detach(), wide)
+
+
+def logdet_alone(P: Tensor, d: Tensor, impl: str) -> tuple[Tensor, Capacitance | None]:
+    """log|Σ|: the same for no samples at all."""
+    nothing = P.new_empty(0, *(1 for _ in _broadcast(P.shape[:-2], d.shape[:-1])), P.shape[-2])
+    _, logdet, capacitance = mahalanobis_and_logdet(nothing, nothing, P, d, impl)
+    return logdet, capacitance
 
 
 def log_density(mahalanobis: Tensor, logdet: Tensor, N: int) -> Tensor:
@@ -244,8 +248,8 @@ class _Layout:
         self.item_dims = [i for i, size in enumerate(padded) if size == shape[i]]
         self.sample_dims = [i for i, size in enumerate(padded) if size != shape[i]]
         self.order = self.sample_dims + self.item_dims
-        self.S = math.prod(shape[i] for i in self.sample_dims)
-        self.B = math.prod(shape[i] for i in self.item_dims)
+        self.S = math.prod([shape[i] for i in self.sample_dims])
+        self.B = math.prod([shape[i] for i in self.item_dims])
         self.items_shape = items_shape
 
     def items(self, t: Tensor, trailing: int) -> Tensor:
@@ -254,11 +258,11 @@ class _Layout:
         return t.expand(*self.items_shape, *event).reshape(self.B, *event)
 
     def samples(self, t: Tensor, everything: bool = False) -> Tensor:
-        """[..., N] -> [S, B, N], or [1, B, N] where no sample dimension is present and not `everything` is asked for."""
-        padded = t.reshape((1,) * (len(self.shape) + 1 - t.dim()) + t.shape)
+        """[..., N] -> [S, B, N], or [1, B, N] where it has no sample dimension (unless `everything`)."""
+        padded = t[(None,) * (len(self.shape) + 1 - t.dim())]
         shared = not everything and all(padded.shape[i] == 1 for i in self.sample_dims)
         shape = [1 if shared and i in self.sample_dims else size for i, size in enumerate(self.shape)]
-        ordered = padded.expand(*shape, t.shape[-1]).permute(*self.order, len(self.shape))
+        ordered = padded.expand(*shape, t.shape[-1]).permute([*self.order, len(self.shape)])
         return ordered.reshape(1 if shared else self.S, self.B, t.shape[-1])
 
     def restore(self, t: Tensor) -> Tensor:
@@ -266,10 +270,11 @@ class _Layout:
         trailing = t.shape[2:]
         back = [self.order.index(i) for i in range(len(self.shape))]
         extra = range(len(back), len(back) + len(trailing))
-        return t.reshape(*(self.shape[i] for i in self.order), *trailing).permute(*back, *extra)
+        ordered = t.reshape([self.shape[i] for i in self.order] + list(trailing))
+        return ordered.permute([*back, *extra])
 
 
-def _forward_mode() -> bool:
+def forward_mode() -> bool:
     """Whether forward-mode differentiation is under way: the operators do not take part in it."""
     return forward_ad._current_level >= 0
 
@@ -283,12 +288,12 @@ def result_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def available_implementations() -> list[str]:
-    return [*IMPLEMENTATIONS, "reference"]
+    return [*ops.IMPLEMENTATIONS, "reference"]
 
 
 def check_impl(impl: str | None, P: Tensor) -> str:
     if impl is None:
-        return "triton" if P.is_cuda and "triton" in IMPLEMENTATIONS else "aten"
+        return "triton" if P.is_cuda and "triton" in ops.IMPLEMENTATIONS else "aten"
     if impl not in available_implementations():
         raise ValueError(f"impl={impl!r} is not available here, expected one of {available_implementations()}")
     return impl
@@ -304,7 +309,11 @@ def as_diag(cov_diag: Tensor | float, cov_factor: Tensor) -> Tensor:
 
 def as_value(value: Tensor, loc: Tensor) -> Tensor:
     """Integers, bools and narrower floats take the dtype of `loc`, as they do in torch's arithmetic."""
-    if isinstance(value, Tensor) and isinstance(loc, Tensor) and torch.promote_types(value.dtype, loc.dtype) == loc.dtype:
+    if (
+        isinstance(value, Tensor)
+        and isinstance(loc, Tensor)
+        and torch.promote_types(value.dtype, loc.dtype) == loc.dtype
+    ):
         return value.to(loc.dtype)
     return value
 
@@ -338,7 +347,9 @@ def check_shapes(value: Tensor | None, loc: Tensor | None, cov_factor: Tensor, d
         )
     N, R = cov_factor.shape[-2:]
     if R == 0:
-        raise ValueError(f"cov_factor has shape {_shape(cov_factor)}, expected [..., {N}, R] with a rank R of at least 1")
+        raise ValueError(
+            f"cov_factor has shape {_shape(cov_factor)}, expected [..., {N}, R] with a rank R of at least 1"
+        )
     for name, t, sizes in (("value", value, (N,)), ("loc", loc, (N,)), ("cov_diag", d, (N, 1))):
         if t is None:
             continue

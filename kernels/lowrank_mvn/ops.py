@@ -4,9 +4,14 @@ An implementation is a module with the functions that `aten` has; the last argum
 operator is opaque to `torch.compile` and `torch.export` (no graph break), has a rule for `torch.func.vmap`, and
 differentiates in closed form. What lies beyond the first derivative goes through the formulas of `reference` in
 float64, where they are exact enough.
+
+An operator of `torch.library` and its derivative do not take part in the transforms of `torch.func` outside of
+`torch.compile` (torch 2.13); there the same three functions (context, derivative, batching rule) are called as an
+`autograd.Function`.
 """
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,14 +30,41 @@ def _define(schema: str, kernel, fake) -> None:
     torch.library.register_fake(f"lowrank_mvn::{name}", fake, lib=_library)
 
 
+def transformed() -> bool:
+    """Whether a transform of `torch.func` is under way (while compiling, the compiler sees to it)."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _register(name: str, setup_context, differentiate, batched):
+    """Derivative and batching rule of an operator; returns what calls it, transforms of `torch.func` or not."""
+    qualname = f"lowrank_mvn::{name}"
+    torch.library.register_autograd(qualname, differentiate, setup_context=setup_context, lib=_library)
+    torch.library.register_vmap(qualname, batched, lib=_library)
+    operator = getattr(torch.ops.lowrank_mvn, name)
+    members = {
+        "forward": staticmethod(lambda *inputs: operator(*inputs)),
+        "setup_context": staticmethod(setup_context),
+        "backward": staticmethod(differentiate),
+        "vmap": staticmethod(batched),
+    }
+    function: Any = type(name, (torch.autograd.Function,), members)
+    return lambda *inputs: function.apply(*inputs) if transformed() else operator(*inputs)
+
+
 def _without_autocast(device: torch.device):
     """The operators choose their own precision."""
     return torch.autocast(device.type, enabled=False)
 
 
-def _in_float64(function, *tensors: Tensor):
+def _pull_back(function, inputs, cotangents):
+    """∂(cotangents · function)/∂inputs, differentiable again."""
+    pull: Any = torch.func.vjp(function, *inputs)[1]
+    return pull(cotangents)
+
+
+def _in_float64(function):
     """`function` of float64 copies, differentiable with respect to the originals."""
-    return function(*(t.double() for t in tensors))
+    return lambda *tensors: function(*(t.double() for t in tensors))
 
 
 # --- q = δᵀΣ⁻¹δ and log|Σ| ------------------------------------------------------------------------------------
@@ -101,15 +133,10 @@ def _setup_context(ctx, inputs, output):
 def _differentiate(ctx, grad_mahalanobis, grad_logdet, *_):
     x, loc, P, d, C_inv, v, wide = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:4])
-    grads = torch.ops.lowrank_mvn.mahalanobis_and_logdet_backward(
+    grads = mahalanobis_and_logdet_backward(
         grad_mahalanobis, grad_logdet, x, loc, P, d, C_inv, v, wide, needs, ctx.impl
     )
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None
-
-
-torch.library.register_autograd(
-    "lowrank_mvn::mahalanobis_and_logdet", _differentiate, setup_context=_setup_context, lib=_library
-)
 
 
 def _setup_context_twice(ctx, inputs, output):
@@ -120,24 +147,13 @@ def _setup_context_twice(ctx, inputs, output):
 def _differentiate_twice(ctx, *grads):
     """C⁻¹, v and `wide` are functions of the other inputs: what goes through them is part of the total derivative."""
 
-    def first(a, b, x, loc, P, d):
-        _, pull = torch.func.vjp(
-            lambda *inputs: _in_float64(reference.mahalanobis_and_logdet, *inputs), x, loc, P, d
-        )
-        return tuple(g for g, need in zip(pull((a, b)), ctx.needs, strict=True) if need)
+    def first(a, b, *inputs):
+        pulled = _pull_back(_in_float64(reference.mahalanobis_and_logdet), inputs, (a, b))
+        return tuple(g for g, need in zip(pulled, ctx.needs, strict=True) if need)
 
     with _without_autocast(grads[0].device):
-        _, pull = torch.func.vjp(first, *ctx.saved_tensors)
         wanted = tuple(g for g, need in zip(grads, ctx.needs, strict=True) if need)
-        return *pull(wanted), None, None, None, None, None
-
-
-torch.library.register_autograd(
-    "lowrank_mvn::mahalanobis_and_logdet_backward",
-    _differentiate_twice,
-    setup_context=_setup_context_twice,
-    lib=_library,
-)
+        return *_pull_back(first, ctx.saved_tensors, wanted), None, None, None, None, None
 
 
 # --- C and w alone, for conditioning ------------------------------------------------------------------------
@@ -153,7 +169,11 @@ def _gram_fake(x, loc, P, precision, impl):
     return P.new_empty(B, R, R, dtype=torch.float64), P.new_empty(S, B, R, dtype=torch.float64)
 
 
-_define("gram(Tensor x, Tensor loc, Tensor P, Tensor precision, str impl) -> (Tensor C, Tensor w)", _gram, _gram_fake)
+_define(
+    "gram(Tensor x, Tensor loc, Tensor P, Tensor precision, str impl) -> (Tensor C, Tensor w)",
+    _gram,
+    _gram_fake,
+)
 
 
 def _setup_context_gram(ctx, inputs, output):
@@ -166,13 +186,7 @@ def _differentiate_gram(ctx, grad_C, grad_w):
         return weighted.mT @ P, torch.einsum("sbn,bnr->sbr", x - loc, weighted)
 
     with _without_autocast(grad_C.device):
-        _, pull = torch.func.vjp(lambda *inputs: _in_float64(gram, *inputs), *ctx.saved_tensors)
-        return *pull((grad_C, grad_w)), None
-
-
-torch.library.register_autograd(
-    "lowrank_mvn::gram", _differentiate_gram, setup_context=_setup_context_gram, lib=_library
-)
+        return *_pull_back(_in_float64(gram), ctx.saved_tensors, (grad_C, grad_w)), None
 
 
 # --- Batching: the mapped dimension V joins the items B or, where P and d are shared, the samples S ------------
@@ -205,7 +219,7 @@ def _split(t: Tensor, V: int, at: int = 0) -> Tensor:
 
 
 def _batched_forward(info, in_dims, x, loc, P, d, C_inv, logdet, wide, impl):
-    V, op = info.batch_size, torch.ops.lowrank_mvn.mahalanobis_and_logdet
+    V, op = info.batch_size, mahalanobis_and_logdet
     if all(dim is None for dim in in_dims[2:7]):
         S = _samples(x, in_dims[0])
         x = _into_samples(x, in_dims[0], V, S)
@@ -219,31 +233,28 @@ def _batched_forward(info, in_dims, x, loc, P, d, C_inv, logdet, wide, impl):
     return (_split(q, V, 1), _split(logdet, V), _split(C_inv, V), _split(v, V, 1), _split(wide, V)), (0,) * 5
 
 
-torch.library.register_vmap("lowrank_mvn::mahalanobis_and_logdet", _batched_forward, lib=_library)
-
-
 def _batched_backward(info, in_dims, a, b, x, loc, P, d, C_inv, v, wide, needs, impl):
-    V, op = info.batch_size, torch.ops.lowrank_mvn.mahalanobis_and_logdet_backward
+    V, op = info.batch_size, mahalanobis_and_logdet_backward
     dim_a, dim_b, dim_x, dim_loc, dim_P, dim_d, dim_C_inv, dim_v, dim_wide = in_dims[:9]
     need_x, need_loc, need_P, need_d = needs
     if not need_P and not need_d and all(dim is None for dim in (dim_P, dim_d, dim_C_inv, dim_wide)):
         S, one_loc = _samples(x, dim_x), _samples(loc, dim_loc) == 1
-        a, x, loc, v = (
-            _into_samples(t, dim, V, S) for t, dim in ((a, dim_a), (x, dim_x), (loc, dim_loc), (v, dim_v))
-        )
+        a, x, loc, v = (_into_samples(t, dim, V, S) for t, dim in ((a, dim_a), (x, dim_x), (loc, dim_loc), (v, dim_v)))
         b = torch.zeros_like(_front(b, dim_b, V)[0])  # without grad_P and grad_d nothing depends on it
         grad_x, grad_loc, grad_P, grad_d = op(a, b, x, loc, P, d, C_inv, v, wide, needs, impl)
         if need_loc:
             grad_loc = _split(grad_loc, V)
             grad_loc = grad_loc.sum(1, keepdim=True) if one_loc else grad_loc
         grad_x = _split(grad_x, V) if need_x else grad_x
-        return (grad_x, grad_loc, grad_P, grad_d), (0 if need_x else None, 0 if need_loc else None, None, None)
-    a, x, loc, v = (
-        _into_items(t, dim, V, at=1) for t, dim in ((a, dim_a), (x, dim_x), (loc, dim_loc), (v, dim_v))
-    )
+        return (grad_x, grad_loc, grad_P, grad_d), (
+            0 if need_x else None,
+            0 if need_loc else None,
+            None,
+            None,
+        )
+    a, x, loc, v = (_into_items(t, dim, V, at=1) for t, dim in ((a, dim_a), (x, dim_x), (loc, dim_loc), (v, dim_v)))
     b, P, d, C_inv, wide = (
-        _into_items(t, dim, V)
-        for t, dim in ((b, dim_b), (P, dim_P), (d, dim_d), (C_inv, dim_C_inv), (wide, dim_wide))
+        _into_items(t, dim, V) for t, dim in ((b, dim_b), (P, dim_P), (d, dim_d), (C_inv, dim_C_inv), (wide, dim_wide))
     )
     grads = op(a, b, x, loc, P, d, C_inv, v, wide, needs, impl)
     positions = (1, 1, 0, 0)
@@ -251,15 +262,16 @@ def _batched_backward(info, in_dims, a, b, x, loc, P, d, C_inv, v, wide, needs, 
     return split, tuple(0 if need else None for need in needs)
 
 
-torch.library.register_vmap("lowrank_mvn::mahalanobis_and_logdet_backward", _batched_backward, lib=_library)
-
-
 def _batched_gram(info, in_dims, x, loc, P, precision, impl):
     V = info.batch_size
     x, loc = (_into_items(t, dim, V, at=1) for t, dim in zip((x, loc), in_dims[:2], strict=True))
     P, precision = (_into_items(t, dim, V) for t, dim in zip((P, precision), in_dims[2:4], strict=True))
-    C, w = torch.ops.lowrank_mvn.gram(x, loc, P, precision, impl)
+    C, w = gram(x, loc, P, precision, impl)
     return (_split(C, V), _split(w, V, 1)), (0, 0)
 
 
-torch.library.register_vmap("lowrank_mvn::gram", _batched_gram, lib=_library)
+mahalanobis_and_logdet = _register("mahalanobis_and_logdet", _setup_context, _differentiate, _batched_forward)
+mahalanobis_and_logdet_backward = _register(
+    "mahalanobis_and_logdet_backward", _setup_context_twice, _differentiate_twice, _batched_backward
+)
+gram = _register("gram", _setup_context_gram, _differentiate_gram, _batched_gram)

@@ -21,9 +21,9 @@ def mahalanobis_and_logdet(x: Tensor, loc: Tensor, P: Tensor, d: Tensor) -> tupl
     delta = x - loc
     L = torch.linalg.cholesky(capacitance(P, d.reciprocal()))
     w = (P.mT @ (delta / d).unsqueeze(-1)).squeeze(-1)
-    half = torch.linalg.solve_triangular(
-        L.expand(*w.shape[:-1], *L.shape[-2:]), w.unsqueeze(-1), upper=False
-    ).squeeze(-1)
+    half = torch.linalg.solve_triangular(L.expand(*w.shape[:-1], *L.shape[-2:]), w.unsqueeze(-1), upper=False).squeeze(
+        -1
+    )
     mahalanobis = (delta.square() / d).sum(-1) - half.square().sum(-1)
     logdet = 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1) + d.expand(*d.shape[:-1], P.shape[-2]).log().sum(-1)
     return mahalanobis, logdet
@@ -34,9 +34,7 @@ def rsample(loc: Tensor, P: Tensor, d: Tensor, omega_p: Tensor, omega_d: Tensor)
     return loc + (P @ omega_p.unsqueeze(-1)).squeeze(-1) + d.sqrt() * omega_d
 
 
-def condition(
-    value: Tensor, observed: Tensor, loc: Tensor, P: Tensor, d: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def condition(value: Tensor, observed: Tensor, loc: Tensor, P: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """loc, factor and diagonal of p(y | y[observed] = value[observed]) over all N pixels, observed ones pinned."""
     precision = observed / d
     delta = torch.where(observed, value - loc, torch.zeros_like(loc))

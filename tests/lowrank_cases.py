@@ -1,0 +1,71 @@
+"""Inputs and oracles for the tests of `lowrank_mvn`; a module of data and functions, without tests."""
+
+import torch
+import torch.distributions as td
+from torch import Tensor
+
+# (id, batch, N, R, layout of P, diagonal): ragged first.
+SHAPES = [
+    ("one", (1,), 1, 1, "BNR", "pixel"),
+    ("no-batch", (), 5, 2, "BNR", "pixel"),
+    ("rank-above-N", (2,), 3, 7, "BNR", "pixel"),
+    ("rank-1", (3,), 17, 1, "BRN", "pixel"),
+    ("rank-25", (3,), 130, 25, "BNR", "pixel"),
+    ("transposed", (3,), 130, 25, "BRN", "pixel"),
+    ("scalar-d", (3,), 130, 25, "BRN", "scalar"),
+    ("item-d", (3,), 67, 4, "BNR", "item"),
+    ("two-batch-dims", (2, 3), 33, 3, "BRN", "pixel"),
+    ("strided", (2,), 40, 3, "strided", "pixel"),
+    ("empty-batch", (0,), 9, 2, "BNR", "pixel"),
+]
+SHAPE_IDS = [shape[0] for shape in SHAPES]
+
+
+def parameters(batch, N, R, layout="BNR", diagonal="pixel", dtype=torch.float64, scale=1.0, d=1.0):
+    """loc, P, d (d ± 50 %) in the layout asked for."""
+    loc = torch.randn(*batch, N, dtype=torch.float64)
+    if layout == "BNR":
+        P = torch.randn(*batch, N, R, dtype=torch.float64)
+    elif layout == "BRN":
+        P = torch.randn(*batch, R, N, dtype=torch.float64).mT
+    else:  # every second row and column of something larger
+        P = torch.randn(*batch, 2 * N, 2 * R, dtype=torch.float64)[..., ::2, ::2]
+    shape = {"pixel": (*batch, N), "item": (*batch, 1), "scalar": ()}[diagonal]
+    diag = d * (0.5 + torch.rand(shape, dtype=torch.float64))
+    out = loc.to(dtype), P.to(dtype) * scale, diag.to(dtype)
+    # The multiplication keeps dense layouts; a strided P is strided again.
+    return (out[0], _strided(out[1]) if layout == "strided" else out[1], out[2])
+
+
+def _strided(P: Tensor) -> Tensor:
+    holder = P.new_full((*P.shape[:-2], 2 * P.shape[-2], 2 * P.shape[-1]), float("nan"))
+    holder[..., ::2, ::2] = P
+    return holder[..., ::2, ::2]
+
+
+def oracle(loc: Tensor, P: Tensor, d: Tensor) -> td.Distribution:
+    """torch's class in float64, where the textbook is exact enough."""
+    loc, P, d = (t.double() for t in (loc, P, d))
+    d = d.unsqueeze(-1) if d.dim() == 0 else d
+    return td.LowRankMultivariateNormal(loc, P, d.expand(*d.shape[:-1], P.shape[-2]), validate_args=False)
+
+
+def draw(loc: Tensor, P: Tensor, d: Tensor, samples=()) -> Tensor:
+    """A value from the model, made in float64 and rounded to the dtype of `loc`."""
+    loc64, P64, d64 = (t.double() for t in (loc, P, d))
+    shape = (*samples, *loc.shape)
+    omega_p = torch.randn(*shape[:-1], P.shape[-1], 1, dtype=torch.float64)
+    y = loc64 + (P64 @ omega_p)[..., 0] + d64.sqrt() * torch.randn(shape, dtype=torch.float64)
+    return y.to(loc.dtype)
+
+
+def gradients(function, *tensors: Tensor) -> list[Tensor]:
+    """Gradients of `function` of leaf copies, strides kept."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    return list(torch.autograd.grad(function(*leaves), leaves, allow_unused=False))
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """‖a − b‖ / ‖b‖ in float64."""
+    b = b.double()
+    return ((a.double() - b).norm() / b.norm().clamp_min(1e-300)).item()

@@ -1,0 +1,348 @@
+"""What holds for torch's class holds for ours: one suite over both, then what only ours can do."""
+
+import copy
+import inspect
+import pickle
+
+import pytest
+import torch
+import torch.distributions as td
+from lowrank_cases import draw, gradients, oracle, parameters
+
+import lowrank_mvn
+from lowrank_mvn import LowRankMultivariateNormal
+
+CLASSES = [td.LowRankMultivariateNormal, LowRankMultivariateNormal]
+
+
+@pytest.fixture(params=CLASSES, ids=["torch", "ours"])
+def cls(request):
+    return request.param
+
+
+def make(cls, batch=(3,), N=7, R=2, **options):
+    return cls(*parameters(batch, N, R), **options)
+
+
+def test_shapes_and_attributes(cls):
+    loc, P, d = parameters((2, 3), 7, 2)
+    D = cls(loc, P[0], d[1])
+    assert (D.batch_shape, D.event_shape) == ((2, 3), (7,))
+    assert D.loc.shape == D.cov_diag.shape == D.mean.shape == D.mode.shape == D.variance.shape == (2, 3, 7)
+    assert D.cov_factor.shape == (2, 3, 7, 2)
+    assert D._unbroadcasted_cov_factor.shape == (3, 7, 2)
+    assert D._unbroadcasted_cov_diag.shape == (3, 7)
+    assert D._capacitance_tril.shape == (3, 2, 2)
+    for name in ("covariance_matrix", "precision_matrix", "scale_tril"):
+        assert getattr(D, name).shape == (2, 3, 7, 7)
+    assert D.sample().shape == (2, 3, 7)
+    assert D.rsample((4, 5)).shape == (4, 5, 2, 3, 7)
+    assert D.log_prob(torch.zeros(4, 1, 1, 7, dtype=torch.float64)).shape == (4, 2, 3)
+    assert D.entropy().shape == D.perplexity().shape == (2, 3)
+    assert D.has_rsample
+    assert D.support is not None
+    assert set(D.arg_constraints) == {"loc", "cov_factor", "cov_diag"}
+
+
+def test_matrices(cls):
+    D = make(cls)
+    Sigma = D.cov_factor @ D.cov_factor.mT + torch.diag_embed(D.cov_diag)
+    torch.testing.assert_close(D.covariance_matrix, Sigma)
+    torch.testing.assert_close(D.precision_matrix, torch.linalg.inv(Sigma))
+    torch.testing.assert_close(D.scale_tril, torch.linalg.cholesky(Sigma))
+    torch.testing.assert_close(D.variance, Sigma.diagonal(dim1=-2, dim2=-1))
+    C = torch.eye(2, dtype=torch.float64) + D.cov_factor.mT @ (D.cov_factor / D.cov_diag.unsqueeze(-1))
+    torch.testing.assert_close(D._capacitance_tril, torch.linalg.cholesky(C))
+
+
+def test_repr(cls):
+    assert repr(make(cls)) == (
+        "LowRankMultivariateNormal(loc: torch.Size([3, 7]), cov_factor: torch.Size([3, 7, 2]),"
+        " cov_diag: torch.Size([3, 7]))"
+    )
+
+
+def test_signature_and_doc(cls):
+    expected = inspect.signature(td.LowRankMultivariateNormal.__init__)
+    assert str(inspect.signature(cls.__init__)).replace("torch.Tensor", "Tensor") == str(expected).replace(
+        "torch.Tensor", "Tensor"
+    )
+    assert "cov_factor" in cls.__doc__
+
+
+def test_expand(cls):
+    D = make(cls)
+    E = D.expand((4, 3))
+    assert type(E) is cls
+    assert E.batch_shape == (4, 3)
+    x = draw(*parameters((3,), 7, 2))
+    torch.testing.assert_close(E.log_prob(x), D.log_prob(x).expand(4, 3))
+    torch.testing.assert_close(E.entropy(), D.entropy().expand(4, 3))
+    assert E.sample((2,)).shape == (2, 4, 3, 7)
+    assert E.loc.data_ptr() == D.loc.data_ptr()
+
+
+def test_subclasses_expand_as_torchs_do(cls):
+    class Named(cls):
+        def hello(self):
+            return "hello"
+
+    D = make(Named)
+    assert D.expand((4, 3)).hello() == "hello"
+
+    class Other(cls):
+        def __init__(self, only):
+            super().__init__(only, only.unsqueeze(-1), torch.ones_like(only))
+
+    with pytest.raises(NotImplementedError):
+        Other(torch.ones(3)).expand((2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_seeds_give_equal_samples(dtype):
+    loc, P, d = parameters((3,), 7, 2, dtype=dtype)
+    samples = []
+    for cls in CLASSES:
+        torch.manual_seed(5)
+        samples.append(cls(loc, P, d).rsample((4, 2)))
+    torch.testing.assert_close(*samples)
+
+
+def test_statistics_of_samples(cls):
+    D = make(cls, batch=(), N=4)
+    y = D.sample((200_000,))
+    torch.testing.assert_close(y.mean(0), D.mean, rtol=0, atol=0.03)
+    torch.testing.assert_close(torch.cov(y.T), D.covariance_matrix, rtol=0.02, atol=0.03)
+
+
+def test_copies(cls):
+    D = make(cls)
+    x = draw(D.loc, D.cov_factor, D.cov_diag)
+    expected = D.log_prob(x), D.entropy()
+    for copied in (copy.deepcopy(D), pickle.loads(pickle.dumps(D)), copy.copy(D)):
+        torch.testing.assert_close((copied.log_prob(x), copied.entropy()), expected)
+
+
+def test_kl_divergence_both_ways(cls):
+    a, b = make(cls), make(cls)
+    for other in (*CLASSES, None):
+        q = (
+            td.MultivariateNormal(b.loc, covariance_matrix=b.covariance_matrix)
+            if other is None
+            else other(b.loc, b.cov_factor, b.cov_diag)
+        )
+        dense = [td.MultivariateNormal(D.loc, covariance_matrix=D.covariance_matrix) for D in (a, b)]
+        torch.testing.assert_close(td.kl_divergence(a, q), td.kl_divergence(*dense))
+        torch.testing.assert_close(td.kl_divergence(q, a), td.kl_divergence(*dense[::-1]))
+    with pytest.raises(ValueError, match="different event shapes"):
+        td.kl_divergence(a, make(cls, N=6))
+
+
+def test_values_of_other_dtypes_and_shapes(cls):
+    D = make(cls)
+    zeros = torch.zeros(7, dtype=torch.float64)
+    torch.testing.assert_close(D.log_prob(torch.zeros(7, dtype=torch.int64)), D.log_prob(zeros))
+    torch.testing.assert_close(D.log_prob(torch.zeros(7)), D.log_prob(zeros))
+
+
+def test_wrapped_by_other_distributions(cls):
+    D = make(cls)
+    x = draw(D.loc, D.cov_factor, D.cov_diag)
+    torch.testing.assert_close(td.Independent(D, 1).log_prob(x), D.log_prob(x).sum(-1))
+    exp = td.TransformedDistribution(D, [td.ExpTransform()])
+    torch.testing.assert_close(exp.log_prob(x.exp()), D.log_prob(x) - x.sum(-1))
+    mixture = td.MixtureSameFamily(td.Categorical(torch.ones(3)), D)
+    assert mixture.log_prob(x[0]).shape == ()
+    assert mixture.sample((5,)).shape == (5, 7)
+
+
+ERRORS = [
+    ("loc-0d", lambda: (torch.tensor(1.0), torch.ones(3, 2), torch.ones(3)), "loc"),
+    (
+        "factor-1d",
+        lambda: (torch.ones(3), torch.ones(3), torch.ones(3)),
+        "cov_factor must be at least two-dim",
+    ),
+    ("factor-N", lambda: (torch.ones(3), torch.ones(4, 2), torch.ones(3)), "cov_factor"),
+    ("diag-N", lambda: (torch.ones(3), torch.ones(3, 2), torch.ones(4)), "cov_diag"),
+    ("batch", lambda: (torch.ones(2, 3), torch.ones(4, 3, 2), torch.ones(3)), "Incompatible batch shapes"),
+    ("negative-d", lambda: (torch.ones(3), torch.ones(3, 2), -torch.ones(3)), "cov_diag"),
+    ("zero-d", lambda: (torch.ones(3), torch.ones(3, 2), torch.zeros(3)), "cov_diag"),
+    ("nan-loc", lambda: (torch.full((3,), float("nan")), torch.ones(3, 2), torch.ones(3)), "loc"),
+    ("nan-factor", lambda: (torch.ones(3), torch.full((3, 2), float("nan")), torch.ones(3)), "cov_factor"),
+]
+
+
+@pytest.mark.parametrize(("id", "arguments", "message"), ERRORS, ids=[case[0] for case in ERRORS])
+def test_errors_of_the_constructor(cls, id, arguments, message):
+    expected = (ValueError, RuntimeError) if cls is td.LowRankMultivariateNormal else ValueError
+    with pytest.raises(expected) as caught:  # torch's class factorises first, and fails there
+        cls(*arguments(), validate_args=True)
+    if cls is LowRankMultivariateNormal:
+        assert message in str(caught.value)
+
+
+def test_errors_of_values(cls):
+    D = make(cls, validate_args=True)
+    with pytest.raises(ValueError):  # noqa: PT011  (each class has words of its own)
+        D.log_prob(torch.zeros(8, dtype=torch.float64))
+    with pytest.raises(ValueError, match="support"):
+        D.log_prob(torch.full((7,), float("nan"), dtype=torch.float64))
+
+
+# --- Only ours ----------------------------------------------------------------------------------------------------
+
+
+def test_every_error_names_argument_shape_and_expectation():
+    loc, P, d = torch.zeros(2, 5), torch.ones(2, 5, 3), torch.ones(2, 5)
+    cls = LowRankMultivariateNormal
+    cases = [
+        (ValueError, lambda: cls(loc[:, :4], P, d), r"loc has shape \[2, 4\], expected \[\.\.\., 5\]"),
+        (ValueError, lambda: cls(loc, P, d[:, :4]), r"cov_diag has shape \[2, 4\], expected \[\.\.\., 5\]"),
+        (
+            ValueError,
+            lambda: cls(loc, P[..., :0], d),
+            r"cov_factor has shape \[2, 5, 0\].*rank R of at least 1",
+        ),
+        (ValueError, lambda: cls(loc, P, d[:, :1] * float("inf"), validate_args=True), "cov_diag of shape"),
+        (ValueError, lambda: cls(loc, P * float("inf"), d, validate_args=True), "cov_factor of shape"),
+        (
+            TypeError,
+            lambda: cls(loc, P.double(), d),
+            "cov_factor has dtype torch.float64, loc has torch.float32",
+        ),
+        (TypeError, lambda: cls(loc, P, d.half()), "cov_diag has dtype torch.float16"),
+        (TypeError, lambda: cls(loc, P.int(), d), "cov_factor must be a floating-point tensor, got"),
+        (TypeError, lambda: cls([0.0], P, d), "loc must be a floating-point tensor, got list"),
+        (ValueError, lambda: cls(loc, P.to("meta"), d), "cov_factor is on meta, loc on cpu"),
+        (TypeError, lambda: cls(loc, P, d).log_prob(loc.double()), "value has dtype torch.float64"),
+        (ValueError, lambda: lowrank_mvn.log_prob(loc[:, :3], loc, P, d), r"value has shape \[2, 3\]"),
+        (
+            ValueError,
+            lambda: lowrank_mvn.log_prob(loc.repeat(2, 1), loc, P, d),
+            "Incompatible batch shapes of value",
+        ),
+        (ValueError, lambda: lowrank_mvn.entropy(P, d, impl="cuda"), r"expected one of \["),
+        (
+            ValueError,
+            lambda: cls(loc, P, d).rsample(noise=(torch.zeros(2), loc)),
+            r"noise\[0\] has shape \[2\]",
+        ),
+        (
+            ValueError,
+            lambda: cls(loc, P, d).rsample(noise=(P[:, 0], loc.repeat(3, 1))),
+            r"noise\[1\] has shape",
+        ),
+        (
+            TypeError,
+            lambda: cls(loc, P, d).condition(loc, torch.ones(5)),
+            "observed must be a tensor of dtype bool",
+        ),
+        (ValueError, lambda: cls(loc, P, d).condition(loc, torch.ones(4) > 0), r"observed has shape \[4\]"),
+        (
+            ValueError,
+            lambda: cls(loc, P, d).covariance_row(5),
+            r"index 5 is out of range for event shape \[5\]",
+        ),
+    ]
+    for error, call, message in cases:
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_scalar_diagonal_is_not_expanded():
+    loc, P, _ = parameters((3,), 50, 2)
+    for diag in (0.3, torch.tensor(0.3, dtype=torch.float64), torch.full((3, 1), 0.3, dtype=torch.float64)):
+        D = LowRankMultivariateNormal(loc, P, diag, validate_args=True)
+        full = LowRankMultivariateNormal(loc, P, torch.full((3, 50), 0.3, dtype=torch.float64))
+        x = draw(loc, P, full.cov_diag)
+        torch.testing.assert_close(D.log_prob(x), full.log_prob(x), rtol=1e-12, atol=0)
+        assert D.cov_diag.shape == (3, 50)
+        assert D.cov_diag.untyped_storage().nbytes() <= 3 * 8
+        torch.testing.assert_close(D.variance, full.variance)
+
+
+def test_joint_call_and_reexport():
+    D = make(LowRankMultivariateNormal)
+    x = draw(D.loc, D.cov_factor, D.cov_diag)
+    log_prob, entropy = D.log_prob_and_entropy(x)
+    torch.testing.assert_close(log_prob, oracle(D.loc, D.cov_factor, D.cov_diag).log_prob(x))
+    torch.testing.assert_close(entropy, D.entropy(), rtol=0, atol=0)
+
+
+def test_no_values():
+    assert make(LowRankMultivariateNormal).log_prob(torch.zeros(0, 3, 7, dtype=torch.float64)).shape == (0, 3)
+
+
+def test_empty_batch():
+    loc, P, d = (t.requires_grad_() for t in parameters((0,), 7, 2))
+    D = LowRankMultivariateNormal(loc, P, d)
+    assert D.log_prob(loc.detach()).shape == D.entropy().shape == (0,)
+    assert D.sample((3,)).shape == (3, 0, 7)
+    grads = gradients(lambda *a: LowRankMultivariateNormal(*a).log_prob(loc.detach()).sum(), loc, P, d)
+    assert [g.shape for g in grads] == [(0, 7), (0, 7, 2), (0, 7)]
+
+
+def test_zero_diagonal_gives_samples():
+    loc, P, d = parameters((3,), 7, 2)
+    y = LowRankMultivariateNormal(loc, P, 0 * d, validate_args=False).sample((5,))
+    residual = y - loc
+    span = P @ torch.linalg.pinv(P)
+    torch.testing.assert_close((span @ residual.unsqueeze(-1))[..., 0], residual)
+
+
+def test_given_noise():
+    D = make(LowRankMultivariateNormal)
+    omega_p, omega_d = torch.randn(4, 3, 2, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
+    y = D.rsample((4,), noise=(omega_p, omega_d))
+    expected = D.loc + (D.cov_factor @ omega_p.unsqueeze(-1))[..., 0] + D.cov_diag.sqrt() * omega_d
+    torch.testing.assert_close(y, expected)
+    # All samples share P: no copy of it per sample in the gradient's graph either.
+    P = D.cov_factor.clone().requires_grad_()
+    noise = torch.randn(4, 3, 2, dtype=torch.float64), torch.randn(4, 3, 7, dtype=torch.float64)
+    (grad,) = gradients(lambda P: LowRankMultivariateNormal(D.loc, P, D.cov_diag).rsample((4,), noise=noise).sum(), P)
+    torch.testing.assert_close(grad, noise[0].sum(0).unsqueeze(1).expand(3, 7, 2))
+
+
+def test_covariance_row():
+    D = make(LowRankMultivariateNormal)
+    for n in (0, 3, -1):
+        torch.testing.assert_close(D.covariance_row(n), D.covariance_matrix[..., n, :])
+
+
+@pytest.mark.parametrize("impl", ["aten", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_condition_agrees_with_dense_algebra(impl, dtype):
+    loc, P, d = parameters((3,), 12, 4, dtype=dtype)
+    observed = torch.zeros(3, 12, dtype=torch.bool)
+    observed[0, :5], observed[1, ::2] = True, True  # item 2 observes nothing
+    value = torch.where(observed, torch.randn(3, 12, dtype=dtype), torch.nan)
+    conditional = lowrank_mvn.condition(value, observed, loc, P, d, impl=impl)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {}
+    for i in range(3):
+        o, u = observed[i], ~observed[i]
+        Sigma = (P[i].double() @ P[i].double().T) + d[i].double().diag()
+        gain = Sigma[u][:, o] @ torch.linalg.inv(Sigma[o][:, o])
+        mean = loc[i, u].double() + gain @ (value[i, o].double() - loc[i, o].double())
+        cov = Sigma[u][:, u] - gain @ Sigma[o][:, u]
+        factor, diag = conditional.cov_factor[i, u].double(), conditional.cov_diag[i, u].double()
+        torch.testing.assert_close(conditional.loc[i, u].double(), mean, **tolerance)
+        torch.testing.assert_close(factor @ factor.T + diag.diag(), cov, **tolerance)
+        assert (conditional.loc[i, o] == value[i, o]).all()
+        assert (conditional.cov_factor[i, o] == 0).all()
+        assert (conditional.cov_diag[i, o] == 0).all()
+
+
+def test_conditional_distribution_samples_whole_images():
+    D = make(LowRankMultivariateNormal, validate_args=True)
+    observed = torch.arange(7) < 3
+    value = torch.where(observed, torch.ones(7, dtype=torch.float64), torch.nan)
+    conditional = D.condition(value, observed)
+    y = conditional.sample((100,))
+    assert (y[..., :3] == 1).all()
+    assert y[..., 3:].std(0).gt(0.1).all()
+    rest = LowRankMultivariateNormal(conditional.loc[:, 3:], conditional.cov_factor[:, 3:], conditional.cov_diag[:, 3:])
+    # p(rest | observed) p(observed) = p(everything)
+    x = torch.cat([torch.ones(3, 3, dtype=torch.float64), y[0, :, 3:]], -1)
+    marginal = LowRankMultivariateNormal(D.loc[:, :3], D.cov_factor[:, :3], D.cov_diag[:, :3])
+    torch.testing.assert_close(rest.log_prob(x[:, 3:]) + marginal.log_prob(x[:, :3]), D.log_prob(x))
