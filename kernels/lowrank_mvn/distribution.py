@@ -193,19 +193,15 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
 
     @lazy_property
     def precision_matrix(self) -> Tensor:
-        return self._textbook().precision_matrix.to(self._result_dtype).expand(self._matrix_shape)
+        return _double(self).precision_matrix.to(self._result_dtype).expand(self._matrix_shape)
 
     @lazy_property
     def scale_tril(self) -> Tensor:
-        return self._textbook().scale_tril.to(self._result_dtype).expand(self._matrix_shape)
+        return _double(self).scale_tril.to(self._result_dtype).expand(self._matrix_shape)
 
     @property
     def _matrix_shape(self) -> torch.Size:
         return self._batch_shape + self._event_shape + self._event_shape
-
-    def _textbook(self) -> td.LowRankMultivariateNormal:
-        """The same distribution as torch's class in float64, where its formulas are exact enough."""
-        return _double(self)
 
 
 class _Memory:
@@ -247,8 +243,7 @@ def _kl(p, q) -> Tensor:
 
 
 def _double(p):
-    if isinstance(p, LowRankMultivariateNormal):
-        return p._textbook()
+    """The same distribution as torch's class in float64, where the textbook is exact enough."""
     if isinstance(p, td.LowRankMultivariateNormal):
         factor, diag = p._unbroadcasted_cov_factor, p._unbroadcasted_cov_diag
         return td.LowRankMultivariateNormal(p.loc.double(), factor.double(), diag.double(), validate_args=False)
