@@ -6,7 +6,7 @@ The folder ``kernels/`` is a source root, not a package (kernels/README.md says 
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 TRAIN = [
     "matplotlib>=3.8",  # figures
@@ -24,6 +24,7 @@ TEST = [
     "pytest>=8",
     "pytest-cov>=5",
     "ruff>=0.14",
+    "setuptools>=77",  # the test of the wheel builds one
 ]
 
 setup(
@@ -35,8 +36,8 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["lowrank_mvn", "sosvae"],
-    package_dir={"lowrank_mvn": "kernels/lowrank_mvn", "sosvae": "sosvae"},
+    packages=[*find_packages("kernels"), *find_packages(include=["sosvae", "sosvae.*"])],
+    package_dir={"lowrank_mvn": "kernels/lowrank_mvn"},
     package_data={"lowrank_mvn": ["py.typed"], "sosvae": ["py.typed"]},
     install_requires=[
         "numpy>=1.26",

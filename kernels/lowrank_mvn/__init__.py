@@ -2,6 +2,7 @@
 
     distribution   `LowRankMultivariateNormal`, a drop-in for torch's class of that name
     functional     the same as functions, with `impl=` to choose the implementation
+    linear         `LinearFactor`: a factor that is a linear map of features, and is never materialised
     reference      the textbook formulas: the specification
     aten           the closed forms in torch's operators, block by block
     ops            the operators as torch sees them (schema, shapes, derivatives, batching)
@@ -11,9 +12,12 @@ README.md in this folder derives the formulas.
 
 from .distribution import LowRankMultivariateNormal
 from .functional import Conditional, condition, entropy, log_prob, log_prob_and_entropy, rsample
+from .linear import LinearFactor, LinearMean
 
 __all__ = [
     "Conditional",
+    "LinearFactor",
+    "LinearMean",
     "LowRankMultivariateNormal",
     "condition",
     "entropy",

@@ -90,7 +90,7 @@ def _gram(x: Tensor, loc: Tensor, P: Tensor, d: Tensor, items: slice, dtype: tor
     return C[items], w[items]
 
 
-def _factorise(C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def factorise(C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """C⁻¹, log|C| and how far rounding may have moved log|C| (inf: not positive definite) of float64 `C` [B, R, R].
 
     With |ΔCᵢⱼ| ≤ ε √(Cᵢᵢ Cⱼⱼ), |tr C⁻¹ΔC| ≤ ε (Σⱼ √(Cⱼⱼ C⁻¹ⱼⱼ))²: the root is of the variance inflation factor of
@@ -110,7 +110,7 @@ def _factorise(C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _runs(wide: Tensor, dtype: torch.dtype):
+def runs(wide: Tensor, dtype: torch.dtype):
     """Runs of neighbouring items with the dtype of their products: float64 where `wide`, else `dtype`."""
     flags = wide.tolist() if wide.device.type == "cpu" else [True] * len(wide)
     start = 0
@@ -126,18 +126,18 @@ def _capacitance(x: Tensor, loc: Tensor, P: Tensor, d: Tensor, inverted: bool):
     `wide` marks the items whose C and w were made with float64 products: a decision taken on the CPU only; elsewhere
     it would wait for the device, so there every item is.
     """
-    B, dtype = P.shape[0], _product_dtype(x, loc, P, d)
+    B, dtype = P.shape[0], product_dtype(x, loc, P, d)
     if P.device.type != "cpu":
         dtype = torch.float64
     C, w = _gram(x, loc, P, d, slice(0, B), dtype, inverted)
-    C_inv, log_det, moved = _factorise(C)
+    C_inv, log_det, moved = factorise(C)
     if dtype == torch.float64:
         return C, C_inv, log_det, w, torch.ones(B, dtype=torch.bool, device=P.device)
     wide = moved > LOG_DET_TOLERANCE
-    for items, products in _runs(wide, dtype):
+    for items, products in runs(wide, dtype):
         if products == torch.float64:
             C[items], w[items] = _gram(x, loc, P, d, items, products, inverted)
-            C_inv[items], log_det[items], _ = _factorise(C[items])
+            C_inv[items], log_det[items], _ = factorise(C[items])
     return C, C_inv, log_det, w, wide
 
 
@@ -149,7 +149,7 @@ def _logdet_D(d: Tensor, N: int) -> Tensor:
     return torch.stack(parts).sum(0) if parts else d.new_zeros(d.shape[0], dtype=torch.float64)
 
 
-def _product_dtype(*tensors: Tensor) -> torch.dtype:
+def product_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 where any input is, float32 otherwise: half precision is an input format, not one to compute in."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
@@ -174,21 +174,21 @@ def mahalanobis_and_logdet(
     The last of an earlier call for the same P and d may be given: then C is not made again.
     """
     S, (B, N, R) = x.shape[0], P.shape
-    dtype = _product_dtype(x, loc, P, d)
+    dtype = product_dtype(x, loc, P, d)
     if C_inv is None or logdet is None or wide is None:
         _, C_inv, logdet, w, wide = _capacitance(x, loc, P, d, inverted=False)
         logdet = logdet + _logdet_D(d, N)
     else:
         C_inv, logdet, wide = C_inv.clone(), logdet.clone(), wide.clone()
         w = P.new_zeros(B, S, R, dtype=torch.float64)
-        for items, products in _runs(wide, dtype):
+        for items, products in runs(wide, dtype):
             for b, n in _blocks(P, S, items):
                 z = _delta(x, loc, b, n, products) / _diagonal(d, b, n, products).unsqueeze(1)
                 w[b] += _projection(z, P[b, n].to(products))
     v = w @ C_inv
     q = v.square().sum(-1)
     g = -v
-    for items, products in _runs(wide, dtype) if S else ():
+    for items, products in runs(wide, dtype) if S else ():
         for b, n in _blocks(P, S, items):
             p = P[b, n].to(products)
             r = _residual(x, loc, p, v[b], b, n, products)
@@ -209,7 +209,7 @@ def _residual(x: Tensor, loc: Tensor, p: Tensor, v: Tensor, b: slice, n: slice, 
     return (_delta(x, loc, b, n, torch.float64) - _rows(v, p.double())).to(dtype)
 
 
-def _empty_like(P: Tensor) -> Tensor:
+def empty_gradient(P: Tensor) -> Tensor:
     """A gradient of P's size and layout; on Linux in huge pages, because the first touch of 4 KiB pages costs as much
     time as a third of the whole backward pass (kernels/LOG.md)."""
     grad = torch.empty_like(P)
@@ -236,11 +236,11 @@ def mahalanobis_and_logdet_backward(
     """grad_x, grad_loc, grad_P, grad_d, each in its input's shape and dtype; empty where `needs` says no."""
     S, (N, R) = x.shape[0], P.shape[1:]
     need_x, need_loc, need_P, need_d = needs
-    dtype = _product_dtype(x, loc, P, d)
+    dtype = product_dtype(x, loc, P, d)
     scalar_d = d.shape[1] == 1
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0)
     grad_loc = torch.empty_like(loc, memory_format=torch.contiguous_format) if need_loc else x.new_empty(0)
-    grad_P = _empty_like(P) if need_P else x.new_empty(0)
+    grad_P = empty_gradient(P) if need_P else x.new_empty(0)
     grad_d = d.new_zeros(d.shape, dtype=torch.float64 if scalar_d else d.dtype) if need_d else d.new_empty(0)
     a, b_ = grad_mahalanobis.T.double(), grad_logdet.double()  # [B, S], [B]
     v = v.transpose(0, 1)  # [B, S, R]
@@ -249,7 +249,7 @@ def mahalanobis_and_logdet_backward(
         # Σₙ πₙ = (N − R + tr C⁻¹)/d, because PᵀD⁻¹P = C − I.
         trace = C_inv.diagonal(dim1=-2, dim2=-1).sum(-1)
         grad_d += (b_ * (N - R + trace)).unsqueeze(1) / d.double()
-    for items, products in _runs(wide, dtype):
+    for items, products in runs(wide, dtype):
         for b, n in _blocks(P, S, items):
             p = P[b, n].to(products)
             d_inv = _diagonal(d, b, n, products).reciprocal()

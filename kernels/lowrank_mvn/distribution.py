@@ -10,6 +10,7 @@ from torch.distributions.utils import lazy_property
 
 from . import functional, ops, reference
 from .functional import Capacitance
+from .linear import LinearFactor
 
 __all__ = ["LowRankMultivariateNormal"]
 
@@ -32,8 +33,9 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
         >>> log_prob, entropy = m.log_prob_and_entropy(torch.zeros(2))
 
     Args:
-        loc (Tensor): mean μ of the distribution with shape `batch_shape + event_shape`
-        cov_factor (Tensor): low-rank factor P with shape `batch_shape + event_shape + (rank,)`, any strides
+        loc (Tensor or LinearMean): mean μ of the distribution with shape `batch_shape + event_shape`
+        cov_factor (Tensor or LinearFactor): low-rank factor P with shape `batch_shape + event_shape + (rank,)`, any
+            strides; a `LinearFactor` of features is materialised only when somebody reads `cov_factor`
         cov_diag (Tensor or float): diagonal of D with shape `batch_shape + event_shape`; or one variance for all
             pixels, with shape `batch_shape + (1,)` or a scalar, which is never expanded in memory
         validate_args (bool, optional): whether to check values as well as shapes (finite, and `cov_diag` positive)
@@ -64,37 +66,57 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
         validate_args: bool | None = None,
     ) -> None:
         d = functional.as_diag(cov_diag, cov_factor)
-        functional.check_tensors(loc=loc, cov_factor=cov_factor, cov_diag=d)
+        functional.check_tensors(**functional.parts(loc=loc, cov_factor=cov_factor), cov_diag=d)
         batch_shape = functional.check_shapes(None, loc, cov_factor, d)
-        event_shape = loc.shape[-1:]
-        self.loc = loc.expand(batch_shape + event_shape)
-        self.cov_factor = cov_factor.expand(batch_shape + cov_factor.shape[-2:])
+        event_shape = cov_factor.shape[-2:-1]
+        # As given: nothing below works on an expanded copy.
+        self._loc, self._P, self._d = loc, cov_factor, d
+        if isinstance(loc, Tensor):
+            self.loc = loc.expand(batch_shape + event_shape)
+        if isinstance(cov_factor, Tensor):
+            self.cov_factor = cov_factor.expand(batch_shape + cov_factor.shape[-2:])
+            self._unbroadcasted_cov_factor = cov_factor
         self.cov_diag = d.expand(batch_shape + event_shape)
-        self._unbroadcasted_cov_factor = cov_factor
         self._unbroadcasted_cov_diag = d.expand(d.shape[:-1] + event_shape)
-        self._loc, self._d = loc, d  # as given: nothing below works on an expanded copy
         self._memory = _Memory()
         # Not torch's own constructor, which factorises the capacitance matrix; torch's constraints fail on nothing.
-        empty = self.cov_factor.numel() == 0
+        empty = 0 in batch_shape
         Distribution.__init__(self, batch_shape, event_shape, validate_args=False if empty else validate_args)
         if empty:
             self._validate_args = type(self)._validate_args if validate_args is None else validate_args
         elif self._validate_args:
-            for name, t in (("loc", loc), ("cov_factor", cov_factor), ("cov_diag", d)):
+            for name, t in functional.parts(loc=loc, cov_factor=cov_factor, cov_diag=d).items():
                 if not torch._is_all_true(torch.isfinite(t)):
                     raise ValueError(f"{name} of shape {list(t.shape)} has values that are not finite")
 
     def expand(self, batch_shape, _instance=None):
         new = self._get_checked_instance(LowRankMultivariateNormal, _instance)
         batch_shape = torch.Size(batch_shape)
-        new.loc = self.loc.expand(batch_shape + self.event_shape)
-        new.cov_factor = self.cov_factor.expand(batch_shape + self.cov_factor.shape[-2:])
+        if isinstance(self._loc, Tensor):
+            new.loc = self.loc.expand(batch_shape + self.event_shape)
+        if isinstance(self._P, Tensor):
+            new.cov_factor = self.cov_factor.expand(batch_shape + self._P.shape[-2:])
+            new._unbroadcasted_cov_factor = self._P
         new.cov_diag = self.cov_diag.expand(batch_shape + self.event_shape)
-        for name in ("_unbroadcasted_cov_factor", "_unbroadcasted_cov_diag", "_loc", "_d", "_memory"):
+        for name in ("_unbroadcasted_cov_diag", "_loc", "_P", "_d", "_memory"):
             setattr(new, name, getattr(self, name))
         Distribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
+
+    # Attributes of an instance unless they are linear maps of features, which are made when somebody asks.
+
+    @lazy_property
+    def loc(self) -> Tensor:
+        return functional.materialised(self._loc).expand(self._batch_shape + self._event_shape)
+
+    @lazy_property
+    def cov_factor(self) -> Tensor:
+        return self._unbroadcasted_cov_factor.expand(self._batch_shape + self._P.shape[-2:])
+
+    @lazy_property
+    def _unbroadcasted_cov_factor(self) -> Tensor:
+        return functional.materialised(self._P)
 
     def __getstate__(self):
         return {**self.__dict__, "_memory": _Memory()}
@@ -114,8 +136,8 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
         """
         logdet = self._memory.logdet()
         if logdet is None:
-            P, d = self._unbroadcasted_cov_factor, self._d
-            logdet, capacitance = functional.logdet_alone(P, d, functional.check_impl(None, P))
+            impl = functional.check_impl(None, self._P)
+            logdet, capacitance = functional.logdet_alone(self._P, self._d, impl)
             self._remember(logdet, capacitance)
         return functional._entropy(logdet, self._event_shape[0]).to(self._result_dtype).expand(self._batch_shape)
 
@@ -128,9 +150,9 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
         value = functional.as_value(value, self._loc)
         if self._validate_args and value.numel():
             self._validate_sample(value)
-        functional.check_tensors(loc=self._loc, value=value)
-        functional.check_shapes(value, self.loc, self._unbroadcasted_cov_factor, self._d)
-        P, d = self._unbroadcasted_cov_factor, self._d
+        functional.check_tensors(**functional.parts(loc=self._loc), value=value)
+        functional.check_shapes(value, self._loc, self._P, self._d)
+        P, d = self._P, self._d
         impl, given = functional.check_impl(None, P), self._memory.capacitance()
         q, logdet, capacitance = functional.mahalanobis_and_logdet(value, self._loc, P, d, impl, given)
         self._remember(logdet, capacitance)
@@ -138,12 +160,12 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
 
     def _remember(self, logdet: Tensor, capacitance: Capacitance | None) -> None:
         # The joint node also hangs on the value and the mean: without a gradient for P or d the entropy must not.
-        learned = self._unbroadcasted_cov_factor.requires_grad or self._d.requires_grad or torch.jit.is_tracing()
+        learned = self._P.requires_grad or self._d.requires_grad or torch.jit.is_tracing()
         self._memory.keep(logdet if learned else logdet.detach(), capacitance)
 
     @property
     def _result_dtype(self) -> torch.dtype:
-        return functional.result_dtype(self._loc, self._unbroadcasted_cov_factor, self._d)
+        return functional.result_dtype(self._loc, self._P, self._d)
 
     # --- Samples and conditionals ---------------------------------------------------------------------------
 
@@ -158,8 +180,9 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
         Args:
             noise: ω_p [..., R] and ω_d [..., N] to use in place of fresh noise, for interpolation and editing.
         """
-        P, d = self._unbroadcasted_cov_factor, self._d
-        return functional.rsample(self.loc, P, d, torch.Size(sample_shape), noise=noise)
+        shape = torch.Size(sample_shape)
+        loc = self.loc if isinstance(self._loc, Tensor) or self._batch_shape != self._loc.shape[:-1] else self._loc
+        return functional.rsample(loc, self._P, self._d, shape, noise=noise)
 
     def condition(self, value: Tensor, observed: Tensor) -> "LowRankMultivariateNormal":
         """The distribution given that the pixels of the mask `observed` have the values that stand in `value`.
@@ -167,8 +190,8 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
         It is over all N pixels: observed ones are pinned (variance 0), so that its samples are whole images. For a
         density over the rest, take the rows of its parameters at `~observed`. See `functional.condition`.
         """
-        P, d = self._unbroadcasted_cov_factor, self._d
-        return type(self)(*functional.condition(value, observed, self.loc, P, d), validate_args=False)
+        conditional = functional.condition(value, observed, self.loc, self._P, self._d)
+        return LowRankMultivariateNormal(*conditional, validate_args=False)
 
     def covariance_row(self, index: int | Tensor) -> Tensor:
         """Row `index` of Σ, P pₙ + dₙ eₙ: the covariance of every pixel with that one, `batch_shape + event_shape`."""
@@ -176,8 +199,11 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
         n = int(index)
         if not -N <= n < N:
             raise ValueError(f"index {n} is out of range for event shape [{N}]")
-        P = self._unbroadcasted_cov_factor
-        row = (P @ P[..., n, :].unsqueeze(-1)).squeeze(-1)
+        P = self._P
+        if isinstance(P, LinearFactor):
+            row = P.times(P.row(n).unsqueeze(0)).squeeze(0)
+        else:
+            row = (P @ P[..., n, :].unsqueeze(-1)).squeeze(-1)
         pixel = torch.zeros(N, dtype=row.dtype, device=row.device)
         pixel[n] = 1
         return (row + self._unbroadcasted_cov_diag[..., n, None] * pixel).expand(torch.Size((*self._batch_shape, N)))
@@ -190,6 +216,12 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
         with torch.autocast(self.loc.device.type, enabled=False):
             C = reference.capacitance(self._unbroadcasted_cov_factor.double(), self._d.double().reciprocal())
             return torch.linalg.cholesky(C).to(self._result_dtype)
+
+    @lazy_property
+    def variance(self) -> Tensor:
+        P = self._P
+        norms = P.row_norms() if isinstance(P, LinearFactor) else P.square().sum(-1)
+        return (norms + self._unbroadcasted_cov_diag).expand(self._batch_shape + self._event_shape)
 
     @lazy_property
     def precision_matrix(self) -> Tensor:

@@ -3,7 +3,8 @@
 Shapes broadcast as in `torch.distributions`: with event size N and rank R,
 
     value, loc   [..., N]
-    cov_factor   [..., N, R], any strides (the transposed view of [..., R, N] is read as it lies)
+    cov_factor   [..., N, R], any strides (the transposed view of [..., R, N] is read as it lies), or a
+                 `LinearFactor` of features, which is never materialised; `loc` may then be a `LinearMean`
     cov_diag     [..., N] or [..., 1], a 0-d tensor or a number: one variance for every pixel, never expanded
 
 float32 and float64 are computed in as they are; float16 and bfloat16 are read as such, computed in float32, and
@@ -19,9 +20,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops, reference
+from . import linear, ops, reference
+from .linear import LinearFactor, LinearMean
 
 __all__ = ["Conditional", "condition", "entropy", "log_prob", "log_prob_and_entropy", "rsample"]
+
+Factor = Tensor | LinearFactor
+Mean = Tensor | LinearMean
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -43,7 +48,7 @@ class Capacitance(NamedTuple):
 
 
 def log_prob(
-    value: Tensor, loc: Tensor, cov_factor: Tensor, cov_diag: Tensor | float, *, impl: str | None = None
+    value: Tensor, loc: Mean, cov_factor: Factor, cov_diag: Tensor | float, *, impl: str | None = None
 ) -> Tensor:
     """log p(value) = −½ (N log 2π + log|Σ| + δᵀΣ⁻¹δ) in nats, of the broadcast batch shape.
 
@@ -56,20 +61,20 @@ def log_prob(
     return log_prob_and_entropy(value, loc, cov_factor, cov_diag, impl=impl)[0]
 
 
-def entropy(cov_factor: Tensor, cov_diag: Tensor | float, *, impl: str | None = None) -> Tensor:
+def entropy(cov_factor: Factor, cov_diag: Tensor | float, *, impl: str | None = None) -> Tensor:
     """H = ½ (N (1 + log 2π) + log|Σ|) in nats, of the batch shape of `cov_factor` and `cov_diag`.
 
     Raises: as `log_prob`.
     """
     d = as_diag(cov_diag, cov_factor)
-    check_tensors(cov_factor=cov_factor, cov_diag=d)
+    check_tensors(**parts(cov_factor=cov_factor), cov_diag=d)
     batch = check_shapes(None, None, cov_factor, d)
     logdet, _ = logdet_alone(cov_factor, d, check_impl(impl, cov_factor))
     return _entropy(logdet.expand(batch), cov_factor.shape[-2]).to(result_dtype(cov_factor, d))
 
 
 def log_prob_and_entropy(
-    value: Tensor, loc: Tensor, cov_factor: Tensor, cov_diag: Tensor | float, *, impl: str | None = None
+    value: Tensor, loc: Mean, cov_factor: Factor, cov_diag: Tensor | float, *, impl: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """`log_prob` and `entropy` from one capacitance matrix, with one backward pass for both.
 
@@ -80,7 +85,7 @@ def log_prob_and_entropy(
     """
     d = as_diag(cov_diag, cov_factor)
     value = as_value(value, loc)
-    check_tensors(value=value, loc=loc, cov_factor=cov_factor, cov_diag=d)
+    check_tensors(value=value, **parts(loc=loc, cov_factor=cov_factor), cov_diag=d)
     batch = check_shapes(value, loc, cov_factor, d)
     q, logdet, _ = mahalanobis_and_logdet(value, loc, cov_factor, d, check_impl(impl, cov_factor))
     N, dtype = cov_factor.shape[-2], result_dtype(value, loc, cov_factor, d)
@@ -88,8 +93,8 @@ def log_prob_and_entropy(
 
 
 def rsample(
-    loc: Tensor,
-    cov_factor: Tensor,
+    loc: Mean,
+    cov_factor: Factor,
     cov_diag: Tensor | float,
     sample_shape: torch.Size | tuple[int, ...] = (),
     *,
@@ -107,7 +112,7 @@ def rsample(
     Raises: as `log_prob`.
     """
     d = as_diag(cov_diag, cov_factor)
-    check_tensors(loc=loc, cov_factor=cov_factor, cov_diag=d)
+    check_tensors(**parts(loc=loc, cov_factor=cov_factor), cov_diag=d)
     impl = check_impl(impl, cov_factor)
     shape = torch.Size(sample_shape) + check_shapes(None, loc, cov_factor, d)
     N, R = cov_factor.shape[-2:]
@@ -115,19 +120,25 @@ def rsample(
         omega_p, omega_d = (torch.randn(*shape, size, dtype=loc.dtype, device=loc.device) for size in (R, N))
     else:
         omega_p, omega_d = noise
-        check_tensors(loc=loc, **{"noise[0]": omega_p, "noise[1]": omega_d})
+        check_tensors(**parts(loc=loc), **{"noise[0]": omega_p, "noise[1]": omega_d})
         for name, omega, size in (("noise[0]", omega_p, R), ("noise[1]", omega_d, N)):
             if omega.dim() < 1 or omega.shape[-1] != size or not _broadcasts_to(omega.shape[:-1], shape):
                 raise ValueError(f"{name} has shape {_shape(omega)}, expected one that broadcasts to {[*shape, size]}")
         omega_p = omega_p.expand(*shape, R)
     dtype = torch.promote_types(loc.dtype, cov_factor.dtype)
     with torch.autocast(cov_factor.device.type, enabled=False):
+        loc = materialised(loc)
+        if isinstance(cov_factor, LinearFactor) and omega_p.shape[-2:-1] != cov_factor.shape[:1]:
+            cov_factor = cov_factor.materialise()
         if impl == "reference":
-            return reference.rsample(loc, cov_factor, d, omega_p, omega_d).to(dtype)
+            return reference.rsample(loc, materialised(cov_factor), d, omega_p, omega_d).to(dtype)
         layout = _Layout(shape, cov_factor.shape[:-2])
-        P = layout.items(cov_factor, 2)
-        columns = layout.samples(omega_p, everything=True).permute(1, 2, 0)  # [B, R, S]
-        y = layout.restore(torch.bmm(P, columns.to(P.dtype)).permute(2, 0, 1))
+        omega = layout.samples(omega_p, everything=True).to(cov_factor.dtype)  # [S, B, R]
+        if isinstance(cov_factor, LinearFactor):
+            y = layout.restore(cov_factor.times(omega))
+        else:
+            P = layout.items(cov_factor, 2)
+            y = layout.restore(torch.bmm(P, omega.permute(1, 2, 0)).permute(2, 0, 1))
         high = result_dtype(loc, cov_factor, d)
         return (loc.to(high) + y.to(high) + d.to(high).sqrt() * omega_d.to(high)).to(dtype)
 
@@ -135,8 +146,8 @@ def rsample(
 def condition(
     value: Tensor,
     observed: Tensor,
-    loc: Tensor,
-    cov_factor: Tensor,
+    loc: Mean,
+    cov_factor: Factor,
     cov_diag: Tensor | float,
     *,
     impl: str | None = None,
@@ -156,7 +167,7 @@ def condition(
     """
     d = as_diag(cov_diag, cov_factor)
     value = as_value(value, loc)
-    check_tensors(value=value, loc=loc, cov_factor=cov_factor, cov_diag=d)
+    check_tensors(value=value, **parts(loc=loc, cov_factor=cov_factor), cov_diag=d)
     impl = check_impl(impl, cov_factor)
     batch = check_shapes(value, loc, cov_factor, d)
     N, R = cov_factor.shape[-2:]
@@ -166,6 +177,7 @@ def condition(
         raise ValueError(f"observed has shape {_shape(observed)}, expected [..., {N}]")
     shape = _broadcast(value.shape[:-1], observed.shape[:-1], batch, names="value, observed and the parameters")
     dtype, high = torch.promote_types(loc.dtype, cov_factor.dtype), result_dtype(loc, cov_factor, d)
+    loc, cov_factor = materialised(loc), materialised(cov_factor)
     value, loc = (t.to(high).expand(*shape, N) for t in (value, loc))
     observed = observed.expand(*shape, N)
     value = torch.where(observed, value, loc)
@@ -198,10 +210,17 @@ def condition(
 
 
 def mahalanobis_and_logdet(
-    value: Tensor, loc: Tensor, P: Tensor, d: Tensor, impl: str, given: Capacitance | None = None
+    value: Tensor, loc: Mean, P: Factor, d: Tensor, impl: str, given: Capacitance | None = None
 ) -> tuple[Tensor, Tensor, Capacitance | None]:
     """q in the broadcast shape of everything, log|Σ| in that of P and d, and what a next call can be given."""
     items_shape = _broadcast(P.shape[:-2], d.shape[:-1])
+    if isinstance(P, LinearFactor) and not _stays_linear(P, items_shape, impl):
+        P = P.materialise()
+    if isinstance(loc, LinearMean) and not (isinstance(P, LinearFactor) and loc.features is P.features):
+        loc = loc.materialise()
+    if isinstance(P, LinearFactor):
+        return *_linear(value, loc, P, d, impl), None
+    assert isinstance(loc, Tensor)
     if impl == "reference" or forward_mode():
         work = torch.promote_types(result_dtype(P), torch.float64 if impl != "reference" else P.dtype)
         with torch.autocast(P.device.type, enabled=False):
@@ -221,9 +240,23 @@ def mahalanobis_and_logdet(
     return layout.restore(q), logdet.reshape(items_shape), Capacitance(C_inv, logdet.detach(), wide)
 
 
-def logdet_alone(P: Tensor, d: Tensor, impl: str) -> tuple[Tensor, Capacitance | None]:
+def _stays_linear(P: LinearFactor, items_shape: torch.Size, impl: str) -> bool:
+    """Whether the operators for linear factors apply: one item per item of the features, no transform under way."""
+    return impl in linear.IMPLEMENTATIONS and items_shape == P.shape[:1] and not (forward_mode() or ops.transformed())
+
+
+def _linear(value: Tensor, loc: Mean, P: LinearFactor, d: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+    mean = loc if isinstance(loc, LinearMean) else None
+    layout = _Layout(_broadcast(value.shape[:-1], loc.shape[:-1], P.shape[:1]), P.shape[:1])
+    x = layout.samples(value, everything=True)
+    shift = layout.samples(loc) if isinstance(loc, Tensor) else None
+    q, logdet = linear.mahalanobis_and_logdet(x, shift, P, mean, layout.items(d, 1), impl)
+    return layout.restore(q), logdet
+
+
+def logdet_alone(P: Factor, d: Tensor, impl: str) -> tuple[Tensor, Capacitance | None]:
     """log|Σ|: the same for no samples at all."""
-    nothing = P.new_empty(0, *(1 for _ in _broadcast(P.shape[:-2], d.shape[:-1])), P.shape[-2])
+    nothing = d.new_empty(0, *(1 for _ in _broadcast(P.shape[:-2], d.shape[:-1])), P.shape[-2])
     _, logdet, capacitance = mahalanobis_and_logdet(nothing, nothing, P, d, impl)
     return logdet, capacitance
 
@@ -279,7 +312,11 @@ def forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def result_dtype(*tensors: Tensor) -> torch.dtype:
+def materialised(t: Tensor | LinearFactor | LinearMean) -> Tensor:
+    return t if isinstance(t, Tensor) else t.materialise()
+
+
+def result_dtype(*tensors: Tensor | LinearFactor | LinearMean) -> torch.dtype:
     """The dtype of a log-density: float64 where any tensor is, else float32; never half precision."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
@@ -287,11 +324,22 @@ def result_dtype(*tensors: Tensor) -> torch.dtype:
 # --- Arguments --------------------------------------------------------------------------------------------------
 
 
+def parts(**arguments: Tensor | LinearFactor | LinearMean) -> dict[str, Tensor]:
+    """The tensors that arguments are made of, by the name that an error should give."""
+    found: dict[str, Tensor] = {}
+    for name, t in arguments.items():
+        if isinstance(t, LinearFactor | LinearMean):
+            found |= {f"{name}.{part}": tensor for part, tensor in t.tensors().items()}
+        else:
+            found[name] = t
+    return found
+
+
 def available_implementations() -> list[str]:
     return [*ops.IMPLEMENTATIONS, "reference"]
 
 
-def check_impl(impl: str | None, P: Tensor) -> str:
+def check_impl(impl: str | None, P: Factor) -> str:
     if impl is None:
         return "triton" if P.is_cuda and "triton" in ops.IMPLEMENTATIONS else "aten"
     if impl not in available_implementations():
@@ -299,19 +347,19 @@ def check_impl(impl: str | None, P: Tensor) -> str:
     return impl
 
 
-def as_diag(cov_diag: Tensor | float, cov_factor: Tensor) -> Tensor:
+def as_diag(cov_diag: Tensor | float, cov_factor: Factor) -> Tensor:
     """A number or a 0-d tensor as [1]."""
     if isinstance(cov_diag, int | float):
-        like = cov_factor if isinstance(cov_factor, Tensor) else torch.empty(())
+        like = cov_factor if isinstance(cov_factor, Tensor | LinearFactor) else torch.empty(())
         return torch.full((1,), cov_diag, dtype=result_dtype(like), device=like.device)
     return cov_diag.unsqueeze(0) if isinstance(cov_diag, Tensor) and cov_diag.dim() == 0 else cov_diag
 
 
-def as_value(value: Tensor, loc: Tensor) -> Tensor:
+def as_value(value: Tensor, loc: Mean) -> Tensor:
     """Integers, bools and narrower floats take the dtype of `loc`, as they do in torch's arithmetic."""
     if (
         isinstance(value, Tensor)
-        and isinstance(loc, Tensor)
+        and isinstance(loc, Tensor | LinearMean)
         and torch.promote_types(value.dtype, loc.dtype) == loc.dtype
     ):
         return value.to(loc.dtype)
@@ -338,7 +386,7 @@ def check_tensors(**tensors: Tensor) -> None:
             raise TypeError(f"{name} has dtype {t.dtype}, {first} has {anchor.dtype}; expected one dtype")
 
 
-def check_shapes(value: Tensor | None, loc: Tensor | None, cov_factor: Tensor, d: Tensor) -> torch.Size:
+def check_shapes(value: Tensor | None, loc: Mean | None, cov_factor: Factor, d: Tensor) -> torch.Size:
     """The batch shape of the parameters; raises ValueError where something does not fit."""
     if cov_factor.dim() < 2:
         raise ValueError(
@@ -387,7 +435,7 @@ def _broadcasts_to(shape: torch.Size, target: torch.Size) -> bool:
         return False
 
 
-def _shape(t: Tensor) -> list[int]:
+def _shape(t: Tensor | LinearFactor | LinearMean) -> list[int]:
     return list(t.shape)
 
 

@@ -20,14 +20,14 @@ from . import aten, reference
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {"aten": aten}
 
-_library = torch.library.Library("lowrank_mvn", "DEF")
+library = torch.library.Library("lowrank_mvn", "DEF")
 
 
-def _define(schema: str, kernel, fake) -> None:
+def define(schema: str, kernel, fake) -> None:
     name = schema.split("(")[0]
-    _library.define(schema)
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lowrank_mvn::{name}", fake, lib=_library)
+    library.define(schema)
+    library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lowrank_mvn::{name}", fake, lib=library)
 
 
 def transformed() -> bool:
@@ -38,8 +38,8 @@ def transformed() -> bool:
 def _register(name: str, setup_context, differentiate, batched):
     """Derivative and batching rule of an operator; returns what calls it, transforms of `torch.func` or not."""
     qualname = f"lowrank_mvn::{name}"
-    torch.library.register_autograd(qualname, differentiate, setup_context=setup_context, lib=_library)
-    torch.library.register_vmap(qualname, batched, lib=_library)
+    torch.library.register_autograd(qualname, differentiate, setup_context=setup_context, lib=library)
+    torch.library.register_vmap(qualname, batched, lib=library)
     operator = getattr(torch.ops.lowrank_mvn, name)
     members = {
         "forward": staticmethod(lambda *inputs: operator(*inputs)),
@@ -51,18 +51,18 @@ def _register(name: str, setup_context, differentiate, batched):
     return lambda *inputs: function.apply(*inputs) if transformed() else operator(*inputs)
 
 
-def _without_autocast(device: torch.device):
+def without_autocast(device: torch.device):
     """The operators choose their own precision."""
     return torch.autocast(device.type, enabled=False)
 
 
-def _pull_back(function, inputs, cotangents):
+def pull_back(function, inputs, cotangents):
     """∂(cotangents · function)/∂inputs, differentiable again."""
     pull: Any = torch.func.vjp(function, *inputs)[1]
     return pull(cotangents)
 
 
-def _in_float64(function):
+def in_float64(function):
     """`function` of float64 copies, differentiable with respect to the originals."""
     return lambda *tensors: function(*(t.double() for t in tensors))
 
@@ -71,7 +71,7 @@ def _in_float64(function):
 
 
 def _forward(x, loc, P, d, C_inv, logdet, wide, impl):
-    with _without_autocast(P.device):
+    with without_autocast(P.device):
         return IMPLEMENTATIONS[impl].mahalanobis_and_logdet(x, loc, P, d, C_inv, logdet, wide)
 
 
@@ -88,7 +88,7 @@ def _forward_fake(x, loc, P, d, C_inv, logdet, wide, impl):
     )
 
 
-_define(
+define(
     "mahalanobis_and_logdet(Tensor x, Tensor loc, Tensor P, Tensor d, Tensor? C_inv, Tensor? logdet, Tensor? wide,"
     " str impl) -> (Tensor mahalanobis, Tensor logdet, Tensor C_inv, Tensor v, Tensor wide)",
     _forward,
@@ -97,7 +97,7 @@ _define(
 
 
 def _backward(grad_mahalanobis, grad_logdet, x, loc, P, d, C_inv, v, wide, needs, impl):
-    with _without_autocast(P.device):
+    with without_autocast(P.device):
         return IMPLEMENTATIONS[impl].mahalanobis_and_logdet_backward(
             grad_mahalanobis, grad_logdet, x, loc, P, d, C_inv, v, wide, needs
         )
@@ -114,7 +114,7 @@ def _backward_fake(grad_mahalanobis, grad_logdet, x, loc, P, d, C_inv, v, wide, 
     return tuple(g if need else g.new_empty(0) for g, need in zip(grads, needs, strict=True))
 
 
-_define(
+define(
     "mahalanobis_and_logdet_backward(Tensor grad_mahalanobis, Tensor grad_logdet, Tensor x, Tensor loc, Tensor P,"
     " Tensor d, Tensor C_inv, Tensor v, Tensor wide, bool[4] needs, str impl)"
     " -> (Tensor grad_x, Tensor grad_loc, Tensor grad_P, Tensor grad_d)",
@@ -148,19 +148,19 @@ def _differentiate_twice(ctx, *grads):
     """C⁻¹, v and `wide` are functions of the other inputs: what goes through them is part of the total derivative."""
 
     def first(a, b, *inputs):
-        pulled = _pull_back(_in_float64(reference.mahalanobis_and_logdet), inputs, (a, b))
+        pulled = pull_back(in_float64(reference.mahalanobis_and_logdet), inputs, (a, b))
         return tuple(g for g, need in zip(pulled, ctx.needs, strict=True) if need)
 
-    with _without_autocast(grads[0].device):
+    with without_autocast(grads[0].device):
         wanted = tuple(g for g, need in zip(grads, ctx.needs, strict=True) if need)
-        return *_pull_back(first, ctx.saved_tensors, wanted), None, None, None, None, None
+        return *pull_back(first, ctx.saved_tensors, wanted), None, None, None, None, None
 
 
 # --- C and w alone, for conditioning ------------------------------------------------------------------------
 
 
 def _gram(x, loc, P, precision, impl):
-    with _without_autocast(P.device):
+    with without_autocast(P.device):
         return IMPLEMENTATIONS[impl].gram(x, loc, P, precision)
 
 
@@ -169,7 +169,7 @@ def _gram_fake(x, loc, P, precision, impl):
     return P.new_empty(B, R, R, dtype=torch.float64), P.new_empty(S, B, R, dtype=torch.float64)
 
 
-_define(
+define(
     "gram(Tensor x, Tensor loc, Tensor P, Tensor precision, str impl) -> (Tensor C, Tensor w)",
     _gram,
     _gram_fake,
@@ -185,8 +185,8 @@ def _differentiate_gram(ctx, grad_C, grad_w):
         weighted = P * precision.unsqueeze(-1)
         return weighted.mT @ P, torch.einsum("sbn,bnr->sbr", x - loc, weighted)
 
-    with _without_autocast(grad_C.device):
-        return *_pull_back(_in_float64(gram), ctx.saved_tensors, (grad_C, grad_w)), None
+    with without_autocast(grad_C.device):
+        return *pull_back(in_float64(gram), ctx.saved_tensors, (grad_C, grad_w)), None
 
 
 # --- Batching: the mapped dimension V joins the items B or, where P and d are shared, the samples S ------------

@@ -1,0 +1,201 @@
+r"""The closed forms for a factor that is a linear map of features, in torch's own operators, block by block.
+
+P = F̃ᵀWᵀ for each channel c of C: pixel n has the row P_c[n] = W_c f̃ₙ, with F̃ [K+1, M] the features and a row of
+ones (the bias), M pixels, N = C·M. So C, w, r and every gradient are had from F, and nothing of size N×R exists:
+
+    G_c = F̃D_c⁻¹F̃ᵀ          C = I + Σ_c W_c G_c W_cᵀ        w = Σ_c W_c F̃D_c⁻¹δ_c
+    u_c = W_cᵀv              r_c = δ_c − F̃ᵀu_c               z_c = r_c/d_c         M_c = W_cᵀC⁻¹W_c
+
+    grad_F̃  = Σ_c [2b M_cF̃D_c⁻¹ − 2a u_c z_cᵀ]              grad_x = 2az
+    grad_W_c = Σ_b [2b C⁻¹W_cG_c − 2a v(F̃z_c)ᵀ]             grad_d as for a full factor, πₙ = 1/d − f̃ₙᵀM_c f̃ₙ/d²
+
+with a = ∂loss/∂q and b = ∂loss/∂log|Σ|. A mean that is linear in the same features, μ_c = F̃ᵀm_c, joins the passes:
+u_c + m_c takes the place of u_c in r and in grad_F, and grad_m_c = −2aF̃z_c.
+
+    x    [S, B, C, M]                       F  [B, K, M], any strides      d  [B, C, M] or [B, 1, 1]
+    loc  [S or 1, B, C, M], or none         W  [C, R, K+1]                 m  [C, K+1], or none
+
+`linear` registers these functions; `aten` has what both kinds of factor share.
+"""
+
+import torch
+from torch import Tensor
+
+from .aten import LOG_DET_TOLERANCE, empty_gradient, factorise, product_dtype, runs
+
+# Values of F in one block: as many as of P in `aten` would be 4 MiB; half, because products with F are wider.
+BLOCK_VALUES = 1 << 19
+
+
+def _blocks(F: Tensor, rows: int, items: slice):
+    """Index pairs (items, pixels) that cover F in blocks; `rows` is what is made of a pixel beside its features."""
+    B, (K, M) = items.stop - items.start, F.shape[1:]
+    step_b = max(1, min(B, BLOCK_VALUES // max(1, min(M, 1024) * (K + rows))))
+    step_n = max(1, BLOCK_VALUES // (step_b * (K + rows)))
+    for b in range(items.start, items.stop, step_b):
+        for n in range(0, M, step_n):
+            yield slice(b, min(b + step_b, items.stop)), slice(n, min(n + step_n, M))
+
+
+def _apply(u: Tensor, F: Tensor) -> Tensor:
+    """uF̃ [b, J, n] of `u` [b, J, K+1] and a block F [b, K, n]."""
+    return torch.baddbmm(u[..., -1:], u[..., :-1], F)
+
+
+def _project(y: Tensor, F: Tensor) -> Tensor:
+    """yF̃ᵀ [b, J, K+1] of `y` [b, J, n]."""
+    return torch.cat([torch.bmm(y, F.mT), y.sum(-1, keepdim=True)], -1)
+
+
+def _precision(d: Tensor, b: slice, n: slice, dtype: torch.dtype) -> Tensor:
+    """1/d of a block, [b, C, n] or [b, 1, 1]."""
+    return (d[b, :, n] if d.shape[2] > 1 else d[b]).to(dtype).reciprocal()
+
+
+def _delta(x: Tensor, loc: Tensor | None, b: slice, n: slice, dtype: torch.dtype) -> Tensor:
+    """x − μ, without the part of μ that is linear in the features, [b, S, C, n]."""
+    delta = x[:, b, :, n].to(dtype)
+    return (delta if loc is None else delta - loc[:, b, :, n].to(dtype)).transpose(0, 1)
+
+
+def _gram(F: Tensor, d: Tensor, items: slice, dtype: torch.dtype) -> Tensor:
+    """G [b, C or 1, K+1, K+1] in float64 of some items, products in `dtype`."""
+    K, channels = F.shape[1], d.shape[1]
+    G = F.new_zeros(F.shape[0], channels, K + 1, K + 1, dtype=torch.float64)
+    for b, n in _blocks(F, 0, items):
+        f, precision = F[b, :, n].to(dtype), _precision(d, b, n, dtype)
+        for c in range(channels):
+            q = f if d.shape[2] == 1 else f * precision[:, c].sqrt().unsqueeze(1)
+            G[b, c, :K, :K] += torch.bmm(q, q.mT)
+            weighted = f.sum(-1) if d.shape[2] == 1 else torch.bmm(f, precision[:, c].unsqueeze(-1)).squeeze(-1)
+            G[b, c, :K, K] += weighted
+            G[b, c, K, K] += f.shape[-1] if d.shape[2] == 1 else precision[:, c].sum(-1, dtype=torch.float64)
+    G = G[items]
+    G[..., K, :K] = G[..., :K, K]
+    return G if d.shape[2] > 1 else G / d[items].double().unsqueeze(-1)
+
+
+def _capacitance(F: Tensor, W: Tensor, d: Tensor):
+    """G, C⁻¹ [B, R, R], log|C| [B] and `wide` [B], decided as in `aten`, but for rounding in G instead of C."""
+    B, dtype = F.shape[0], product_dtype(F, d) if F.device.type == "cpu" else torch.float64
+    W = W.double()
+
+    def assemble(G: Tensor) -> Tensor:
+        C = torch.einsum("crk,bckl,csl->brs", W, G.expand(-1, W.shape[0], -1, -1), W)
+        return C + torch.eye(W.shape[1], dtype=C.dtype, device=C.device)
+
+    G = _gram(F, d, slice(0, B), dtype)
+    C_inv, log_det, _ = factorise(assemble(G))
+    if dtype == torch.float64:
+        return G, C_inv, log_det, torch.ones(B, dtype=torch.bool, device=F.device)
+    # |ΔGₖₗ| ≤ ε√(GₖₖGₗₗ) moves C by at most ε aᵣaₛ with aᵣ² = Σ_c (Σₖ |W_crk|√Gₖₖ)²: aᵣ² takes the place of C_rr.
+    a = torch.einsum("crk,bck->bcr", W.abs(), G.diagonal(dim1=-2, dim2=-1).sqrt().expand(-1, W.shape[0], -1))
+    spread = (a.square().sum(1) * C_inv.diagonal(dim1=-2, dim2=-1)).sqrt().sum(-1).square()
+    wide = ~(torch.finfo(torch.float32).eps * spread <= LOG_DET_TOLERANCE)
+    for items, products in runs(wide, dtype):
+        if products == torch.float64:
+            G[items] = _gram(F, d, items, products)
+            C_inv[items], log_det[items], _ = factorise(assemble(G[items]))
+    return G, C_inv, log_det, wide
+
+
+def linear_mahalanobis_and_logdet(x: Tensor, loc: Tensor | None, F: Tensor, W: Tensor, m: Tensor | None, d: Tensor):
+    """q [S, B], log|Σ| [B], and for the backward pass C⁻¹, v [S, B, R], its last step, G, the residual and `wide`.
+
+    All float64 but the residual r = δ − F̃ᵀ(u + m), made in float64 and rounded once, at v before its last step.
+    """
+    S, (B, _, M), channels = x.shape[0], F.shape, W.shape[0]
+    dtype, W64 = product_dtype(x, F, d), W.double()
+    G, C_inv, logdet, wide = _capacitance(F, W, d)
+    logdet = logdet + (d.double().log().sum((1, 2)) if d.shape[2] > 1 else channels * M * d[:, 0, 0].double().log())
+    wF = F.new_zeros(B, S * channels, W.shape[2], dtype=torch.float64)
+    for items, products in runs(wide, dtype) if S else ():
+        for b, n in _blocks(F, S * channels, items):
+            y = _delta(x, loc, b, n, products) * _precision(d, b, n, products).unsqueeze(1)
+            wF[b] += _project(y.flatten(1, 2), F[b, :, n].to(products))
+    wF = wF.unflatten(1, (S, channels))
+    if m is not None:
+        wF = wF - torch.einsum("ck,bckl->bcl", m.double(), G.expand(-1, channels, -1, -1)).unsqueeze(1)
+    v = torch.einsum("bsck,crk->bsr", wF, W64) @ C_inv
+    q, g = v.square().sum(-1), -v
+    u = torch.einsum("bsr,crk->bsck", v, W64) + (0 if m is None else m.double())
+    residual = x.new_empty(x.shape, dtype=dtype)
+    for items, products in runs(wide, dtype) if S else ():
+        for b, n in _blocks(F, S * channels, items):
+            f = F[b, :, n]
+            fit = _apply(u[b].flatten(1, 2), f.double()).unflatten(1, (S, channels))
+            r = (_delta(x, loc, b, n, torch.float64) - fit).to(products)
+            residual[:, b, :, n] = r.transpose(0, 1)
+            z = r * _precision(d, b, n, products).unsqueeze(1)
+            q[b] += (r * z).sum((2, 3), dtype=torch.float64)
+            zF = _project(z.flatten(1, 2), f.to(products)).double().unflatten(1, (S, channels))
+            g[b] += torch.einsum("bsck,crk->bsr", zF, W64)
+    step = g @ C_inv
+    q = q - (g * step).sum(-1)
+    return q.T.contiguous(), logdet, C_inv, (v + step).transpose(0, 1), step.transpose(0, 1), G, residual, wide
+
+
+def linear_mahalanobis_and_logdet_backward(
+    grad_mahalanobis: Tensor,
+    grad_logdet: Tensor,
+    residual: Tensor,
+    F: Tensor,
+    W: Tensor,
+    m: Tensor | None,
+    d: Tensor,
+    C_inv: Tensor,
+    v: Tensor,
+    step: Tensor,
+    G: Tensor,
+    wide: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """grad_x [S, B, C, M], grad_F, grad_W, grad_m (empty without m) and grad_d."""
+    (S, B, channels, M), R = residual.shape, W.shape[1]
+    dtype, W64 = residual.dtype, W.double()
+    a, b_ = grad_mahalanobis.T.double(), grad_logdet.double()  # [B, S], [B]
+    v, step = v.transpose(0, 1), step.transpose(0, 1)  # [B, S, R]
+    scalar_d = d.shape[2] == 1
+    u = torch.einsum("bsr,crk->bsck", v, W64)
+    u_step = torch.einsum("bsr,crk->bsck", step, W64).flatten(1, 2)
+    minus_2au = (-2 * a[:, :, None, None] * (u if m is None else u + m.double())).flatten(1, 2)[..., :-1]
+    C_inv_W = torch.einsum("brs,csk->bcrk", C_inv, W64)
+    Mc = torch.einsum("crk,bcrl->bckl", W64, C_inv_W)
+    grad_x, grad_F = torch.empty_like(residual), empty_gradient(F)
+    zF = F.new_zeros(B, S * channels, W.shape[2], dtype=torch.float64)
+    grad_d = d.new_zeros(d.shape, dtype=torch.float64 if scalar_d else d.dtype)
+    if scalar_d:
+        trace = C_inv.diagonal(dim1=-2, dim2=-1).sum(-1)
+        grad_d += (b_ * (channels * M - R + trace))[:, None, None] / d.double()
+        Mc = Mc.sum(1, keepdim=True)
+    for items, products in runs(wide, dtype):
+        for b, n in _blocks(F, S * channels, items):
+            f, precision = F[b, :, n].to(products), _precision(d, b, n, products)
+            b_block = b_[b].to(products)[:, None, None]
+            grad_f = f.new_zeros(f.shape)
+            for c in range(Mc.shape[1]):
+                MF = _apply(Mc[b, c].to(products), f)  # [b, K+1, n]
+                if not scalar_d:
+                    p = precision[:, c]
+                    pi = p - ((MF[:, :-1] * f).sum(1) + MF[:, -1]) * p.square()
+                    grad_d[b, c, n] = pi * b_[b, None].to(products)
+                if Mc.shape[1] == 1:
+                    grad_f = MF[:, :-1].mul_(2 * b_block * precision[:, c].unsqueeze(1))
+                else:
+                    grad_f += MF[:, :-1].mul_(2 * b_block * precision[:, c].unsqueeze(1))
+            if S:
+                r = residual[:, b, :, n].to(products).transpose(0, 1).flatten(1, 2) - _apply(u_step[b].to(products), f)
+                z = (r.unflatten(1, (S, channels)) * precision.unsqueeze(1)).flatten(1, 2)
+                az = z * a[b].to(products).repeat_interleave(channels, 1).unsqueeze(-1)
+                grad_x[:, b, :, n] = (2 * az).unflatten(1, (S, channels)).transpose(0, 1).to(dtype)
+                zF[b] += _project(z, f)
+                grad_f = torch.baddbmm(grad_f, minus_2au[b].to(products).mT, z)
+                az2 = (az * z).unflatten(1, (S, channels)).sum(1)
+                grad_d[b, :, n if not scalar_d else slice(None)] -= (
+                    az2.sum((1, 2), dtype=torch.float64)[:, None, None] if scalar_d else az2
+                )
+            grad_F[b, :, n] = grad_f
+    zF = zF.unflatten(1, (S, channels))
+    grad_W = torch.einsum("b,bcrk,bckl->crl", 2 * b_, C_inv_W, G.expand(-1, channels, -1, -1))
+    grad_W = grad_W - torch.einsum("bs,bsr,bsck->crk", 2 * a, v, zF)
+    grad_m = F.new_empty(0) if m is None else torch.einsum("bs,bsck->ck", -2 * a, zF).to(m.dtype)
+    return grad_x, grad_F, grad_W.to(W.dtype), grad_m, grad_d.to(d.dtype)

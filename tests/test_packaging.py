@@ -1,0 +1,78 @@
+"""The wheel, the requirements and the promise that importing costs nothing and looks for no device."""
+
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command, **options):
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_wheel_installs_into_an_empty_environment(tmp_path):
+    """Both packages, `py.typed` and nothing else; importable with what its requirements bring."""
+    source = tmp_path / "source"
+    files = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).split("\0")
+    for name in files:
+        if name and (ROOT / name).is_file():  # a copy, so that building leaves nothing in the checkout
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    run(*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path / "dist", source)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"lowrank_mvn", "sosvae"}
+    for package in ("lowrank_mvn", "sosvae"):
+        assert f"{package}/py.typed" in names
+        folder = ROOT / ("kernels" if package == "lowrank_mvn" else ".") / package
+        modules = {f"{package}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*.py")}
+        assert modules <= set(names)
+    metadata = [name for name in names if ".dist-info/" in name]
+    assert all(name.endswith((".py", "py.typed")) for name in set(names) - set(metadata))
+    assert any(name.endswith("LICENSE") for name in metadata)
+
+    venv.create(tmp_path / "empty", with_pip=True)
+    python = tmp_path / "empty" / "bin" / "python"
+    run(python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", ROOT / "constraints.txt", wheel)
+    code = "import lowrank_mvn, sosvae, torch; print(lowrank_mvn.__file__); lowrank_mvn.LowRankMultivariateNormal"
+    assert "empty" in run(python, "-W", "error", "-c", code, cwd=tmp_path)
+
+
+def test_requirements():
+    text = (ROOT / "setup.py").read_text(encoding="utf-8")
+    for word in ("torch", "triton", "numpy"):
+        assert f'"{word}>=' in text
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert "torch==2.13.0" in constraints
+    assert "triton==3.7.1" in constraints
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_import_looks_for_no_device_and_brings_no_heavy_module():
+    code = """
+import sys, torch
+def caught(*args, **kwargs): raise AssertionError("looked for a device")
+for name in ("is_available", "device_count", "_lazy_init", "current_device", "get_device_capability"):
+    setattr(torch.cuda, name, caught)
+import lowrank_mvn, sosvae
+print([name for name in ("triton", "matplotlib", "tensorboard", "tyro", "PIL", "mlxtend") if name in sys.modules])
+"""
+    assert run(sys.executable, "-c", code).strip() == "[]"
+
+
+def test_no_gpu_is_an_error_only_where_one_is_asked_for():
+    code = """
+import torch, lowrank_mvn
+D = lowrank_mvn.LowRankMultivariateNormal(torch.zeros(4), torch.ones(4, 1), torch.ones(4))
+print(D.log_prob(torch.zeros(4)).item() < 0)
+"""
+    assert run(sys.executable, "-c", code).strip() == "True"
