@@ -13,7 +13,7 @@ help:
 	@echo "make check   lint and type-check; changes nothing"
 
 train: $(VENV)/.train
-	$(BIN)/sosvae demo --folder $(FOLDER)
+	$(BIN)/sosvae compare --folder $(FOLDER)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest --cov --cov-report=term

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from .aten import LOG_DET_TOLERANCE, empty_gradient, factorise, product_dtype, runs
 
-# Values of F in one block: as many as of P in `aten` would be 4 MiB; half, because products with F are wider.
-BLOCK_VALUES = 1 << 19
+# Values of F in one block: 1 MiB in float32, which keeps what is made of a block small beside grad_F.
+BLOCK_VALUES = 1 << 18
 
 
 def _blocks(F: Tensor, rows: int, items: slice):

@@ -156,7 +156,7 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
         impl, given = functional.check_impl(None, P), self._memory.capacitance()
         q, logdet, capacitance = functional.mahalanobis_and_logdet(value, self._loc, P, d, impl, given)
         self._remember(logdet, capacitance)
-        return q.expand(torch.broadcast_shapes(value.shape[:-1], self._batch_shape)), logdet
+        return q.expand(functional.broadcast(value.shape[:-1], self._batch_shape)), logdet
 
     def _remember(self, logdet: Tensor, capacitance: Capacitance | None) -> None:
         # The joint node also hangs on the value and the mean: without a gradient for P or d the entropy must not.

