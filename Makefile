@@ -5,12 +5,14 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 FOLDER ?= runs/faces
 
-.PHONY: train test check coverage clean help
+.PHONY: help train test check bench bench-compare clean
 
 help:
 	@echo "make train   train the default SOS-VAE and a β-VAE, write the figures ($(FOLDER))"
 	@echo "make test    run the tests"
 	@echo "make check   lint and type-check; changes nothing"
+	@echo "make bench   measure against torch, linear_operator and NumPyro; write tables and plots"
+	@echo "make bench-compare BASE=ref   this checkout against another version, in alternation"
 
 train: $(VENV)/.train
 	$(BIN)/sosvae compare --folder $(FOLDER)
@@ -23,6 +25,13 @@ check: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench: $(VENV)/.bench
+	$(BIN)/python -m pytest --benchmark; status=$$?; $(BIN)/python -m bench.report && exit $$status
+
+bench-compare: $(VENV)/.bench
+	@test -n "$(BASE)" || { echo "say which version: make bench-compare BASE=<git ref>"; exit 2; }
+	$(BIN)/python -m bench.compare $(BASE)
+
 # A stamp per extra: newer than the files that say what is installed.
 $(VENV)/.train: setup.py constraints.txt | $(VENV)/pyvenv.cfg
 	$(INSTALL) -e '.[train]'
@@ -30,6 +39,10 @@ $(VENV)/.train: setup.py constraints.txt | $(VENV)/pyvenv.cfg
 
 $(VENV)/.test: setup.py constraints.txt | $(VENV)/pyvenv.cfg
 	$(INSTALL) -e '.[train,test]'
+	@touch $@
+
+$(VENV)/.bench: setup.py constraints.txt | $(VENV)/pyvenv.cfg
+	$(INSTALL) -e '.[train,test,bench]'
 	@touch $@
 
 $(VENV)/pyvenv.cfg:

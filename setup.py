@@ -26,6 +26,14 @@ TEST = [
     "ruff>=0.14",
     "setuptools>=77",  # the test of the wheel builds one
 ]
+BENCH = [
+    "jax>=0.10",  # NumPyro's arrays; the CPU build
+    "linear_operator>=0.6",  # peer
+    "matplotlib>=3.8",  # plots
+    "numpyro>=0.22",  # peer
+    "pytest>=8",
+    "pytest-benchmark>=5",
+]
 
 setup(
     name="sosvae",
@@ -44,6 +52,6 @@ setup(
         "torch>=2.8",
         "triton>=3.4; platform_system == 'Linux'",  # torch's CPU build does not bring it
     ],
-    extras_require={"train": TRAIN, "test": TEST, "bench": ["pytest-benchmark>=5"]},
+    extras_require={"train": TRAIN, "test": TEST, "bench": BENCH},
     entry_points={"console_scripts": ["sosvae=sosvae.cli:main"]},
 )

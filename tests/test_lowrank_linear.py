@@ -253,3 +253,9 @@ def test_opcheck(mean):
         torch.ops.lowrank_mvn.linear_mahalanobis_and_logdet_backward.default,
         (torch.randn_like(q), torch.randn_like(logdet), *arguments, residual, C_inv, v, step, G, wide, "aten"),
     )
+
+
+def test_an_implementation_without_linear_factors_is_an_error():
+    factor = LinearFactor(torch.randn(2, 5, 6), torch.ones(3, 1, 5))
+    with pytest.raises(ValueError, match=r"impl='triton' is not available for a LinearFactor.*'aten', 'reference'"):
+        lowrank_mvn.entropy(factor, 1.0, impl="triton")

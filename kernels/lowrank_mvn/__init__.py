@@ -5,7 +5,8 @@
     linear         `LinearFactor`: a factor that is a linear map of features, and is never materialised
     reference      the textbook formulas: the specification
     aten           the closed forms in torch's operators, block by block
-    ops            the operators as torch sees them (schema, shapes, derivatives, batching)
+    triton         the closed forms as GPU kernels, imported when they are first used
+    ops            the operators as torch sees them (schema, shapes, derivatives, batching); ops_rsample: samples
 
 README.md in this folder derives the formulas.
 """

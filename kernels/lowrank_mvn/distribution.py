@@ -24,7 +24,8 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
     A drop-in for :class:`torch.distributions.LowRankMultivariateNormal`: same arguments, properties, sample shapes,
     errors and, on the CPU, the same samples from the same seed. The log-density is that of the residual form (exact
     in float32 where torch's is off by thousands of nats), nothing of the size of `cov_factor` is allocated but its
-    gradient, and nothing is factorised before it is needed.
+    gradient, and nothing is factorised before it is needed. Tensors on a GPU go through Triton kernels, whose samples
+    come from another stream of noise than torch's (the same seed gives the same sample there too).
 
     Example:
         >>> m = LowRankMultivariateNormal(torch.zeros(2), torch.tensor([[1.0], [0.0]]), torch.ones(2))

@@ -8,7 +8,8 @@ Shapes broadcast as in `torch.distributions`: with event size N and rank R,
     cov_diag     [..., N] or [..., 1], a 0-d tensor or a number: one variance for every pixel, never expanded
 
 float32 and float64 are computed in as they are; float16 and bfloat16 are read as such, computed in float32, and
-give a float32 log-density and entropy. `impl` is "aten" (closed forms, any device) or "reference" (the textbook
+give a float32 log-density and entropy. `impl` is "aten" (closed forms, any device), "triton" (the same as GPU kernels;
+the default for CUDA and ROCm tensors, and for CPU tensors only in Triton's interpreter) or "reference" (the textbook
 formulas, inexact in float32). Forward-mode derivatives, and derivatives beyond the first, go through the formulas
 of the reference in float64 whatever the implementation.
 """
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import linear, ops, reference
+from . import linear, ops, ops_rsample, reference
 from .linear import LinearFactor, LinearMean
 
 __all__ = ["Conditional", "condition", "entropy", "log_prob", "log_prob_and_entropy", "rsample"]
@@ -105,7 +106,8 @@ def rsample(
 
     Args:
         noise: ω_p [..., R] and ω_d [..., N], broadcast to `sample_shape` + batch; drawn from torch's generator, in
-            this order, where it is not given.
+            this order, where it is not given. The kernels of "triton" draw ω_d themselves, from a seed that they take
+            from torch's generator: the same seed gives the same sample, but not that of "aten".
 
     All samples share one pass over P. Nothing is factorised: a zero diagonal gives samples.
 
@@ -116,6 +118,10 @@ def rsample(
     impl = check_impl(impl, cov_factor)
     shape = torch.Size(sample_shape) + check_shapes(None, loc, cov_factor, d)
     N, R = cov_factor.shape[-2:]
+    fused = impl == "triton" and isinstance(cov_factor, Tensor) and not forward_mode()
+    if noise is None and fused:
+        omega_p = torch.randn(*shape, R, dtype=loc.dtype, device=loc.device)
+        return _rsample_fused(materialised(loc), materialised(cov_factor), d, shape, omega_p, None, impl)
     if noise is None:
         omega_p, omega_d = (torch.randn(*shape, size, dtype=loc.dtype, device=loc.device) for size in (R, N))
     else:
@@ -125,6 +131,8 @@ def rsample(
             if omega.dim() < 1 or omega.shape[-1] != size or not _broadcasts_to(omega.shape[:-1], shape):
                 raise ValueError(f"{name} has shape {_shape(omega)}, expected one that broadcasts to {[*shape, size]}")
         omega_p = omega_p.expand(*shape, R)
+    if fused:
+        return _rsample_fused(materialised(loc), materialised(cov_factor), d, shape, omega_p, omega_d, impl)
     dtype = torch.promote_types(loc.dtype, cov_factor.dtype)
     with torch.autocast(cov_factor.device.type, enabled=False):
         loc = materialised(loc)
@@ -141,6 +149,18 @@ def rsample(
             y = layout.restore(torch.bmm(P, omega.permute(1, 2, 0)).permute(2, 0, 1))
         high = result_dtype(loc, cov_factor, d)
         return (loc.to(high) + y.to(high) + d.to(high).sqrt() * omega_d.to(high)).to(dtype)
+
+
+def _rsample_fused(
+    loc: Tensor, P: Tensor, d: Tensor, shape: torch.Size, omega_p: Tensor, omega_d: Tensor | None, impl: str
+) -> Tensor:
+    """The operator of `ops_rsample`: ω_d, where it is not given, comes from one seed per item."""
+    layout = _Layout(shape, broadcast(P.shape[:-2], d.shape[:-1]))
+    seed = torch.randint(2**62, (layout.B,), device=P.device) if omega_d is None else None
+    noise = None if omega_d is None else layout.samples(omega_d.expand(*shape, P.shape[-2]), everything=True)
+    omega = layout.samples(omega_p, everything=True)
+    y = ops_rsample.rsample(layout.samples(loc), layout.items(P, 2), layout.items(d, 1), omega, noise, seed, impl)
+    return layout.restore(y).to(torch.promote_types(loc.dtype, P.dtype))
 
 
 def condition(
@@ -335,15 +355,19 @@ def parts(**arguments: Tensor | LinearFactor | LinearMean) -> dict[str, Tensor]:
     return found
 
 
-def available_implementations() -> list[str]:
-    return [*ops.IMPLEMENTATIONS, "reference"]
+def available_implementations(P: Factor) -> list[str]:
+    """What a factor can choose from, by its kind and device."""
+    implementations = linear.IMPLEMENTATIONS if isinstance(P, LinearFactor) else ops.IMPLEMENTATIONS
+    return [impl for impl in (*implementations, "reference") if ops.runs_on(impl, P.device)]
 
 
 def check_impl(impl: str | None, P: Factor) -> str:
+    available = available_implementations(P)
     if impl is None:
-        return "triton" if P.is_cuda and "triton" in ops.IMPLEMENTATIONS else "aten"
-    if impl not in available_implementations():
-        raise ValueError(f"impl={impl!r} is not available here, expected one of {available_implementations()}")
+        return "triton" if P.is_cuda and "triton" in available else "aten"
+    if impl not in available:
+        kind = "a LinearFactor" if isinstance(P, LinearFactor) else "tensors"
+        raise ValueError(f"impl={impl!r} is not available for {kind} on {P.device}, expected one of {available}")
     return impl
 
 

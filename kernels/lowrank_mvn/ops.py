@@ -10,6 +10,9 @@ An operator of `torch.library` and its derivative do not take part in the transf
 `autograd.Function`.
 """
 
+import importlib
+import importlib.util
+import os
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +21,17 @@ from torch import Tensor
 
 from . import aten, reference
 
+
+class _WhenUsed(ModuleType):
+    """A module of this package that is imported when something of it is asked for: no import of ours imports Triton."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self.__name__), name)
+
+
 IMPLEMENTATIONS: dict[str, ModuleType] = {"aten": aten}
+if importlib.util.find_spec("triton") is not None:
+    IMPLEMENTATIONS["triton"] = _WhenUsed(f"{__package__}.triton")
 
 library = torch.library.Library("lowrank_mvn", "DEF")
 
@@ -28,6 +41,11 @@ def define(schema: str, kernel, fake) -> None:
     library.define(schema)
     library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lowrank_mvn::{name}", fake, lib=library)
+
+
+def runs_on(impl: str, device: torch.device) -> bool:
+    """Whether an implementation can take tensors of that device; Triton's takes CPU tensors in its interpreter only."""
+    return impl != "triton" or device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def transformed() -> bool:

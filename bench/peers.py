@@ -1,0 +1,76 @@
+"""Who does the same job: the names, what they need, and where they are built.
+
+Every peer runs in a process of its own (`worker`): the thread pools of torch and jax would otherwise fight for the
+same cores. One that is not installed is named as missing in the results.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+from .operators import Arrays, Case, Operator
+
+__all__ = ["PEERS", "Job", "Peer", "build", "missing", "versions"]
+
+
+@dataclass(frozen=True)
+class Peer:
+    name: str
+    title: str
+    module: str  # where its jobs are built
+    requires: tuple[str, ...]  # distributions to be installed
+
+
+class Job:
+    """One operator on one set of inputs, ready to be called again and again."""
+
+    def call(self) -> Any:
+        """The timed work, done when it returns (on a GPU: queued)."""
+        raise NotImplementedError
+
+    def outputs(self) -> Arrays:
+        """The results of one call, as arrays that `Operator.errors` understands."""
+        raise NotImplementedError
+
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer("ours", "lowrank_mvn", "bench.peers_torch", ("torch",)),
+        Peer("torch", "torch's class", "bench.peers_torch", ("torch",)),
+        Peer("compile", "torch.compile of it", "bench.peers_torch", ("torch",)),
+        Peer("linear_operator", "linear_operator", "bench.peers_torch", ("torch", "linear_operator")),
+        Peer("numpyro", "NumPyro, jit", "bench.peers_jax", ("jax", "jaxlib", "numpyro")),
+        Peer("textbook", "textbook in torch", "bench.peers_torch", ("torch",)),
+        Peer("textbook_compile", "torch.compile of it", "bench.peers_torch", ("torch",)),
+    )
+}
+ORACLE = Peer("oracle", "torch's class in float64", "bench.peers_torch", ("torch",))
+
+
+def missing(peer: Peer) -> str | None:
+    """What has to be installed before this peer can run, or none."""
+    absent = [name for name in peer.requires if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(absent)}" if absent else None
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that a time may depend on, of what is installed."""
+    found = {}
+    for name in ("torch", "triton", "numpy", "jax", "jaxlib", "numpyro", "linear_operator"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def build(peer: Peer, operator: Operator, case: Case, inputs: Arrays, device: str) -> Job:
+    """The job of a peer. Imports its libraries, which is why it belongs into a process of its own.
+
+    Raises:
+        NotImplementedError: this installation has no such operator; the message says what is absent.
+    """
+    return importlib.import_module(peer.module).build(peer.name, operator, case, inputs, device)

@@ -1,0 +1,73 @@
+"""The benchmarks: `pytest --benchmark`. One test per operator, case and peer; a case is a group of pytest-benchmark.
+
+The rounds of all peers of a case are measured in alternation, each peer in a process of its own, when the first of
+its tests runs (`bench.measure`). Every test then gives its peer's rounds to pytest-benchmark, whose clock is here the
+one that the peers' processes have read.
+"""
+
+import pytest
+
+pytest.importorskip("pytest_benchmark", reason="needs the extra `bench`")
+
+from bench import measure
+from bench.operators import OPERATORS, SMALL, default_plan, full_plan
+
+
+class WorkersClock:
+    """The clock that pytest-benchmark reads: it stands still but for what the peers' processes have measured."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+CLOCK = WorkersClock()
+
+
+def pytest_generate_tests(metafunc):
+    if "entry" in metafunc.fixturenames:
+        plan = full_plan() if metafunc.config.getoption("benchmark_full") else default_plan()
+        cells = [(entry, peer) for entry in plan for peer in entry.peers]
+        ids = [f"{entry.operator.name}-{entry.case.id}-{peer}" for entry, peer in cells]
+        marks = [pytest.mark.benchmark(group=f"{e.operator.title}, {e.case.id}", timer=CLOCK) for e, _ in cells]
+        values = [pytest.param(*cell, id=i, marks=mark) for cell, i, mark in zip(cells, ids, marks, strict=True)]
+        metafunc.parametrize(("entry", "peer"), values)
+
+
+def test_operator(entry, peer, measured, benchmark):
+    results, rows = measured(entry)
+    (result,), (row,) = ([r for r in found if r.peer == peer] for found in (results, rows))
+    if result.status == "missing":
+        pytest.skip(f"{peer} is missing: {result.note}")
+    if result.status != "ok":
+        pytest.fail(f"{peer} is {result.status}: {result.note}", pytrace=False)
+    benchmark.extra_info |= {
+        "ratio to ours": row.ratio,
+        "errors": result.errors,
+        "memory [byte]": row.memory,
+        "over the floor": row.over_floor,
+    }
+    rounds = iter(result.seconds)
+    benchmark.pedantic(lambda: CLOCK.advance(next(rounds)), rounds=len(result.seconds))
+
+
+@pytest.mark.parametrize("name", [n for n, o in OPERATORS.items() if not n.startswith("train_")])
+def test_graph_capture(name, where):
+    if where["kind"] == "cpu":
+        pytest.skip("no GPU: there is no graph to capture; `python -m bench.static` reports on the compiled kernels")
+    if name == "rsample_backward":
+        pytest.skip("each replay draws other noise")
+    assert measure.capture(OPERATORS[name], SMALL, where["kind"]) < 1e-5
+
+
+def test_tune(where, request):
+    if not request.config.getoption("tune"):
+        pytest.skip("sweeps launch configurations with --tune")
+    if where["kind"] == "cpu":
+        pytest.fail("--tune needs a GPU: a launch configuration is chosen by measuring it", pytrace=False)
+    pytest.fail("--tune has nowhere to write to: lowrank_mvn.triton reads no table of launches", pytrace=False)

@@ -1,0 +1,299 @@
+r"""The backward pass: read P, write grad_P, and grad_x, grad_loc, grad_d on the way; only what is asked for.
+
+With a = ∂loss/∂q [S, B], b = ∂loss/∂log|Σ| [B], z = D⁻¹(δ − Pv) and T = C⁻¹Pᵀ:
+
+    grad_x = 2az = −grad_loc        grad_P = 2b D⁻¹Tᵀ − 2 Σₛ a z vᵀ
+    grad_d = bπ − Σₛ az²            π = diag Σ⁻¹ = 1/d − diag(PT)/d²
+
+The residual is made in float64, as in `residual`, and rounded once; T in three tf32 products of high and low parts (C⁻¹
+is split once), what is dropped being 2⁻²² of what is kept. Items that needed float64 for C need it for T too, whose
+terms cancel as far: WIDE adds R products of a column of C⁻¹ and a row of P in float64, and each of the two kernels
+leaves the other's items alone.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import common
+from .common import Block, load_tile, narrow, split, tile_offsets
+
+# By padded rank: one warp keeps the product of its columns to itself; from 64 rows on the high and low parts of C⁻¹ do
+# not fit beside a tile, and four warps share them.
+BLOCKS = {16: Block(1, 64), 32: Block(1, 32), 64: Block(4, 64), 128: Block(8, 32)}
+
+
+@triton.jit
+def backward_kernel(
+    a_ptr,  # [S, B]
+    b_ptr,  # [B]
+    x_ptr,  # [S, B, N]
+    loc_ptr,  # [S or 1, B, N]
+    P_ptr,  # [B, N, R]
+    d_ptr,  # [B, N], or [B, 1] if SCALAR_D
+    C_inv_ptr,  # [B, R, R]
+    v_ptr,  # [S, B, R]
+    wide_ptr,  # [B]
+    grad_x_ptr,  # [S, B, N]
+    grad_loc_ptr,  # [S or 1, B, N]
+    grad_P_ptr,  # [B, N, R]
+    grad_d_ptr,  # [B, N], or [B, SPLITS] of −Σ az² if SCALAR_D
+    S,
+    B,
+    N,
+    SPLITS,
+    COLUMNS,
+    stride_as,
+    stride_ab,
+    stride_bb,
+    stride_xs,
+    stride_xb,
+    stride_xn,
+    stride_ls,
+    stride_lb,
+    stride_ln,
+    stride_pb,
+    stride_pr,
+    stride_pn,
+    stride_db,
+    stride_dn,
+    stride_gb,
+    stride_gr,
+    stride_gn,
+    R: tl.constexpr,
+    SCALAR_D: tl.constexpr,
+    SHARED_LOC: tl.constexpr,
+    NEED_X: tl.constexpr,
+    NEED_LOC: tl.constexpr,
+    NEED_P: tl.constexpr,
+    NEED_D: tl.constexpr,
+    WIDE: tl.constexpr,
+    FLAGGED: tl.constexpr,
+    SPLIT_TF32: tl.constexpr,
+    TILES: tl.constexpr,
+    ALIGN: tl.constexpr,
+    NARROW: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    item = (pid // SPLITS).to(tl.int64)
+    pid_s = pid % SPLITS
+    if FLAGGED:  # noqa: SIM102  (decided when compiling)
+        if (tl.load(wide_ptr + item) != 0) != WIDE:
+            return
+    if ALIGN > 1:
+        N = tl.multiple_of(N, ALIGN)
+        stride_pb = tl.multiple_of(stride_pb, ALIGN)
+        stride_pr = tl.multiple_of(stride_pr, ALIGN)
+        stride_gb = tl.multiple_of(stride_gb, ALIGN)
+        stride_gr = tl.multiple_of(stride_gr, ALIGN)
+        stride_xs = tl.multiple_of(stride_xs, ALIGN)
+        stride_xb = tl.multiple_of(stride_xb, ALIGN)
+        stride_ls = tl.multiple_of(stride_ls, ALIGN)
+        stride_lb = tl.multiple_of(stride_lb, ALIGN)
+        if not SCALAR_D:
+            stride_db = tl.multiple_of(stride_db, ALIGN)
+    kind: tl.constexpr = tl.float64 if WIDE else tl.float32
+    WITH_T: tl.constexpr = NEED_P or (NEED_D and not SCALAR_D)
+    P_ptr += item * stride_pb
+    d_ptr += item * stride_db
+    C_inv_ptr += item * R * R
+    grad_P_ptr += item * stride_gb
+    offs_r = tl.arange(0, BLOCK_R)
+    b = tl.load(b_ptr + item * stride_bb).to(kind)
+    if SCALAR_D:
+        d_inv_one = 1.0 / tl.load(d_ptr).to(kind)
+    if WITH_T and TILES == 1 and not WIDE:
+        mask_C = (offs_r < R)[:, None] & (offs_r < R)[None, :]
+        C_inv = tl.load(C_inv_ptr + offs_r[:, None] * R + offs_r[None, :], mask=mask_C, other=0.0).to(tl.float32)
+        C_high, C_low = split(C_inv)
+    az2_sum = tl.zeros((BLOCK_N,), tl.float64)
+    start = pid_s * COLUMNS
+    for n in range(start, min(start + COLUMNS, N), BLOCK_N):
+        offs_n = n + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < N
+        columns = offs_n.to(tl.int64)
+        if SCALAR_D:
+            d_inv = tl.full((BLOCK_N,), 1.0, kind) * d_inv_one
+        else:
+            d_inv = 1.0 / tl.load(d_ptr + columns * stride_dn, mask=mask_n, other=1.0).to(kind)
+        pi = d_inv
+        for tile in tl.static_range(TILES):
+            offs_t = tile * BLOCK_R + offs_r
+            P = load_tile(P_ptr, offs_t, n, N, stride_pr, stride_pn, R, NARROW, BLOCK_N)
+            grad_P = tl.zeros((BLOCK_R, BLOCK_N), kind)
+            if WITH_T:
+                if WIDE:
+                    T = tl.zeros((BLOCK_R, BLOCK_N), tl.float64)
+                    for k in range(R):
+                        C_k = tl.load(C_inv_ptr + k * R + offs_t, mask=offs_t < R, other=0.0)
+                        row = P_ptr + tl.full((), 1, tl.int64) * k * stride_pr
+                        P_k = tl.load(row + columns * stride_pn, mask=mask_n, other=0.0).to(tl.float64)
+                        T += C_k[:, None] * P_k[None, :]
+                elif TILES == 1:
+                    T = _product(C_high, C_low, C_inv, P.to(tl.float32), SPLIT_TF32)
+                else:
+                    T = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+                    for other in range(TILES):
+                        offs_k = other * BLOCK_R + offs_r
+                        mask_t = (offs_t < R)[:, None] & (offs_k < R)[None, :]
+                        C_t = tl.load(C_inv_ptr + offs_t[:, None] * R + offs_k[None, :], mask=mask_t, other=0.0)
+                        C_t = C_t.to(tl.float32)
+                        high, low = split(C_t)
+                        P_k = load_tile(P_ptr, offs_k, n, N, stride_pr, stride_pn, R, NARROW, BLOCK_N).to(tl.float32)
+                        T += _product(high, low, C_t, P_k, SPLIT_TF32)
+                if NEED_D and not SCALAR_D:
+                    pi -= tl.sum(T * P.to(kind), 0) * d_inv * d_inv
+                if NEED_P:
+                    grad_P = T * (2.0 * b * d_inv)[None, :]
+            grad_loc = tl.zeros((BLOCK_N,), kind)
+            az2 = tl.zeros((BLOCK_N,), kind)
+            for s in range(S):
+                at = tl.full((), 1, tl.int64) * s
+                x = tl.load(x_ptr + at * stride_xs + item * stride_xb + columns * stride_xn, mask=mask_n, other=0.0)
+                where_loc = at * stride_ls + item * stride_lb
+                loc = tl.load(loc_ptr + where_loc + columns * stride_ln, mask=mask_n, other=0.0)
+                v_row = v_ptr + (at * B + item) * R
+                v = tl.load(v_row + offs_t, mask=offs_t < R, other=0.0)
+                r = x.to(tl.float64) - loc.to(tl.float64)
+                if TILES == 1:
+                    r -= tl.sum(P.to(tl.float64) * v[:, None], 0)
+                else:
+                    for other in range(TILES):
+                        offs_k = other * BLOCK_R + offs_r
+                        P_k = load_tile(P_ptr, offs_k, n, N, stride_pr, stride_pn, R, NARROW, BLOCK_N).to(tl.float64)
+                        r -= tl.sum(P_k * tl.load(v_row + offs_k, mask=offs_k < R, other=0.0)[:, None], 0)
+                a = tl.load(a_ptr + at * stride_as + item * stride_ab).to(kind)
+                z = r.to(kind) * d_inv
+                az = a * z
+                if NEED_P:
+                    grad_P -= v.to(kind)[:, None] * (2.0 * az)[None, :]
+                if tile == 0:
+                    az2 += az * z
+                    where = (at * B + item) * N + columns
+                    if NEED_X:
+                        tl.store(grad_x_ptr + where, narrow(2.0 * az, grad_x_ptr), mask=mask_n)
+                    if NEED_LOC:
+                        if SHARED_LOC:
+                            grad_loc -= 2.0 * az
+                        else:
+                            tl.store(grad_loc_ptr + where, narrow(-2.0 * az, grad_loc_ptr), mask=mask_n)
+            if tile == 0:
+                az2_sum += az2.to(tl.float64)
+                if NEED_LOC and SHARED_LOC:
+                    tl.store(grad_loc_ptr + item * N + columns, narrow(grad_loc, grad_loc_ptr), mask=mask_n)
+                az2_tile = az2
+            if NEED_P:
+                offsets = tile_offsets(offs_t, stride_gr, stride_gn, NARROW, BLOCK_N)
+                mask_P = (offs_t < R)[:, None] & mask_n[None, :]
+                tile_ptr = grad_P_ptr + tl.full((), 1, tl.int64) * n * stride_gn
+                tl.store(tile_ptr + offsets, narrow(grad_P, grad_P_ptr), mask=mask_P)
+        if NEED_D and not SCALAR_D:
+            grad_d = narrow(b * pi - az2_tile, grad_d_ptr)
+            tl.store(grad_d_ptr + item * N + columns, grad_d, mask=mask_n)
+    if NEED_D and SCALAR_D:
+        tl.store(grad_d_ptr + item * SPLITS + pid_s, -tl.sum(az2_sum, 0))
+
+
+@triton.jit
+def _product(C_high, C_low, C, P, SPLIT_TF32: tl.constexpr):
+    """CP of float32 tiles."""
+    if SPLIT_TF32:
+        high, low = split(P)
+        T = tl.dot(C_high, low, input_precision="tf32")
+        T = tl.dot(C_low, high, T, input_precision="tf32")
+        return tl.dot(C_high, high, T, input_precision="tf32")
+    else:
+        return tl.dot(C, P, input_precision="ieee")
+
+
+def gradients(
+    a: Tensor,
+    b: Tensor,
+    x: Tensor,
+    loc: Tensor,
+    P: Tensor,
+    d: Tensor,
+    C_inv: Tensor,
+    v: Tensor,
+    wide: Tensor,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    kind: str,
+    flagged: bool,
+) -> Tensor:
+    """Writes `grads` of x, loc, P and d; returns [B, SPLITS], where −Σ az² stands if d is one value per item."""
+    S, (B, N, R) = x.shape[0], P.shape
+    grad_x, grad_loc, grad_P, grad_d = grads
+    is_wide = kind == "float64"
+    G = grad_P if grad_P is not None else P
+    block_r = common.padded_rank(R) if R <= common.FUSED_R else common.TILED_R
+    align = min(common.alignment(P, x, loc, d), common.alignment(G, x, loc))
+    block_n = 16 if is_wide else BLOCKS[block_r].columns
+    if block_r == 16 and align == 1:
+        block_n = min(block_n, 32)  # single values take twice the registers
+    columns = common.split_columns(N, R, block_n)
+    splits = max(1, common.ceil_div(N, columns))
+    sums = P.new_zeros(B, splits, dtype=torch.float64)
+    scalar_d = d.shape[1] == 1
+    grad_d = sums if scalar_d else grad_d
+    common.launch(
+        backward_kernel,
+        (B * splits,),
+        BLOCKS[block_r].num_warps,
+        a_ptr=a,
+        b_ptr=b,
+        x_ptr=x,
+        loc_ptr=loc,
+        P_ptr=P,
+        d_ptr=d,
+        C_inv_ptr=C_inv,
+        v_ptr=v,
+        wide_ptr=wide.view(torch.uint8),
+        grad_x_ptr=grad_x if grad_x is not None else x,
+        grad_loc_ptr=grad_loc if grad_loc is not None else loc,
+        grad_P_ptr=G,
+        grad_d_ptr=grad_d if grad_d is not None else d,
+        S=S,
+        B=B,
+        N=N,
+        SPLITS=splits,
+        COLUMNS=columns,
+        stride_as=a.stride(0),
+        stride_ab=a.stride(1),
+        stride_bb=b.stride(0),
+        stride_xs=x.stride(0),
+        stride_xb=x.stride(1),
+        stride_xn=x.stride(2),
+        stride_ls=loc.stride(0) if loc.shape[0] > 1 else 0,
+        stride_lb=loc.stride(1),
+        stride_ln=loc.stride(2),
+        stride_pb=P.stride(0),
+        stride_pr=P.stride(2),
+        stride_pn=P.stride(1),
+        stride_db=d.stride(0),
+        stride_dn=d.stride(1),
+        stride_gb=G.stride(0),
+        stride_gr=G.stride(2),
+        stride_gn=G.stride(1),
+        R=R,
+        SCALAR_D=scalar_d,
+        SHARED_LOC=loc.shape[0] != S,
+        NEED_X=grad_x is not None,
+        NEED_LOC=grad_loc is not None,
+        NEED_P=grad_P is not None,
+        NEED_D=scalar_d or grad_d is not None,
+        WIDE=is_wide,
+        FLAGGED=flagged,
+        SPLIT_TF32=kind == "tf32",
+        TILES=common.ceil_div(R, block_r),
+        ALIGN=align,
+        NARROW=common.narrow_offsets(P, block_n) and common.narrow_offsets(G, block_n),
+        BLOCK_R=block_r,
+        BLOCK_N=block_n,
+    )
+    return sums
+
+
+__all__ = ["gradients"]

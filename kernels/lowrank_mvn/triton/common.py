@@ -1,0 +1,148 @@
+"""What the kernels share: reading blocks, products in split tf32, and how work is cut into programs.
+
+A block of P is a tile [BLOCK_R, BLOCK_N] in every kernel, whatever the layout in memory: Triton lays the threads
+out along the dimension whose stride is 1. Offsets are int64 before the first multiply.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# The widest rank that is held in one tile; beyond, kernels walk over tiles of TILED_R rows.
+FUSED_R = 128
+TILED_R = 64
+
+# Columns that one program adds up in float32. Tensor cores cut off what does not fit the accumulator: 2⁻²⁴ of it per
+# 8 columns on average, 8e-6 after 2048. Beyond, partial sums are added in float64.
+MAX_COLUMNS = 2048
+
+
+@triton.jit
+def tile_offsets(offs_r, stride_pr, stride_pn, NARROW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Offsets of a tile from its first column; they do not change from step to step, and with NARROW fit an int32."""
+    local = tl.arange(0, BLOCK_N)
+    if NARROW:
+        return (offs_r * stride_pr)[:, None] + (local * stride_pn)[None, :]
+    else:  # both branches would be compiled without it
+        return (offs_r.to(tl.int64) * stride_pr)[:, None] + (local.to(tl.int64) * stride_pn)[None, :]
+
+
+@triton.jit
+def load_tile(P_ptr, offs_r, n, N, stride_pr, stride_pn, R: tl.constexpr, NARROW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """P[n : n + BLOCK_N, offs_r] as [BLOCK_R, BLOCK_N] in its own dtype, zero outside."""
+    offsets = tile_offsets(offs_r, stride_pr, stride_pn, NARROW, BLOCK_N)
+    mask = (offs_r < R)[:, None] & ((n + tl.arange(0, BLOCK_N)) < N)[None, :]
+    return tl.load(P_ptr + tl.full((), 1, tl.int64) * n * stride_pn + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def split(a):
+    """a = high + low: high has the 11 significant bits that a tensor core reads, low is exact in float32."""
+    bits = a.to(tl.int32, bitcast=True)
+    high = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return high, a - high
+
+
+@triton.jit
+def reciprocal(d):
+    """1/d in float64 without a division: one Newton step from float32 leaves a relative error of 1e-14."""
+    if d.dtype == tl.float64:
+        return 1.0 / d
+    else:
+        d64 = d.to(tl.float64)
+        guess = (1.0 / d.to(tl.float32)).to(tl.float64)
+        return guess * (2.0 - d64 * guess)
+
+
+@triton.jit
+def narrow(a, like_ptr):
+    """`a` in the dtype that `like_ptr` points to; half precision by way of float32."""
+    if like_ptr.dtype.element_ty == tl.float64:
+        return a.to(tl.float64)
+    else:
+        return a.to(tl.float32).to(like_ptr.dtype.element_ty)
+
+
+@triton.jit
+def fold(a, WIDTH: tl.constexpr):
+    """Sums over WIDTH neighbouring columns [R, n] -> [R, n / WIDTH]: within a thread where it holds them all."""
+    if WIDTH == 1:
+        return a
+    else:
+        return tl.sum(tl.reshape(a, (a.shape[0], a.shape[1] // WIDTH, WIDTH)), 2)
+
+
+class Block(NamedTuple):
+    """How a kernel is cut for one padded rank; found with `bench.static` (kernels/LOG.md), whose bounds they keep."""
+
+    num_warps: int
+    columns: int  # of one tile
+    num_stages: int = 1
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def padded_rank(R: int) -> int:
+    """A power of two, and at least the 16 that a matrix product needs."""
+    return max(16, triton.next_power_of_2(R))
+
+
+def split_columns(N: int, R: int, block_n: int) -> int:
+    """Columns per program: many enough that what is stored per program (R² values) stays below 4 % of P."""
+    wanted = min(max(1024, 40 * R), max(MAX_COLUMNS, 40 * R))
+    return ceil_div(wanted, block_n) * block_n
+
+
+def alignment(P: Tensor, *others: Tensor) -> int:
+    """Columns that may be read at once: a power of two that divides N and every stride but those along N, at most 16.
+
+    Triton finds out by itself only about multiples of 16 (116 412 is one of 4).
+    """
+    if P.stride(1) != 1 or (P.stride(2) == 1 and P.shape[2] != 1):
+        return 1
+    numbers = [P.shape[1], P.stride(0), P.stride(2)]
+    for t in others:
+        if t.shape[-1] != 1:
+            if t.stride(-1) != 1:
+                return 1
+            numbers += t.stride()[:-1]
+    align = 16
+    while any(number % align for number in numbers):
+        align //= 2
+    return align
+
+
+def narrow_offsets(P: Tensor, block_n: int) -> bool:
+    """Whether the offsets inside a tile fit an int32 (the offset of the tile itself is always an int64)."""
+    return abs(P.stride(1)) * block_n + abs(P.stride(2)) * 2 * P.shape[2] < 2**31
+
+
+def products(*tensors: Tensor) -> str:
+    """How products are made: "float64", in split "tf32" where there are tensor cores for it, else "float32"."""
+    if any(t.dtype == torch.float64 for t in tensors):
+        return "float64"
+    if not tensors[0].is_cuda:
+        return "tf32"  # the interpreter: what is tested is what runs
+    if torch.version.hip or torch.cuda.get_device_capability(tensors[0].device)[0] < 8:
+        return "float32"
+    return "tf32"
+
+
+def matrix_float64(device: torch.device) -> bool:
+    """Whether `tl.dot` takes float64: Triton 3.7 compiles it for NVIDIA's targets, not for AMD's."""
+    return device.type != "cuda" or not torch.version.hip
+
+
+def launch(kernel, grid: tuple[int, ...], num_warps: int, num_stages: int = 1, **arguments) -> None:
+    """Every kernel is started here, so that a tool can see what is started (`bench.static` does).
+
+    One stage by default: several programs on a multiprocessor cover the memory's latency for each other, and stages
+    in shared memory cost registers for their addresses (kernels/LOG.md).
+    """
+    if all(grid):
+        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)

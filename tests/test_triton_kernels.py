@@ -1,0 +1,264 @@
+"""Every Triton kernel against float64: in the interpreter on the CPU, compiled where there is a device.
+
+Triton decides when it is imported whether kernels are interpreted (TRITON_INTERPRET=1), so that one process cannot do
+both. `test_triton_session.py` runs this file a second time in a process of its own with the interpreter on; in an
+ordinary session the same tests are marked `gpu`.
+
+The interpreter multiplies in full precision where tensor cores read 11 significant bits: `_tensor_cores` cuts the
+operands of every tf32 product, so that the split products are tested with the error that they have.
+"""
+
+import os
+
+import pytest
+import torch
+
+from lowrank_mvn import aten
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRET else "cuda"
+pytestmark = [
+    *([] if INTERPRET else [pytest.mark.gpu]),
+    # The interpreter is numpy: NaN and infinity, which some tests are about, warn there.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+# (dtype, S, B, N, R, layout, diagonal, loc shared by the samples): every value of every column, ragged first.
+MATRIX = [
+    (F32, 1, 1, 1, 1, "BRN", "pixel", True),
+    (F32, 1, 2, 5, 2, "BNR", "item", True),
+    (F32, 1, 2, 63, 3, "BRN", "pixel", True),
+    (F32, 1, 2, 128, 25, "BRN", "pixel", True),
+    (F32, 1, 2, 128, 25, "BNR", "item", True),
+    (F32, 1, 1, 1000, 25, "BRN", "pixel", True),
+    (F32, 1, 1, 1000, 16, "BNR", "pixel", True),
+    (F32, 3, 2, 63, 25, "strided", "pixel", False),
+    (F32, 2, 2, 128, 32, "BRN", "item", True),
+    (F32, 1, 1, 1000, 33, "BRN", "pixel", True),
+    (F32, 1, 1, 128, 64, "BNR", "pixel", True),
+    (F32, 1, 1, 63, 100, "BRN", "pixel", True),
+    (F64, 1, 2, 63, 3, "BRN", "pixel", True),
+    (F64, 2, 1, 128, 25, "BNR", "item", False),
+    (BF16, 1, 2, 63, 16, "BRN", "pixel", True),
+    (BF16, 2, 1, 128, 25, "BNR", "pixel", False),
+    (F16, 1, 2, 63, 25, "BRN", "item", True),
+    (F16, 1, 1, 5, 1, "BNR", "pixel", True),
+]
+IDS = ["-".join(str(v).removeprefix("torch.") for v in case) for case in MATRIX]
+
+# Rounding of the outputs, and of float32 inside: C is summed from products with an error of 2⁻²¹.
+TOLERANCE = {F32: 2e-6, F64: 1e-12, BF16: 8e-3, F16: 1e-3}
+
+
+@pytest.fixture(autouse=True)
+def _poisoned():
+    """New memory is NaN: what a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _tensor_cores(monkeypatch):
+    if not INTERPRET:
+        return
+    import numpy as np
+    from triton.runtime import interpreter
+
+    plain = interpreter.InterpreterBuilder.create_dot
+
+    def cut(handle):
+        bits = np.ascontiguousarray(handle.data).view(np.uint32) & np.uint32(0xFFFFE000)
+        return interpreter.TensorHandle(bits.view(np.float32), handle.dtype)
+
+    def create_dot(self, a, b, d, input_precision, *rest):
+        if getattr(input_precision, "name", "") == "TF32" and a.data.dtype == np.float32:
+            a, b = cut(a), cut(b)
+        return plain(self, a, b, d, input_precision, *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    from lowrank_mvn import triton
+
+    return triton
+
+
+def inputs(dtype, S, B, N, R, layout, diagonal, shared, d=1.0, scale=1.0):
+    """x, loc, P, d in canonical shapes; what lies between the elements of a strided P is NaN."""
+    options = {"dtype": F64, "device": DEVICE}
+    P = torch.randn(B, R, N, **options).mT if layout == "BRN" else torch.randn(B, N, R, **options)
+    P = (P * scale).to(dtype)
+    if layout == "strided":
+        holder = P.new_full((B, 2 * N, 2 * R), float("nan"))
+        holder[:, ::2, ::2] = P
+        P = holder[:, ::2, ::2]
+    x, loc = torch.randn(S, B, N, **options), torch.randn(1 if shared else S, B, N, **options)
+    diag = d * (0.5 + torch.rand(B, N if diagonal == "pixel" else 1, **options))
+    return x.to(dtype), loc.to(dtype), P, diag.to(dtype)
+
+
+def relative(a, b):
+    b = b.double()
+    return ((a.double() - b).norm() / b.norm().clamp_min(1e-300)).item()
+
+
+def oracle(x, loc, P, d, needs=(True,) * 4, a=None, b=None):
+    """Outputs and gradients of the closed forms in float64, which test_lowrank_oracle holds against dense algebra."""
+    wide = [t.double() for t in (x, loc, P, d)]
+    out = aten.mahalanobis_and_logdet(*wide)
+    return out, aten.mahalanobis_and_logdet_backward(a, b, *wide, *out[2:], list(needs)) if a is not None else None
+
+
+def weights(S, B):
+    return torch.randn(S, B, dtype=F64, device=DEVICE), torch.randn(B, dtype=F64, device=DEVICE)
+
+
+@pytest.mark.parametrize("case", MATRIX, ids=IDS)
+def test_density_and_every_gradient(kernels, case):
+    args, tolerance = inputs(*case), TOLERANCE[case[0]]
+    a, b = weights(*case[1:3])
+    expected, expected_grads = oracle(*args, a=a, b=b)
+    out = kernels.mahalanobis_and_logdet(*args)
+    for name, ours, theirs in zip(("q", "logdet", "C_inv", "v"), out, expected, strict=False):
+        assert ours.dtype == F64
+        assert relative(ours, theirs) < max(2e-6 if case[0] != F64 else 0, TOLERANCE[F64]), name
+    grads = kernels.mahalanobis_and_logdet_backward(a, b, *args, *out[2:], [True] * 4)
+    for name, ours, theirs, like in zip(("x", "loc", "P", "d"), grads, expected_grads, args, strict=True):
+        assert ours.shape == like.shape
+        assert ours.dtype == like.dtype
+        assert relative(ours, theirs) < tolerance, name
+    if case[5] != "strided":
+        assert grads[2].stride() == args[2].stride()
+
+
+@pytest.mark.parametrize("needs", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 0, 0, 0), (1, 0, 0, 1)])
+@pytest.mark.parametrize("diagonal", ["pixel", "item"])
+def test_only_what_is_asked_for(kernels, needs, diagonal):
+    args = inputs(F32, 2, 2, 20, 3, "BRN", diagonal, True)
+    a, b = weights(2, 2)
+    _, expected = oracle(*args, a=a, b=b)
+    out = kernels.mahalanobis_and_logdet(*args)
+    grads = kernels.mahalanobis_and_logdet_backward(a, b, *args, *out[2:], [bool(n) for n in needs])
+    for need, ours, theirs in zip(needs, grads, expected, strict=True):
+        assert relative(ours, theirs) < 2e-6 if need else ours.numel() == 0
+
+
+def test_capacitance_given(kernels):
+    args = inputs(F32, 3, 2, 70, 5, "BRN", "pixel", True)
+    first = kernels.mahalanobis_and_logdet(*args)
+    again = kernels.mahalanobis_and_logdet(*args, first[2], first[1], first[4])
+    for ours, theirs in zip(again, first, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_no_samples_and_empty_batch(kernels):
+    args = inputs(F32, 2, 2, 20, 3, "BRN", "pixel", True)
+    q, logdet, *_ = kernels.mahalanobis_and_logdet(args[0][:0], args[1], *args[2:])
+    assert q.shape == (0, 2)
+    assert relative(logdet, oracle(*args)[0][1]) < 1e-6
+    nothing = inputs(F32, 2, 0, 20, 3, "BRN", "pixel", True)
+    out = kernels.mahalanobis_and_logdet(*nothing)
+    assert out[0].shape == (2, 0)
+    grads = kernels.mahalanobis_and_logdet_backward(*weights(2, 0), *nothing, *out[2:], [True] * 4)
+    assert [g.shape for g in grads] == [t.shape for t in nothing]
+
+
+@pytest.mark.parametrize(("N", "R"), [(40, 7), (130, 25)])
+def test_gram_with_a_mask(kernels, N, R):
+    x, loc, P, d = inputs(F32, 2, 2, N, R, "BRN", "pixel", True)
+    precision = torch.where(torch.rand_like(d) < 0.5, d.reciprocal(), torch.zeros_like(d))
+    C, w = kernels.gram(x, loc, P, precision)
+    C_expected, w_expected = aten.gram(x.double(), loc.double(), P.double(), precision.double())
+    assert relative(C, C_expected) < 1e-6
+    assert relative(w, w_expected) < 1e-12  # made in float64
+
+
+@pytest.mark.parametrize("R", [129])
+def test_rank_beyond_one_tile(kernels, R):
+    args = inputs(F32, 1, 1, 8, R, "BRN", "pixel", True, scale=0.1)
+    a, b = weights(1, 1)
+    expected, expected_grads = oracle(*args, a=a, b=b)
+    out = kernels.mahalanobis_and_logdet(*args)
+    grads = kernels.mahalanobis_and_logdet_backward(a, b, *args, *out[2:], [True] * 4)
+    for ours, theirs in zip((*out[:4], *grads), (*expected[:4], *expected_grads), strict=True):
+        assert relative(ours, theirs) < 2e-6
+
+
+@pytest.mark.parametrize(("ratio", "log_p", "gradient"), [(1.0, 0.05, 1e-4), (1e-2, 0.05, 1e-4), (1e-4, 1.0, 1e-3)])
+def test_small_diagonal_and_collinear_columns(kernels, ratio, log_p, gradient):
+    """The bars at N = 116 412, d = 1e-5, at an N that the interpreter can do."""
+    N, R = 1000, 25
+    _, loc, P, d = inputs(F32, 1, 1, N, R, "BRN", "item", True, d=1e-5, scale=0.2)
+    P = (P[..., :1] + ratio * P).mT.contiguous().mT if ratio < 1 else P
+    d = torch.full_like(d, 1e-5)
+    omega = torch.randn(1, R, 1, dtype=F64, device=DEVICE)
+    noise = torch.randn(1, N, dtype=F64, device=DEVICE)
+    x = (loc.double() + (P.double() @ omega)[..., 0] + d.double().sqrt() * noise).float()
+    one = torch.full((1, 1), -0.5, dtype=F64, device=DEVICE), torch.full((1,), -0.5, dtype=F64, device=DEVICE)
+    expected, expected_grads = oracle(x, loc, P, d, a=one[0], b=one[1])
+    out = kernels.mahalanobis_and_logdet(x, loc, P, d)
+    off = 0.5 * ((out[0] - expected[0]).abs().sum() + (out[1] - expected[1]).abs().sum())
+    assert off < log_p
+    grads = kernels.mahalanobis_and_logdet_backward(*one, x, loc, P, d, *out[2:], [True] * 4)
+    for name, ours, theirs in zip(("x", "loc", "P", "d"), grads, expected_grads, strict=True):
+        assert relative(ours, theirs) < gradient, name
+
+
+def test_condition_of_1e9_is_made_again_in_float64(kernels):
+    x, loc, P, d = inputs(F32, 1, 2, 200, 4, "BRN", "item", True)
+    P, d = P.contiguous(), torch.full_like(d, 1e-7)
+    P[1, :, 1] = P[1, :, 0] + 1e-5 * P[1, :, 1]
+    q, logdet, C_inv, _, wide = kernels.mahalanobis_and_logdet(x, loc, P, d)
+    assert torch.linalg.cond(C_inv)[1] > 1e9
+    assert wide.tolist() == [False, True]
+    expected, _ = oracle(x, loc, P, d)
+    assert relative(logdet, expected[1]) < 1e-6
+    assert relative(q, expected[0]) < 1e-6
+
+
+def test_one_item_that_is_not_finite(kernels):
+    args = inputs(F32, 1, 3, 40, 5, "BRN", "pixel", True)
+    a, b = weights(1, 3)
+    good = kernels.mahalanobis_and_logdet(*args)
+    good_grads = kernels.mahalanobis_and_logdet_backward(a, b, *args, *good[2:], [True] * 4)
+    args[2][1, 7, 2] = float("nan")
+    out = kernels.mahalanobis_and_logdet(*args)
+    assert out[0][0, 1].isnan()
+    assert out[1][1].isnan()
+    assert torch.equal(out[0][0, ::2], good[0][0, ::2])
+    assert torch.equal(out[1][::2], good[1][::2])
+    grads = kernels.mahalanobis_and_logdet_backward(a, b, *args, *out[2:], [True] * 4)
+    assert torch.equal(grads[2][::2], good_grads[2][::2])
+
+
+def test_the_same_bits_twice(kernels):
+    args = inputs(F32, 1, 2, 300, 9, "BNR", "pixel", True)
+    for ours, theirs in zip(kernels.mahalanobis_and_logdet(*args), kernels.mahalanobis_and_logdet(*args), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_more_splits_than_work(kernels, monkeypatch):
+    """What a program without columns writes is zero."""
+    args = inputs(F32, 1, 1, 70, 3, "BRN", "pixel", True)
+    expected = kernels.mahalanobis_and_logdet(*args)
+    monkeypatch.setattr(kernels.common, "ceil_div", lambda a, b: -(-a // b) + (3 if a == 70 else 0))
+    out = kernels.mahalanobis_and_logdet(*args)
+    for ours, theirs in zip(out[:4], expected[:4], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_offsets_beyond_int32(kernels):
+    """A batch stride and a row stride beyond 2³¹ elements, over memory of which next to nothing is touched."""
+    B, N, R = 2, 3, 2
+    stride_b, stride_n = 2**31 + 5, 2**30 + 3
+    storage = torch.UntypedStorage(4 * (stride_b + (N - 1) * stride_n + R), device=DEVICE)
+    P = torch.empty(0, device=DEVICE).set_(storage, 0, (B, N, R), (stride_b, stride_n, 1))
+    P.copy_(torch.randn(B, N, R))
+    x, loc, _, d = inputs(F32, 1, B, N, R, "BNR", "pixel", True)
+    expected = kernels.mahalanobis_and_logdet(x, loc, P.contiguous(), d)
+    for ours, theirs in zip(kernels.mahalanobis_and_logdet(x, loc, P, d), expected, strict=True):
+        assert torch.equal(ours, theirs)
