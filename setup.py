@@ -43,7 +43,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=[*find_packages("kernels"), *find_packages(include=["sosvae", "sosvae.*"])],
     package_dir={"lowrank_mvn": "kernels/lowrank_mvn"},
     package_data={"lowrank_mvn": ["py.typed"], "sosvae": ["py.typed"]},
