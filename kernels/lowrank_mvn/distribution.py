@@ -143,7 +143,7 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
         return functional._entropy(logdet, self._event_shape[0]).to(self._result_dtype).expand(self._batch_shape)
 
     def log_prob_and_entropy(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """`log_prob(value)` and `entropy()` in one pass over the factor, forward and backward."""
+        """`log_prob(value)` and `entropy()` from one capacitance matrix, with one backward pass for both."""
         log_prob = self.log_prob(value)
         return log_prob, self.entropy()
 
