@@ -7,7 +7,7 @@ gradient. With C = I + PᵀD⁻¹P, δ = x − μ, w = PᵀD⁻¹δ (README.md i
                R×R, in float64: log|C|, C⁻¹, v = C⁻¹w
                read P: r = δ − Pv,  q(v) = rᵀD⁻¹r + vᵀv,  g = PᵀD⁻¹r − v
                q = q(v) − gᵀC⁻¹g,  v ← v + C⁻¹g
-    backward   read P, write grad_P, given a = ∂loss/∂q, b = ∂loss/∂log|Σ| and z = D⁻¹r:
+    backward   read P, write grad_P, given a = ∂loss/∂q, b = ∂loss/∂log|Σ|; r ← r − PC⁻¹g, z = D⁻¹r:
                grad_x = 2az = −grad_loc        grad_P = 2b D⁻¹PC⁻¹ − 2a z vᵀ
                grad_d = bπ − az²               π = diag Σ⁻¹ = 1/d − diag(PC⁻¹Pᵀ)/d²
 
@@ -24,20 +24,40 @@ import sys
 import torch
 from torch import Tensor
 
-# Values of P in one block of a forward pass (4 MiB in float32), half in the backward pass, which makes more of each:
-# smaller ones pay for the calls, larger ones leave the caches (kernels/LOG.md).
+# Values of P in one block (4 MiB in float32): smaller ones pay for the calls, larger ones leave the caches
+# (kernels/LOG.md).
 BLOCK_VALUES = 1 << 20
+
+# The residual of the forward pass is an output of it.
+KEEPS_RESIDUAL = True
 
 # An item's C is made again with float64 products where rounding in float32 could move log|C| by more than this.
 LOG_DET_TOLERANCE = 0.01  # nats
 
 
-def _blocks(P: Tensor, S: int, items: slice, values: int = BLOCK_VALUES):
-    """Index pairs (items, pixels) that cover `items` of P in blocks of about `values` values."""
+class _Scratch:
+    """Memory for what is made of one block of P, in its layout, used again for every block.
+
+    Memory that is allocated anew for each block may be given back to the system in between, and then costs its first
+    touch every time: up to as much as all else together (kernels/LOG.md).
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._flat = torch.empty(0, dtype=dtype, device=device)
+
+    def like(self, p: Tensor) -> Tensor:
+        if self._flat.numel() < p.numel():
+            self._flat = self._flat.new_empty(p.numel())
+        flat, (b, n, R) = self._flat[: p.numel()], p.shape
+        return flat.view(b, n, R) if p.stride(-1) <= p.stride(-2) else flat.view(b, R, n).mT
+
+
+def _blocks(P: Tensor, S: int, items: slice):
+    """Index pairs (items, pixels) that cover `items` of P in blocks of about BLOCK_VALUES values."""
     B, N, R = items.stop - items.start, P.shape[1], P.shape[2]
     row = R + 3 * S  # a row of P, and δ, r, z of every sample
-    step_b = max(1, min(B, values // max(1, min(N, 1024) * row)))
-    step_n = max(1, values // (step_b * row))
+    step_b = max(1, min(B, BLOCK_VALUES // max(1, min(N, 1024) * row)))
+    step_n = max(1, BLOCK_VALUES // (step_b * row))
     for b in range(items.start, items.stop, step_b):
         for n in range(0, N, step_n):
             yield slice(b, min(b + step_b, items.stop)), slice(n, min(n + step_n, N))
@@ -67,26 +87,35 @@ def _projection(z: Tensor, p: Tensor) -> Tensor:
     return torch.bmm(z, p)
 
 
-def _times(p: Tensor, A: Tensor) -> Tensor:
-    """PA [b, n, R] of `A` [b, R, R], in the layout of P."""
-    return torch.bmm(p, A) if p.stride(-1) <= p.stride(-2) else torch.bmm(A.mT, p.mT).mT
+def _times(p: Tensor, A: Tensor, out: Tensor) -> Tensor:
+    """PA [b, n, R] of `A` [b, R, R], in `out`, which has the layout of P."""
+    if p.stride(-1) <= p.stride(-2):
+        return torch.bmm(p, A, out=out)
+    torch.bmm(A.mT, p.mT, out=out.mT)
+    return out
 
 
 def _gram(x: Tensor, loc: Tensor, P: Tensor, d: Tensor, items: slice, dtype: torch.dtype, inverted: bool):
     """C = I + PᵀD⁻¹P and w = PᵀD⁻¹δ of some items, products in `dtype`, float64 out.
 
-    `d` is the diagonal of D or, if `inverted`, of D⁻¹, where 0 stands for a pixel that is not observed.
+    `d` is the diagonal of D or, if `inverted`, of D⁻¹, where 0 stands for a pixel that is not observed. Products are
+    made in tiles of 8 columns; one or two columns beyond a multiple of 8 cost as much as 8, and less beside δ.
     """
     S, R = x.shape[0], P.shape[2]
     C = P.new_zeros(P.shape[0], R, R, dtype=torch.float64)
     w = P.new_zeros(P.shape[0], S, R, dtype=torch.float64)
+    scratch = _Scratch(dtype, P.device)
+    whole = R - R % 8 if R % 8 <= 2 else R
     for b, n in _blocks(P, S, items):
+        p = P[b, n]
         block = _diagonal(d, b, n, dtype)
         scale = block.sqrt() if inverted else block.rsqrt()
-        Q = P[b, n].to(dtype) * scale.unsqueeze(-1)
-        C[b] += torch.bmm(Q.mT, Q)
-        if S:
-            w[b] += _projection(_delta(x, loc, b, n, dtype) * scale.unsqueeze(1), Q)
+        Q = torch.mul(p, scale.unsqueeze(-1), out=scratch.like(p))
+        C[b, :whole, :whole] += torch.bmm(Q[..., :whole].mT, Q[..., :whole])
+        rows = _projection(torch.cat([Q[..., whole:].mT, _delta(x, loc, b, n, dtype) * scale.unsqueeze(1)], 1), Q)
+        C[b, whole:] += rows[:, : R - whole]
+        w[b] += rows[:, R - whole :]
+    C[:, :whole, whole:] = C[:, whole:, :whole].mT
     C.diagonal(dim1=-2, dim2=-1).add_(1)
     return C[items], w[items]
 
@@ -169,10 +198,11 @@ def mahalanobis_and_logdet(
     C_inv: Tensor | None = None,
     logdet: Tensor | None = None,
     wide: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """q = δᵀΣ⁻¹δ [S, B], log|Σ| [B], C⁻¹ [B, R, R], v [S, B, R] (all float64) and `wide` [B].
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q = δᵀΣ⁻¹δ [S, B], log|Σ| [B], C⁻¹ [B, R, R], v and its last step C⁻¹g [S, B, R] (float64), r and `wide` [B].
 
-    The last of an earlier call for the same P and d may be given: then C is not made again.
+    r = δ − Pv [S, B, N] is the residual before the last step of v, kept so that the backward pass need not make it in
+    float64 again. C⁻¹, log|Σ| and `wide` of an earlier call for the same P and d may be given: C is not made again.
     """
     S, (B, N, R) = x.shape[0], P.shape
     dtype = product_dtype(x, loc, P, d)
@@ -189,25 +219,21 @@ def mahalanobis_and_logdet(
     v = w @ C_inv
     q = v.square().sum(-1)
     g = -v
+    residual = x.new_empty(x.shape, dtype=dtype)
+    scratch = _Scratch(torch.float64, P.device)
     for items, products in runs(wide, dtype) if S else ():
         for b, n in _blocks(P, S, items):
-            p = P[b, n].to(products)
-            r = _residual(x, loc, p, v[b], b, n, products)
+            p = P[b, n]
+            # Where d is small, r is what is left of numbers hundreds of times its size: made in float64, rounded once.
+            r = (_delta(x, loc, b, n, torch.float64) - _rows(v[b], scratch.like(p).copy_(p))).to(products)
+            residual[:, b, n] = r.transpose(0, 1)
             z = r / _diagonal(d, b, n, products).unsqueeze(1)
             q[b] += (r * z).sum(-1, dtype=torch.float64)
-            g[b] += _projection(z, p)
+            g[b] += _projection(z, p.to(products))
     step = g @ C_inv
     q = q - (g * step).sum(-1)
-    return q.T.contiguous(), logdet, C_inv, (v + step).transpose(0, 1).contiguous(), wide
-
-
-def _residual(x: Tensor, loc: Tensor, p: Tensor, v: Tensor, b: slice, n: slice, dtype: torch.dtype) -> Tensor:
-    """r = δ − Pv of a block, [b, S, n], with `v` [b, S, R].
-
-    Where d is small, r is what is left of numbers hundreds of times its size: it is made in float64, which costs a
-    few per cent of the pass, and rounded once.
-    """
-    return (_delta(x, loc, b, n, torch.float64) - _rows(v, p.double())).to(dtype)
+    v, step = ((t.transpose(0, 1).contiguous()) for t in (v + step, step))
+    return q.T.contiguous(), logdet, C_inv, v, step, residual, wide
 
 
 def empty_gradient(P: Tensor) -> Tensor:
@@ -231,6 +257,8 @@ def mahalanobis_and_logdet_backward(
     d: Tensor,
     C_inv: Tensor,
     v: Tensor,
+    step: Tensor,
+    residual: Tensor,
     wide: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -244,17 +272,18 @@ def mahalanobis_and_logdet_backward(
     grad_P = empty_gradient(P) if need_P else x.new_empty(0)
     grad_d = d.new_zeros(d.shape, dtype=torch.float64 if scalar_d else d.dtype) if need_d else d.new_empty(0)
     a, b_ = grad_mahalanobis.T.double(), grad_logdet.double()  # [B, S], [B]
-    v = v.transpose(0, 1)  # [B, S, R]
+    v, step = v.transpose(0, 1), step.transpose(0, 1)  # [B, S, R]
     minus_2av = -2 * a.unsqueeze(-1) * v
     if need_d and scalar_d:
         # Σₙ πₙ = (N − R + tr C⁻¹)/d, because PᵀD⁻¹P = C − I.
         trace = C_inv.diagonal(dim1=-2, dim2=-1).sum(-1)
         grad_d += (b_ * (N - R + trace)).unsqueeze(1) / d.double()
     for items, products in runs(wide, dtype):
-        for b, n in _blocks(P, S, items, BLOCK_VALUES // 2):
+        scratch, squares = _Scratch(products, P.device), _Scratch(products, P.device)
+        for b, n in _blocks(P, S, items):
             p = P[b, n].to(products)
             d_inv = _diagonal(d, b, n, products).reciprocal()
-            r = _residual(x, loc, p, v[b], b, n, products)
+            r = residual[:, b, n].to(products).transpose(0, 1) - _rows(step[b].to(products), p)
             z = r * d_inv.unsqueeze(1)
             az = z * a[b].to(products).unsqueeze(-1)
             if need_x:
@@ -266,10 +295,10 @@ def mahalanobis_and_logdet_backward(
                 if scalar_d:
                     grad_d[b] -= az2.sum(-1, keepdim=True, dtype=torch.float64)
             if need_P or (need_d and not scalar_d):
-                T = _times(p, C_inv[b].to(products))
+                T = _times(p, C_inv[b].to(products), scratch.like(p))
                 b_block = b_[b].to(products).unsqueeze(-1)
                 if need_d and not scalar_d:
-                    pi = d_inv - (T * p).sum(-1) * d_inv.square()
+                    pi = d_inv - torch.mul(T, p, out=squares.like(p)).sum(-1) * d_inv.square()
                     grad_d[b, n] = pi * b_block - az2
                 if need_P:
                     T *= (2 * d_inv * b_block).unsqueeze(-1)

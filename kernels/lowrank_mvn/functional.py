@@ -256,7 +256,7 @@ def mahalanobis_and_logdet(
         *(given or (None, None, None)),
         impl,
     )
-    C_inv, _, wide = rest
+    C_inv, *_, wide = rest
     return layout.restore(q), logdet.reshape(items_shape), Capacitance(C_inv, logdet.detach(), wide)
 
 

@@ -94,34 +94,37 @@ def _forward(x, loc, P, d, C_inv, logdet, wide, impl):
 
 
 def _forward_fake(x, loc, P, d, C_inv, logdet, wide, impl):
-    S, B, _ = x.shape
-    R = P.shape[2]
+    (S, B, N), R = x.shape, P.shape[2]
+    keeps = IMPLEMENTATIONS[impl].KEEPS_RESIDUAL
     new = P.new_empty
     return (
         new(S, B, dtype=torch.float64),
         new(B, dtype=torch.float64),
         new(B, R, R, dtype=torch.float64),
         new(S, B, R, dtype=torch.float64),
+        new(S, B, R if keeps else 0, dtype=torch.float64),
+        new(S, B, N if keeps else 0, dtype=aten.product_dtype(x, loc, P, d) if keeps else torch.float64),
         new(B, dtype=torch.bool),
     )
 
 
 define(
     "mahalanobis_and_logdet(Tensor x, Tensor loc, Tensor P, Tensor d, Tensor? C_inv, Tensor? logdet, Tensor? wide,"
-    " str impl) -> (Tensor mahalanobis, Tensor logdet, Tensor C_inv, Tensor v, Tensor wide)",
+    " str impl) -> (Tensor mahalanobis, Tensor logdet, Tensor C_inv, Tensor v, Tensor step,"
+    " Tensor residual, Tensor wide)",
     _forward,
     _forward_fake,
 )
 
 
-def _backward(grad_mahalanobis, grad_logdet, x, loc, P, d, C_inv, v, wide, needs, impl):
+def _backward(grad_mahalanobis, grad_logdet, x, loc, P, d, C_inv, v, step, residual, wide, needs, impl):
     with without_autocast(P.device):
         return IMPLEMENTATIONS[impl].mahalanobis_and_logdet_backward(
-            grad_mahalanobis, grad_logdet, x, loc, P, d, C_inv, v, wide, needs
+            grad_mahalanobis, grad_logdet, x, loc, P, d, C_inv, v, step, residual, wide, needs
         )
 
 
-def _backward_fake(grad_mahalanobis, grad_logdet, x, loc, P, d, C_inv, v, wide, needs, impl):
+def _backward_fake(grad_mahalanobis, grad_logdet, x, loc, P, d, C_inv, v, step, residual, wide, needs, impl):
     contiguous = torch.contiguous_format
     grads = (
         torch.empty_like(x, memory_format=contiguous),
@@ -134,7 +137,7 @@ def _backward_fake(grad_mahalanobis, grad_logdet, x, loc, P, d, C_inv, v, wide, 
 
 define(
     "mahalanobis_and_logdet_backward(Tensor grad_mahalanobis, Tensor grad_logdet, Tensor x, Tensor loc, Tensor P,"
-    " Tensor d, Tensor C_inv, Tensor v, Tensor wide, bool[4] needs, str impl)"
+    " Tensor d, Tensor C_inv, Tensor v, Tensor step, Tensor residual, Tensor wide, bool[4] needs, str impl)"
     " -> (Tensor grad_x, Tensor grad_loc, Tensor grad_P, Tensor grad_d)",
     _backward,
     _backward_fake,
@@ -143,27 +146,24 @@ define(
 
 def _setup_context(ctx, inputs, output):
     x, loc, P, d, _, _, _, ctx.impl = inputs
-    _, _, C_inv, v, wide = output
-    ctx.save_for_backward(x, loc, P, d, C_inv, v, wide)
-    ctx.mark_non_differentiable(C_inv, v, wide)
+    _, _, *kept = output
+    ctx.save_for_backward(x, loc, P, d, *kept)
+    ctx.mark_non_differentiable(*kept)
 
 
 def _differentiate(ctx, grad_mahalanobis, grad_logdet, *_):
-    x, loc, P, d, C_inv, v, wide = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:4])
-    grads = mahalanobis_and_logdet_backward(
-        grad_mahalanobis, grad_logdet, x, loc, P, d, C_inv, v, wide, needs, ctx.impl
-    )
+    grads = mahalanobis_and_logdet_backward(grad_mahalanobis, grad_logdet, *ctx.saved_tensors, needs, ctx.impl)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None, None
 
 
 def _setup_context_twice(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:6])
-    ctx.needs = inputs[9]
+    ctx.needs = inputs[11]
 
 
 def _differentiate_twice(ctx, *grads):
-    """C⁻¹, v and `wide` are functions of the other inputs: what goes through them is part of the total derivative."""
+    """C⁻¹, v, r and `wide` are functions of the other inputs: what goes through them is in the total derivative."""
 
     def first(a, b, *inputs):
         pulled = pull_back(in_float64(reference.mahalanobis_and_logdet), inputs, (a, b))
@@ -171,7 +171,7 @@ def _differentiate_twice(ctx, *grads):
 
     with without_autocast(grads[0].device):
         wanted = tuple(g for g, need in zip(grads, ctx.needs, strict=True) if need)
-        return *pull_back(first, ctx.saved_tensors, wanted), None, None, None, None, None
+        return *pull_back(first, ctx.saved_tensors, wanted), *[None] * 7
 
 
 # --- C and w alone, for conditioning ------------------------------------------------------------------------
@@ -243,23 +243,27 @@ def _batched_forward(info, in_dims, x, loc, P, d, C_inv, logdet, wide, impl):
         x = _into_samples(x, in_dims[0], V, S)
         if in_dims[1] is not None or loc.shape[0] != 1:
             loc = _into_samples(loc, in_dims[1], V, S)
-        q, logdet, C_inv, v, wide = op(x, loc, P, d, C_inv, logdet, wide, impl)
-        return (_split(q, V), logdet, C_inv, _split(v, V), wide), (0, None, None, 0, None)
+        q, logdet, C_inv, v, step, residual, wide = op(x, loc, P, d, C_inv, logdet, wide, impl)
+        q, v, step, residual = (_split(t, V) for t in (q, v, step, residual))
+        return (q, logdet, C_inv, v, step, residual, wide), (0, None, None, 0, 0, 0, None)
     samples = [_into_items(t, dim, V, at=1) for t, dim in zip((x, loc), in_dims[:2], strict=True)]
     items = [_into_items(t, dim, V) for t, dim in zip((P, d, C_inv, logdet, wide), in_dims[2:7], strict=True)]
-    q, logdet, C_inv, v, wide = op(*samples, *items, impl)
-    return (_split(q, V, 1), _split(logdet, V), _split(C_inv, V), _split(v, V, 1), _split(wide, V)), (0,) * 5
+    at = (1, 0, 0, 1, 1, 1, 0)  # where B is in q, log|Σ|, C⁻¹, v, its step, r, `wide`
+    return tuple(_split(t, V, i) for t, i in zip(op(*samples, *items, impl), at, strict=True)), (0,) * 7
 
 
-def _batched_backward(info, in_dims, a, b, x, loc, P, d, C_inv, v, wide, needs, impl):
+def _batched_backward(info, in_dims, a, b, x, loc, P, d, C_inv, v, step, residual, wide, needs, impl):
     V, op = info.batch_size, mahalanobis_and_logdet_backward
-    dim_a, dim_b, dim_x, dim_loc, dim_P, dim_d, dim_C_inv, dim_v, dim_wide = in_dims[:9]
+    dim_a, dim_b, dim_x, dim_loc, dim_P, dim_d, dim_C_inv, dim_v, dim_step, dim_residual, dim_wide = in_dims[:11]
+    dims = (dim_a, dim_x, dim_loc, dim_v, dim_step, dim_residual)
+    of_samples = zip((a, x, loc, v, step, residual), dims, strict=True)
     need_x, need_loc, need_P, need_d = needs
     if not need_P and not need_d and all(dim is None for dim in (dim_P, dim_d, dim_C_inv, dim_wide)):
         S, one_loc = _samples(x, dim_x), _samples(loc, dim_loc) == 1
-        a, x, loc, v = (_into_samples(t, dim, V, S) for t, dim in ((a, dim_a), (x, dim_x), (loc, dim_loc), (v, dim_v)))
+        a, x, loc, v, step, residual = (_into_samples(t, dim, V, S) for t, dim in of_samples)
         b = torch.zeros_like(_front(b, dim_b, V)[0])  # without grad_P and grad_d nothing depends on it
-        grad_x, grad_loc, grad_P, grad_d = op(a, b, x, loc, P, d, C_inv, v, wide, needs, impl)
+        grads = op(a, b, x, loc, P, d, C_inv, v, step, residual, wide, needs, impl)
+        grad_x, grad_loc, grad_P, grad_d = grads
         if need_loc:
             grad_loc = _split(grad_loc, V)
             grad_loc = grad_loc.sum(1, keepdim=True) if one_loc else grad_loc
@@ -270,11 +274,11 @@ def _batched_backward(info, in_dims, a, b, x, loc, P, d, C_inv, v, wide, needs, 
             None,
             None,
         )
-    a, x, loc, v = (_into_items(t, dim, V, at=1) for t, dim in ((a, dim_a), (x, dim_x), (loc, dim_loc), (v, dim_v)))
+    a, x, loc, v, step, residual = (_into_items(t, dim, V, at=1) for t, dim in of_samples)
     b, P, d, C_inv, wide = (
         _into_items(t, dim, V) for t, dim in ((b, dim_b), (P, dim_P), (d, dim_d), (C_inv, dim_C_inv), (wide, dim_wide))
     )
-    grads = op(a, b, x, loc, P, d, C_inv, v, wide, needs, impl)
+    grads = op(a, b, x, loc, P, d, C_inv, v, step, residual, wide, needs, impl)
     positions = (1, 1, 0, 0)
     split = tuple(_split(g, V, at) if need else g for g, at, need in zip(grads, positions, needs, strict=True))
     return split, tuple(0 if need else None for need in needs)

@@ -25,6 +25,9 @@ __all__ = [
     "rsample_backward",
 ]
 
+# The residual is made again in the backward pass, from the block of P that is at hand there.
+KEEPS_RESIDUAL = False
+
 
 def _factorised(x: Tensor, loc: Tensor, P: Tensor, d: Tensor, inverted: bool, C: Tensor | None):
     """C⁻¹ [B, R, R], v [S, B, R] (filled if S = 1), log|Σ| [B] and `wide` [B]; C [B, R, R] is filled if given."""
@@ -63,8 +66,11 @@ def mahalanobis_and_logdet(
     C_inv: Tensor | None = None,
     logdet: Tensor | None = None,
     wide: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """q = δᵀΣ⁻¹δ [S, B], log|Σ| [B], C⁻¹ [B, R, R], v [S, B, R] (all float64) and `wide` [B]; as `aten`'s."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q = δᵀΣ⁻¹δ [S, B], log|Σ| [B], C⁻¹ [B, R, R], v [S, B, R] (all float64), two empty tensors and `wide` [B].
+
+    As `aten`'s, but that v is the last one and r is made again in the backward pass.
+    """
     S, (B, _, R) = x.shape[0], P.shape
     q = P.new_empty(S, B, dtype=torch.float64)
     if C_inv is None or logdet is None or wide is None:
@@ -76,7 +82,7 @@ def mahalanobis_and_logdet(
     if not projected:
         solve.refine(*residual.partial_sums(x, loc, P, d, None), C_inv, v, q, first=True)
     solve.refine(*residual.partial_sums(x, loc, P, d, v), C_inv, v, q, first=False)
-    return q, logdet, C_inv, v, wide
+    return q, logdet, C_inv, v, v.new_empty(S, B, 0), v.new_empty(S, B, 0), wide
 
 
 def mahalanobis_and_logdet_backward(
@@ -88,6 +94,8 @@ def mahalanobis_and_logdet_backward(
     d: Tensor,
     C_inv: Tensor,
     v: Tensor,
+    step: Tensor,
+    residual: Tensor,
     wide: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
