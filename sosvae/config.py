@@ -66,6 +66,8 @@ class ModelConfig:
     """Observation model: N(μ, PPᵀ + D), or independent pixels with a learned variance (the β-VAE)."""
     rank: int = 25
     """Columns R of the low-rank factor P (count)."""
+    factor: Literal["linear", "materialised"] = "linear"
+    """Take log p, H and gradients from the decoder's features, or make P as a tensor first: the same numbers."""
     latents: int = 128
     """Size of the latent code z (count)."""
     width: float = 1.0

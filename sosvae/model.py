@@ -14,7 +14,7 @@ import torch.distributions as td
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank_mvn import LowRankMultivariateNormal
+from lowrank_mvn import LinearFactor, LinearMean, LowRankMultivariateNormal
 
 from .config import Config, ModelConfig
 
@@ -74,13 +74,15 @@ class PixelwiseNormal(td.Independent):
 class StructuredHead(nn.Module):
     """F → N(μ, PPᵀ + D): 1×1 convolutions for the mean, the factor and, if it is learned, the diagonal.
 
-    `factor.weight` is [R·C, K, 1, 1], and row r·C + c makes channel c of column r of P. P is used as the
-    transposed view of what the convolution writes, [B, R, N], without a copy.
+    `factor.weight` is [R·C, K, 1, 1], and row r·C + c makes channel c of column r of P. By default neither P nor
+    the mean is made: the likelihood goes from the features straight to the weights. Where the configuration asks for
+    P, it is the transposed view of what the convolution writes, [B, R, N], without a copy.
     """
 
     def __init__(self, features: int, channels: int, config: ModelConfig) -> None:
         super().__init__()
-        self.rank, self.diagonal = config.rank, config.diagonal
+        self.channels, self.rank, self.diagonal = channels, config.rank, config.diagonal
+        self.linear = config.factor == "linear"
         self.mean = _mean_convolution(features, channels)
         self.factor = nn.Conv2d(features, config.rank * channels, 1)
         nn.init.normal_(self.factor.weight, std=INITIAL_STD)
@@ -88,14 +90,21 @@ class StructuredHead(nn.Module):
         self.variance = None if config.fixed_diagonal else _variance_convolution(features, channels, config.diagonal)
 
     def forward(self, features: Tensor, mean_only: bool = False) -> LowRankMultivariateNormal | PixelwiseNormal:
-        loc = self.mean(features).flatten(1)  # [B, N]
-        d = loc.new_tensor(self.diagonal)
+        d = features.new_tensor(self.diagonal)
         if mean_only:
-            return PixelwiseNormal(loc, d)
-        P = self.factor(features).flatten(2).unflatten(1, (self.rank, -1)).flatten(2).mT  # [B, N, R]
+            return PixelwiseNormal(self.mean(features).flatten(1), d)
         if self.variance is not None:
             d = _variance(self.variance, features)
-        return LowRankMultivariateNormal(loc, P, d, validate_args=False)
+        loc: Tensor | LinearMean
+        P: Tensor | LinearFactor
+        if self.linear:
+            loc = LinearMean(features, self.mean.weight, self.mean.bias)
+            P = LinearFactor(features, self.factor.weight, self.factor.bias, self.channels)
+        else:
+            loc = self.mean(features).flatten(1)  # [B, N]
+            P = self.factor(features).flatten(2).unflatten(1, (self.rank, -1)).flatten(2).mT  # [B, N, R]
+        # The signature is torch's, which knows tensors only.
+        return LowRankMultivariateNormal(cast(Tensor, loc), cast(Tensor, P), d, validate_args=False)
 
 
 class PixelwiseHead(nn.Module):

@@ -13,8 +13,8 @@ __all__ = ["condition", "draw_noise", "interpolate", "scale_components"]
 
 def draw_noise(p: LowRankMultivariateNormal, count: int) -> tuple[Tensor, Tensor]:
     """(ω_p [count, ..., R], ω_d [count, ..., N]) for `p.rsample(noise=...)`, from torch's generator."""
-    omega_p = p.loc.new_empty(count, *p.batch_shape, p.cov_factor.shape[-1]).normal_()
-    return omega_p, p.loc.new_empty(count, *p.batch_shape, *p.event_shape).normal_()
+    omega_p = p.cov_diag.new_empty(count, *p.batch_shape, p.rank).normal_()
+    return omega_p, p.cov_diag.new_empty(count, *p.batch_shape, *p.event_shape).normal_()
 
 
 def interpolate(p: LowRankMultivariateNormal, start: Tensor, end: Tensor, omega_d: Tensor, steps: int) -> Tensor:

@@ -251,7 +251,7 @@ def test_opcheck(mean):
         q, logdet, C_inv, v, step, G, residual, wide = op(*arguments, "aten")
     torch.library.opcheck(
         torch.ops.lowrank_mvn.linear_mahalanobis_and_logdet_backward.default,
-        (torch.randn_like(q), torch.randn_like(logdet), *arguments, residual, C_inv, v, step, G, wide, "aten"),
+        (torch.randn_like(q), torch.randn_like(logdet), *arguments, residual, C_inv, v, step, G, wide, True, "aten"),
     )
 
 

@@ -50,9 +50,62 @@ def test_width_and_depth_follow_from_the_configuration():
     assert [m.out_channels for m in half.modules() if isinstance(m, torch.nn.Conv2d)] == [f // 2 for f in features]
 
 
+def both_ways(dtype, **model):
+    """The same network with P made and without."""
+    torch.manual_seed(0)
+    linear = VAE(small(**model)).to(dtype)
+    torch.nn.init.normal_(linear.head.factor.weight, std=0.1)
+    torch.nn.init.normal_(linear.head.factor.bias, std=0.1)
+    made = VAE(small(**model, factor="materialised")).to(dtype)
+    made.load_state_dict(linear.state_dict())
+    return linear, made
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)], ids=["f64", "f32"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("fixed", [True, False], ids=["fixed-d", "learned-d"])
+def test_factor_that_is_never_made_trains_the_same_network(channels, fixed, dtype, tolerance):
+    vaes = both_ways(dtype, channels=channels, fixed_diagonal=fixed, diagonal=1e-2)
+    x = torch.rand(3, channels, 17, 19, dtype=dtype)
+    z = torch.randn(3, 4, dtype=dtype)
+    results = []
+    for vae in vaes:
+        p = vae.decode(z)
+        log_prob, entropy = p.log_prob_and_entropy(x.flatten(1))
+        loss = (0.3 * entropy - log_prob).sum()
+        loss.backward()
+        torch.manual_seed(1)
+        results.append((loss.detach(), p.rsample((2,)).detach()))
+    (loss, y), (expected_loss, expected_y) = results
+    torch.testing.assert_close(loss, expected_loss, rtol=tolerance, atol=0)
+    torch.testing.assert_close(y, expected_y, rtol=tolerance, atol=tolerance)
+    for (name, ours), theirs in zip(vaes[0].decoder.named_parameters(), vaes[1].decoder.parameters(), strict=True):
+        # A bias before batch norm has no gradient but rounding: held against all of them.
+        scale = max(float(q.grad.norm()) for q in vaes[1].decoder.parameters())
+        assert (ours.grad - theirs.grad).norm() <= tolerance * max(float(theirs.grad.norm()), 0.01 * scale), name
+    for (name, ours), theirs in zip(vaes[0].head.named_parameters(), vaes[1].head.parameters(), strict=True):
+        assert (ours.grad - theirs.grad).norm() <= tolerance * theirs.grad.norm(), name
+
+
+def test_twenty_steps_end_with_the_same_weights():
+    vaes = both_ways(torch.float64, diagonal=1e-2)
+    images = torch.rand(4, 1, 17, 19, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    for vae in vaes:
+        torch.manual_seed(3)
+        optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3)
+        for _ in range(20):
+            optimizer.zero_grad()
+            log_prob, entropy = vae.decode(vae.encode(images).rsample()).log_prob_and_entropy(images.flatten(1))
+            (0.3 * entropy - log_prob).sum().backward()
+            optimizer.step()
+    for (name, ours), theirs in zip(vaes[0].named_parameters(), vaes[1].parameters(), strict=True):
+        if not name.endswith("conv1.bias") and not name.endswith("conv2.bias"):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_factor_is_a_view_of_the_convolution_in_the_documented_order(channels, monkeypatch):
-    vae = VAE(small(channels=channels))
+    vae = VAE(small(channels=channels, factor="materialised"))
     head, written = vae.head, []
     head.factor.register_forward_hook(lambda module, args, output: written.append(output))
     torch.nn.init.normal_(head.factor.weight)

@@ -35,8 +35,8 @@ KEEPS_RESIDUAL = True
 LOG_DET_TOLERANCE = 0.01  # nats
 
 
-class _Scratch:
-    """Memory for what is made of one block of P, in its layout, used again for every block.
+class Scratch:
+    """Memory for what is made of one block, used again for every block.
 
     Memory that is allocated anew for each block may be given back to the system in between, and then costs its first
     touch every time: up to as much as all else together (kernels/LOG.md).
@@ -45,11 +45,16 @@ class _Scratch:
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._flat = torch.empty(0, dtype=dtype, device=device)
 
+    def shaped(self, *shape: int) -> Tensor:
+        size = math.prod(shape)
+        if self._flat.numel() < size:
+            self._flat = self._flat.new_empty(size)
+        return self._flat[:size].view(shape)
+
     def like(self, p: Tensor) -> Tensor:
-        if self._flat.numel() < p.numel():
-            self._flat = self._flat.new_empty(p.numel())
-        flat, (b, n, R) = self._flat[: p.numel()], p.shape
-        return flat.view(b, n, R) if p.stride(-1) <= p.stride(-2) else flat.view(b, R, n).mT
+        """In the layout of a block of P."""
+        b, n, R = p.shape
+        return self.shaped(b, n, R) if p.stride(-1) <= p.stride(-2) else self.shaped(b, R, n).mT
 
 
 def _blocks(P: Tensor, S: int, items: slice):
@@ -104,7 +109,7 @@ def _gram(x: Tensor, loc: Tensor, P: Tensor, d: Tensor, items: slice, dtype: tor
     S, R = x.shape[0], P.shape[2]
     C = P.new_zeros(P.shape[0], R, R, dtype=torch.float64)
     w = P.new_zeros(P.shape[0], S, R, dtype=torch.float64)
-    scratch = _Scratch(dtype, P.device)
+    scratch = Scratch(dtype, P.device)
     whole = R - R % 8 if R % 8 <= 2 else R
     for b, n in _blocks(P, S, items):
         p = P[b, n]
@@ -220,7 +225,7 @@ def mahalanobis_and_logdet(
     q = v.square().sum(-1)
     g = -v
     residual = x.new_empty(x.shape, dtype=dtype)
-    scratch = _Scratch(torch.float64, P.device)
+    scratch = Scratch(torch.float64, P.device)
     for items, products in runs(wide, dtype) if S else ():
         for b, n in _blocks(P, S, items):
             p = P[b, n]
@@ -279,7 +284,7 @@ def mahalanobis_and_logdet_backward(
         trace = C_inv.diagonal(dim1=-2, dim2=-1).sum(-1)
         grad_d += (b_ * (N - R + trace)).unsqueeze(1) / d.double()
     for items, products in runs(wide, dtype):
-        scratch, squares = _Scratch(products, P.device), _Scratch(products, P.device)
+        scratch, squares = Scratch(products, P.device), Scratch(products, P.device)
         for b, n in _blocks(P, S, items):
             p = P[b, n].to(products)
             d_inv = _diagonal(d, b, n, products).reciprocal()

@@ -233,6 +233,11 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
         return _double(self).scale_tril.to(self._result_dtype).expand(self._matrix_shape)
 
     @property
+    def rank(self) -> int:
+        """R, the number of columns of the factor."""
+        return self._P.shape[-1]
+
+    @property
     def _matrix_shape(self) -> torch.Size:
         return self._batch_shape + self._event_shape + self._event_shape
 

@@ -240,17 +240,17 @@ ops.define(
 )
 
 
-def _backward(a, b, x, loc, F, W, m, d, residual, C_inv, v, step, G, wide, impl):
+def _backward(a, b, x, loc, F, W, m, d, residual, C_inv, v, step, G, wide, need_x, impl):
     with ops.without_autocast(F.device):
         return IMPLEMENTATIONS[impl].linear_mahalanobis_and_logdet_backward(
-            a, b, residual, F, W, m, d, C_inv, v, step, G, wide
+            a, b, residual, F, W, m, d, C_inv, v, step, G, wide, need_x
         )
 
 
-def _backward_fake(a, b, x, loc, F, W, m, d, residual, C_inv, v, step, G, wide, impl):
+def _backward_fake(a, b, x, loc, F, W, m, d, residual, C_inv, v, step, G, wide, need_x, impl):
     contiguous = torch.contiguous_format
     return (
-        torch.empty_like(residual, memory_format=contiguous),
+        torch.empty_like(residual, memory_format=contiguous) if need_x else residual.new_empty(0),
         torch.empty_like(F),
         torch.empty_like(W, memory_format=contiguous),
         F.new_empty(0) if m is None else torch.empty_like(m, memory_format=contiguous),
@@ -260,8 +260,8 @@ def _backward_fake(a, b, x, loc, F, W, m, d, residual, C_inv, v, step, G, wide, 
 
 ops.define(
     "linear_mahalanobis_and_logdet_backward(Tensor a, Tensor b, Tensor x, Tensor? loc, Tensor F, Tensor W, Tensor? m,"
-    " Tensor d, Tensor residual, Tensor C_inv, Tensor v, Tensor step, Tensor G, Tensor wide, str impl)"
-    " -> (Tensor grad_x, Tensor grad_F, Tensor grad_W, Tensor grad_m, Tensor grad_d)",
+    " Tensor d, Tensor residual, Tensor C_inv, Tensor v, Tensor step, Tensor G, Tensor wide,"
+    " bool need_x, str impl) -> (Tensor grad_x, Tensor grad_F, Tensor grad_W, Tensor grad_m, Tensor grad_d)",
     _backward,
     _backward_fake,
 )
@@ -276,13 +276,15 @@ def _setup_context(ctx, inputs, output):
 
 def _differentiate(ctx, grad_mahalanobis, grad_logdet, *_):
     x, loc, _, _, m, _, *_ = saved = ctx.saved_tensors
+    need_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
     grad_x, grad_F, grad_W, grad_m, grad_d = torch.ops.lowrank_mvn.linear_mahalanobis_and_logdet_backward(
-        grad_mahalanobis, grad_logdet, *saved, ctx.impl
+        grad_mahalanobis, grad_logdet, *saved, need_x, ctx.impl
     )
     grad_loc = None
     if loc is not None and ctx.needs_input_grad[1]:
         grad_loc = -(grad_x if loc.shape[0] == x.shape[0] else grad_x.sum(0, keepdim=True)).to(loc.dtype)
-    return grad_x.to(x.dtype), grad_loc, grad_F, grad_W, None if m is None else grad_m, grad_d, None
+    grad_x = grad_x.to(x.dtype) if ctx.needs_input_grad[0] else None
+    return grad_x, grad_loc, grad_F, grad_W, None if m is None else grad_m, grad_d, None
 
 
 torch.library.register_autograd(
@@ -292,6 +294,7 @@ torch.library.register_autograd(
 
 def _setup_context_twice(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:8])
+    ctx.need_x = inputs[14]
 
 
 def _differentiate_twice(ctx, gg_x, gg_F, gg_W, gg_m, gg_d):
@@ -312,14 +315,16 @@ def _differentiate_twice(ctx, gg_x, gg_F, gg_W, gg_m, gg_d):
     def first(a, b, *tensors):
         pulled = iter(ops.pull_back(ops.in_float64(textbook), tensors, (a, b)))
         grads = [None if t is None else next(pulled) for t in ctx.saved_tensors[2:]]
-        return tuple(g for g in (grads[0], *grads[2:]) if g is not None)
+        return tuple(g for g in (grads[0] if ctx.need_x else None, *grads[2:]) if g is not None)
 
     with ops.without_autocast(F.device):
         cotangents = tuple(
-            g for g, t in zip((gg_x, gg_F, gg_W, gg_m, gg_d), (x, F, W, m, d), strict=True) if t is not None
+            g
+            for g, t in zip((gg_x, gg_F, gg_W, gg_m, gg_d), (x if ctx.need_x else None, F, W, m, d), strict=True)
+            if t is not None
         )
         pulled = iter(ops.pull_back(first, (a, b, *given), cotangents))
-        return *(None if t is None else next(pulled) for t in ctx.saved_tensors), *[None] * 7
+        return *(None if t is None else next(pulled) for t in ctx.saved_tensors), *[None] * 8
 
 
 torch.library.register_autograd(
