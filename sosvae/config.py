@@ -150,6 +150,8 @@ class TrainingConfig:
     """Checkpoints kept, the newest (count)."""
     tensorboard: bool = True
     """Write scalars and pictures for TensorBoard into the run's folder."""
+    checkpointing: bool = False
+    """Make the inside of residual blocks again in the backward pass: less memory, more time, the same weights."""
     device: str = "auto"
     """`auto` (a GPU where there is one), or any name that torch knows."""
 

@@ -7,12 +7,14 @@ p(x|z) is over flattened images, in the order channel, row, column: N = C · H �
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import cast
 
 import torch
 import torch.distributions as td
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lowrank_mvn import LinearFactor, LinearMean, LowRankMultivariateNormal
 
@@ -178,6 +180,13 @@ class VAE(nn.Module):
         # An event counts channel by channel, so the head writes planes: K of them are copied here, not R·C later.
         return self.head(self.decoder(z[:, :, None, None]).contiguous(), mean_only)
 
+    def checkpointing(self, on: bool = True) -> "VAE":
+        """Keep only the inputs of residual blocks for the backward pass and make the rest again there, or do not."""
+        for block in self.modules():
+            if isinstance(block, ResidualBlock):
+                block.checkpointing = on
+        return self
+
     def unflatten(self, y: Tensor) -> Tensor:
         """Events [..., N] as images [..., C, H, W]; a view."""
         return y.unflatten(-1, self.image_shape)
@@ -193,11 +202,32 @@ class ResidualBlock(nn.Module):
         self.conv2 = _conv3(outputs, outputs)
         self.norm2 = nn.BatchNorm2d(outputs)
         self.past = past if past is not None else nn.Identity()
+        self.checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            contexts = lambda: (nullcontext(), _statistics_left_alone(self))  # noqa: E731
+            return cast(Tensor, checkpoint(self._block, x, use_reentrant=False, context_fn=contexts))
+        return self._block(x)
+
+    def _block(self, x: Tensor) -> Tensor:
         # In place, which batch norm's backward allows: on a CPU these layers wait for memory, not arithmetic.
         y = self.norm1(self.conv1(x)).relu_()
         return self.norm2(self.conv2(y)).add_(self.past(x)).relu_()
+
+
+@contextmanager
+def _statistics_left_alone(module: nn.Module) -> Iterator[None]:
+    """The second time that a batch goes through, running statistics are those of copies: it has been counted."""
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    originals = [dict(norm.named_buffers()) for norm in norms]
+    try:
+        for norm, buffers in zip(norms, originals, strict=True):
+            norm._buffers.update({name: t.clone() for name, t in buffers.items()})
+        yield
+    finally:
+        for norm, buffers in zip(norms, originals, strict=True):
+            norm._buffers.update(buffers)
 
 
 class Bilinear(nn.Module):

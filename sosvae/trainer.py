@@ -39,7 +39,7 @@ class State:
         torch.manual_seed(config.training.seed)
         self.step = 0  # optimiser steps taken
         self.skipped = 0  # of them left out for a loss or gradient that was not finite
-        self.model = VAE(config).to(device)
+        self.model = VAE(config).to(device).checkpointing(config.training.checkpointing)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.training.lr, fused=True)
         self.multipliers = Multipliers(limits(config), device)
 

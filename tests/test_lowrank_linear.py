@@ -259,3 +259,16 @@ def test_an_implementation_without_linear_factors_is_an_error():
     factor = LinearFactor(torch.randn(2, 5, 6), torch.ones(3, 1, 5))
     with pytest.raises(ValueError, match=r"impl='triton' is not available for a LinearFactor.*'aten', 'reference'"):
         lowrank_mvn.entropy(factor, 1.0, impl="triton")
+
+
+def test_made_without_gradients_it_stays_without():
+    features, weight = torch.randn(2, 5, 6), torch.randn(3, 1, 5, requires_grad=True)
+    mean_weight = torch.randn(1, 5, requires_grad=True)
+    with torch.no_grad():
+        p = LowRankMultivariateNormal(LinearMean(features, mean_weight), LinearFactor(features, weight), 0.1)
+    assert not p.loc.requires_grad
+    assert not p.cov_factor.requires_grad
+    assert not p.log_prob(torch.zeros(6)).requires_grad
+    with torch.inference_mode():
+        p = LowRankMultivariateNormal(LinearMean(features, mean_weight), LinearFactor(features, weight), 0.1)
+    assert not p.variance.requires_grad

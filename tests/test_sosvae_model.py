@@ -87,6 +87,32 @@ def test_factor_that_is_never_made_trains_the_same_network(channels, fixed, dtyp
         assert (ours.grad - theirs.grad).norm() <= tolerance * theirs.grad.norm(), name
 
 
+@pytest.mark.parametrize("upsampling", ["transposed", "bilinear"])
+def test_checkpointing_changes_no_gradient_and_no_statistics(upsampling):
+    torch.manual_seed(0)
+    kept = VAE(small(upsampling=upsampling))
+    again = VAE(small(upsampling=upsampling)).checkpointing()
+    again.load_state_dict(kept.state_dict())
+    x = torch.rand(3, 1, 17, 19)
+    saved = []
+    for vae in (kept, again):
+        torch.manual_seed(1)
+        saved.append(0)
+
+        def count(t):
+            saved[-1] += t.nbytes
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+            loss = -vae.decode(vae.encode(x).rsample()).log_prob(x.flatten(1)).sum()
+        loss.backward()
+    for (name, ours), theirs in zip(again.named_parameters(), kept.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad), name
+    for (name, ours), theirs in zip(again.named_buffers(), kept.buffers(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert saved[1] < 0.8 * saved[0]
+
+
 def test_twenty_steps_end_with_the_same_weights():
     vaes = both_ways(torch.float64, diagonal=1e-2)
     images = torch.rand(4, 1, 17, 19, dtype=torch.float64, generator=torch.Generator().manual_seed(2))

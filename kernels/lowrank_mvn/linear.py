@@ -69,6 +69,7 @@ class LinearMean(_Linear):
     bias: Tensor | None = None
 
     def __post_init__(self) -> None:
+        _keep_grad_mode(self)
         object.__setattr__(self, "weight", _squeeze_kernel(self.weight))
         K = _check_features(self.features)
         if self.weight.dim() != 2 or self.weight.shape[1] != K:
@@ -116,6 +117,7 @@ class LinearFactor(_Linear):
     channels: int | None = None
 
     def __post_init__(self) -> None:
+        _keep_grad_mode(self)
         K = _check_features(self.features)
         weight, C = self.weight, self.channels
         if weight.dim() == 4 and weight.shape[2:] == (1, 1):
@@ -185,6 +187,14 @@ def _check_features(features: Tensor) -> int:
     if features.dim() < 3:
         raise ValueError(f"features has shape {list(features.shape)}, expected [B, K, *spatial]")
     return features.shape[1]
+
+
+def _keep_grad_mode(linear: _Linear) -> None:
+    """Made without gradients, it stays so, as the output of a convolution would, whenever it is made a tensor."""
+    if not torch.is_grad_enabled():
+        for name, t in linear.tensors().items():
+            if t.requires_grad:
+                object.__setattr__(linear, name, t.detach())
 
 
 def _squeeze_kernel(weight: Tensor) -> Tensor:
