@@ -60,18 +60,23 @@ class Timed:
         return errors
 
     def turn(self, calls: int) -> float:
-        """Seconds per call, over a number of calls in a row."""
+        """Seconds per call: the median of at least three calls in a row, after an untimed one.
+
+        A call after another process's turn meets cold caches, sleeping threads and, on a virtual machine that gives
+        free memory back to its host, pages that cost a hundred times their usual first touch (kernels/LOG.md). In use,
+        steps follow each other.
+        """
         if not self.checked or self.job is None:
             raise WrongResult("not timed before it is checked")
         if self.device != "cpu":
             return self._gpu_turn(calls)
-        call = self.job.call
-        # A call after another process's turn meets cold caches and sleeping threads; in use, steps follow each other.
+        call, times = self.job.call, []
         call()
-        start = time.perf_counter()
-        for _ in range(calls):
+        for _ in range(max(3, calls)):
+            start = time.perf_counter()
             call()
-        return (time.perf_counter() - start) / calls
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
 
     def _gpu_turn(self, calls: int) -> float:
         """The median between events, with the cache overwritten before each call; clocks are left alone."""
