@@ -21,6 +21,7 @@ from .operators import OPERATORS, Arrays, Case, Operator
 
 __all__ = ["Timed", "WrongResult", "main"]
 
+MIN_CALLS = 3  # timed in a turn, so that its median leaves out one that met cold pages
 CACHE = 1 << 28  # bytes written between two timed calls on a GPU: more than any last cache holds
 
 
@@ -60,7 +61,7 @@ class Timed:
         return errors
 
     def turn(self, calls: int) -> float:
-        """Seconds per call: the median of at least three calls in a row, after an untimed one.
+        """Seconds per call: the median of a number of calls in a row, after an untimed one.
 
         A call after another process's turn meets cold caches, sleeping threads and, on a virtual machine that gives
         free memory back to its host, pages that cost a hundred times their usual first touch (kernels/LOG.md). In use,
@@ -72,7 +73,7 @@ class Timed:
             return self._gpu_turn(calls)
         call, times = self.job.call, []
         call()
-        for _ in range(max(3, calls)):
+        for _ in range(calls):
             start = time.perf_counter()
             call()
             times.append(time.perf_counter() - start)
@@ -113,12 +114,12 @@ class Timed:
         return statistics.median(times)
 
     def calibrate(self, seconds: float) -> tuple[int, float]:
-        """How many calls fill a turn of about that length, and about how long a call takes."""
+        """How many calls fill a turn of about that length, MIN_CALLS or more, and about how long a call takes."""
         first = self.turn(1)
         if first > 2 * seconds:
-            return 1, first
+            return MIN_CALLS, first
         second = self.turn(1)
-        return max(1, round(seconds / max(second, 1e-7))), second
+        return max(MIN_CALLS, round(seconds / max(second, 1e-7))), second
 
     def captured(self) -> float:
         """Largest relative error of a replayed CUDA graph of one call, against the call itself."""

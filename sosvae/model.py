@@ -7,7 +7,7 @@ p(x|z) is over flattened images, in the order channel, row, column: N = C Â· H Â
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import cast
 
 import torch
@@ -206,9 +206,12 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
-            contexts = lambda: (nullcontext(), _statistics_left_alone(self))  # noqa: E731
-            return cast(Tensor, checkpoint(self._block, x, use_reentrant=False, context_fn=contexts))
+            return cast(Tensor, checkpoint(self._block, x, use_reentrant=False, context_fn=self._contexts))
         return self._block(x)
+
+    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Of the first time that a batch goes through, and of the second."""
+        return nullcontext(), _statistics_left_alone(self)
 
     def _block(self, x: Tensor) -> Tensor:
         # In place, which batch norm's backward allows: on a CPU these layers wait for memory, not arithmetic.
