@@ -3,20 +3,41 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
+# The longest first.
+FILES = [
+    "test_triton_operators.py",
+    "test_triton_kernels.py",
+    "test_distribution_contract.py",
+    "test_triton_sampling.py",
+]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["test_triton_kernels.py", "test_triton_sampling.py", "test_triton_operators.py"])
-def test_in_the_interpreter(name):
+def interpret(name: str) -> subprocess.CompletedProcess:
     # In float32 as ever, on one thread: the interpreter is numpy on small arrays.
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / name)]
-    done = subprocess.run(command, cwd=HERE.parent, env=env, capture_output=True, text=True)
+    return subprocess.run(command, cwd=HERE.parent, env=env, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def sessions(request):
+    """The files that this run asks for, two at a time."""
+    items = [item for item in request.session.items if item.path == Path(__file__) and hasattr(item, "callspec")]
+    with ThreadPoolExecutor(2) as pool:
+        yield {item.callspec.params["name"]: pool.submit(interpret, item.callspec.params["name"]) for item in items}
+        pool.shutdown(cancel_futures=True)  # nobody waits for the others after the first failure under -x
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
+def test_in_the_interpreter(sessions, name):
+    done = sessions[name].result()
     assert done.returncode == 0, done.stdout + done.stderr
     assert " skipped" not in done.stdout.splitlines()[-1]
 

@@ -21,7 +21,11 @@ from .common import Block, load_tile, narrow, split, tile_offsets
 
 # By padded rank: one warp keeps the product of its columns to itself; from 64 rows on the high and low parts of C⁻¹ do
 # not fit beside a tile, and four warps share them.
-BLOCKS = {16: Block(1, 64), 32: Block(1, 32), 64: Block(4, 64), 128: Block(8, 32)}
+BLOCKS = {
+    (block_r, by_column): block
+    for block_r, block in {16: Block(1, 64), 32: Block(1, 32), 64: Block(4, 64), 128: Block(8, 32)}.items()
+    for by_column in (True, False)
+}
 
 
 @triton.jit
@@ -230,7 +234,8 @@ def gradients(
     G = grad_P if grad_P is not None else P
     block_r = common.padded_rank(R) if R <= common.FUSED_R else common.TILED_R
     align = min(common.alignment(P, x, loc, d), common.alignment(G, x, loc))
-    block_n = 16 if is_wide else BLOCKS[block_r].columns
+    block = common.block("backward", BLOCKS, block_r, P.stride(1) == 1, P.device)
+    block_n = 16 if is_wide else block.columns
     if block_r == 16 and align == 1:
         block_n = min(block_n, 32)  # single values take twice the registers
     columns = common.split_columns(N, R, block_n)
@@ -241,7 +246,8 @@ def gradients(
     common.launch(
         backward_kernel,
         (B * splits,),
-        BLOCKS[block_r].num_warps,
+        block.num_warps,
+        block.num_stages,
         a_ptr=a,
         b_ptr=b,
         x_ptr=x,

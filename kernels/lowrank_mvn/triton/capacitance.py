@@ -214,7 +214,7 @@ def partial_sums(
         block_r = common.TILED_R
     tiles = common.ceil_div(R, block_r)
     align = common.alignment(P, x, loc, d)
-    block = WIDE_BLOCK if wide else BLOCKS[block_r, P.stride(1) == 1]
+    block = WIDE_BLOCK if wide else common.block("capacitance", BLOCKS, block_r, P.stride(1) == 1, P.device)
     columns = common.split_columns(N, R, block.columns)
     splits = max(1, common.ceil_div(N, columns))
     work = torch.float64 if wide else torch.float32

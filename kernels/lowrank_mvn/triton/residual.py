@@ -18,7 +18,11 @@ from . import common
 from .common import Block, fold, load_tile, reciprocal
 
 # By padded rank: one warp and at most 32 values of P in the registers of a lane, in float64 beside float32.
-BLOCKS = {16: Block(1, 64), 32: Block(1, 32), 64: Block(1, 16), 128: Block(2, 16)}
+BLOCKS = {
+    (block_r, by_column): block
+    for block_r, block in {16: Block(1, 64), 32: Block(1, 32), 64: Block(1, 16), 128: Block(2, 16)}.items()
+    for by_column in (True, False)
+}
 
 
 @triton.jit
@@ -123,7 +127,7 @@ def partial_sums(
     """Partial sums over the splits: PᵀD⁻¹r [S, B, SPLITS, R] and rᵀD⁻¹r [S, B, SPLITS]; r = δ where v is None."""
     S, (B, N, R) = x.shape[0], P.shape
     block_r = min(common.padded_rank(R), common.FUSED_R)
-    block = BLOCKS[block_r]
+    block = common.block("residual", BLOCKS, block_r, P.stride(1) == 1, P.device)
     columns = common.split_columns(N, R, block.columns)
     splits = max(1, common.ceil_div(N, columns))
     g = P.new_empty(S, B, splits, R, dtype=torch.float64)
@@ -133,6 +137,7 @@ def partial_sums(
         residual_kernel,
         (S * B * splits, tiles),
         block.num_warps,
+        block.num_stages,
         x_ptr=x,
         loc_ptr=loc,
         P_ptr=P,

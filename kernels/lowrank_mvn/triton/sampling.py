@@ -16,7 +16,11 @@ from . import common
 from .common import Block, load_tile, narrow, tile_offsets
 
 # By padded rank: one warp, and as many columns as its registers hold without spills in either layout.
-BLOCKS = {16: Block(1, 64), 32: Block(1, 32), 64: Block(1, 32), 128: Block(1, 16)}
+BLOCKS = {
+    (block_r, by_column): block
+    for block_r, block in {16: Block(1, 64), 32: Block(1, 32), 64: Block(1, 32), 128: Block(1, 16)}.items()
+    for by_column in (True, False)
+}
 
 
 @triton.jit
@@ -232,13 +236,14 @@ def sample_backward_kernel(
                 tl.store(grad_d_ptr + b * N + columns, narrow(grad_d, grad_d_ptr), mask=mask_n)
 
 
-def _blocks(N: int, R: int) -> dict[str, int]:
+def _blocks(kernel: str, P: Tensor) -> tuple[Block, dict[str, int]]:
+    N, R = P.shape[1:]
     block_r = common.padded_rank(R) if R <= common.FUSED_R else common.TILED_R
-    block_n = BLOCKS[block_r].columns
-    columns = common.split_columns(N, R, block_n)
+    block = common.block(kernel, BLOCKS, block_r, P.stride(1) == 1, P.device)
+    columns = common.split_columns(N, R, block.columns)
     splits = max(1, common.ceil_div(N, columns))
     tiles = common.ceil_div(R, block_r)
-    return {"SPLITS": splits, "COLUMNS": columns, "TILES": tiles, "BLOCK_R": block_r, "BLOCK_N": block_n}
+    return block, {"SPLITS": splits, "COLUMNS": columns, "TILES": tiles, "BLOCK_R": block_r, "BLOCK_N": block.columns}
 
 
 def rsample(loc: Tensor, P: Tensor, d: Tensor, omega_p: Tensor, omega_d: Tensor | None, seed: Tensor | None) -> Tensor:
@@ -248,11 +253,12 @@ def rsample(loc: Tensor, P: Tensor, d: Tensor, omega_p: Tensor, omega_d: Tensor 
         raise ValueError("expected either omega_d or seed")
     y = loc.new_empty(S, B, N)
     noise = omega_d if omega_d is not None else y
-    blocks = _blocks(N, R)
+    block, blocks = _blocks("sample", P)
     common.launch(
         sample_kernel,
         (B * blocks["SPLITS"],),
-        BLOCKS[blocks["BLOCK_R"]].num_warps,
+        block.num_warps,
+        block.num_stages,
         loc_ptr=loc,
         P_ptr=P,
         d_ptr=d,
@@ -305,11 +311,12 @@ def rsample_backward(
     noise = omega_d if omega_d is not None else grad_y
     grad_omega_d = noise.new_empty(noise.shape) if need_omega_d else noise.new_empty(0)
     G = grad_P if need_P else P
-    blocks = _blocks(N, R)
+    block, blocks = _blocks("sample_backward", G)
     common.launch(
         sample_backward_kernel,
         (B * blocks["SPLITS"],),
-        BLOCKS[blocks["BLOCK_R"]].num_warps,
+        block.num_warps,
+        block.num_stages,
         grad_y_ptr=grad_y,
         d_ptr=d,
         omega_p_ptr=omega_p.contiguous(),
