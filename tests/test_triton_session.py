@@ -14,6 +14,7 @@ FILES = [
     "test_triton_operators.py",
     "test_triton_kernels.py",
     "test_distribution_contract.py",
+    "test_triton_tune.py",
     "test_triton_sampling.py",
 ]
 

@@ -21,6 +21,7 @@ import os
 import re
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,21 +105,27 @@ def read(folder: Path | None, device_name: str) -> Entries:
     return found
 
 
-def write(folder: Path, device_name: str, measured: Entries) -> Path:
-    """Adds entries to a device's file, to a temporary name that is then renamed. Processes read it when they start."""
+def write(folder: Path, device_name: str, measured: Mapping[Key, Launch | None]) -> Path:
+    """Puts entries into a device's file, and forgets those that are None; to a temporary name that is then renamed.
+
+    Other processes see it when they start.
+    """
+    together: Entries = read(folder, device_name)
     for key, launch in measured.items():
-        fault = _fault(_item(key, launch))
-        if fault:
+        if launch is None:
+            together.pop(key, None)
+        elif fault := _fault(_item(key, launch)):
             raise ValueError(f"{key}: {launch} cannot be stored: {fault}")
+        else:
+            together[key] = launch
     folder.mkdir(parents=True, exist_ok=True)
     path = file_of(folder, device_name)
-    together = sorted({**read(folder, device_name), **measured}.items())
-    blocks = ",\n    ".join(json.dumps(_item(key, launch)) for key, launch in together)
-    head = f'{{\n  "format": {FORMAT},\n  "device": {json.dumps(device_name)},\n  "blocks": [\n    '
+    items = ",".join(f"\n    {json.dumps(_item(key, launch))}" for key, launch in sorted(together.items()))
+    text = f'{{\n  "format": {FORMAT},\n  "device": {json.dumps(device_name)},\n  "blocks": [{items}\n  ]\n}}\n'
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(f"{head}{blocks}\n  ]\n}}\n")
+            file.write(text)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
