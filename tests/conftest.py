@@ -1,7 +1,13 @@
 """What several test files share."""
 
+import os
+
 import pytest
 import torch
+
+from lowrank_mvn import functional
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_collection_modifyitems(items):
@@ -15,3 +21,51 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """What ours is computed with where nobody chooses: in the interpreter the kernels, for CPU tensors too."""
+    if not INTERPRET:
+        return "aten"
+    choose = functional.check_impl
+    monkeypatch.setattr(functional, "check_impl", lambda impl, P: choose(impl or "triton", P))
+    return "triton"
+
+
+@pytest.fixture
+def poisoned():
+    """New memory is NaN: what a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def tensor_cores(monkeypatch):
+    """In the interpreter, the products of tensor cores: with the 11 significant bits that they read."""
+    if not INTERPRET:
+        return
+    import numpy as np
+    from triton.runtime import interpreter
+
+    plain = interpreter.InterpreterBuilder.create_dot
+
+    def cut(handle):
+        bits = np.ascontiguousarray(handle.data).view(np.uint32) & np.uint32(0xFFFFE000)
+        return interpreter.TensorHandle(bits.view(np.float32), handle.dtype)
+
+    def create_dot(self, a, b, d, input_precision, *rest):
+        if getattr(input_precision, "name", "") == "TF32" and a.data.dtype == np.float32:
+            a, b = cut(a), cut(b)
+        return plain(self, a, b, d, input_precision, *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.fixture
+def kernels():
+    from lowrank_mvn import triton
+
+    return triton

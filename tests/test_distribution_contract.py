@@ -15,24 +15,21 @@ import torch.distributions as td
 from lowrank_cases import draw, gradients, oracle, parameters
 
 import lowrank_mvn
-from lowrank_mvn import LowRankMultivariateNormal, functional
+from lowrank_mvn import LowRankMultivariateNormal
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 CLASSES = [td.LowRankMultivariateNormal, LowRankMultivariateNormal]
 
 
-@pytest.fixture(
-    params=["triton"] if INTERPRET else ["aten", pytest.param("triton", marks=pytest.mark.gpu)], autouse=True
-)
-def backend(request, monkeypatch):
-    """What ours is computed with: the kernels on a device, and in the interpreter, where a default is to be set."""
-    if request.param == "triton" and INTERPRET:
-        choose = functional.check_impl
-        monkeypatch.setattr(functional, "check_impl", lambda impl, P: choose(impl or "triton", P))
-    elif request.param == "triton":
-        torch.set_default_device("cuda")
-    yield request.param
-    torch.set_default_device(None)
+@pytest.fixture(params=["cpu"] if INTERPRET else ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], autouse=True)
+def backend(request, backend):
+    """The fixture of all tests, and with a device once more: its tensors go through the compiled kernels."""
+    if request.param == "cpu":
+        yield backend
+    else:
+        torch.set_default_device(request.param)
+        yield "triton"
+        torch.set_default_device(None)
 
 
 @pytest.fixture(params=CLASSES, ids=["torch", "ours"])

@@ -1,4 +1,9 @@
-"""torch.compile, export, trace and the transforms of torch.func: what works with torch's class works with ours."""
+"""torch.compile, export, trace and the transforms of torch.func: what works with torch's class works with ours.
+
+`test_triton_session.py` runs it with the kernels too.
+"""
+
+import os
 
 import pytest
 import torch
@@ -9,6 +14,9 @@ from torch.utils._pytree import tree_leaves
 from lowrank_mvn import LowRankMultivariateNormal
 
 B, N, R = 3, 7, 2
+pytestmark = pytest.mark.usefixtures("backend")
+# The operators are opaque to the compiler: what its C++ looks like says nothing about kernels, and takes a minute.
+COMPILER = "aot_eager" if os.environ.get("TRITON_INTERPRET") == "1" else "inductor"
 
 
 def inputs():
@@ -54,7 +62,7 @@ def traced(cls, *tensors):
 
 def compiled(cls, *tensors, **options):
     tensors = leaves(tensors)
-    value = torch.compile(joint(cls), fullgraph=True, **options)(*tensors)
+    value = torch.compile(joint(cls), fullgraph=True, backend=COMPILER, **options)(*tensors)
     return value, torch.autograd.grad(value.sum(), tensors)
 
 
@@ -111,10 +119,12 @@ TRANSFORMS = {
     "export": lambda cls, *a: torch.export.export(Module(cls), a).module()(*a),
     "compile": compiled,
     "compile-dynamic": lambda cls, *a: compiled(cls, *a, dynamic=True),
-    "compile-vmap-grad": lambda cls, *a: torch.compile(func.vmap(func.grad(total(cls), argnums=ALL)), fullgraph=True)(
-        *a
-    ),
-    "compile-jvp": lambda cls, *a: torch.compile(lambda *a: func.jvp(joint(cls), a, ones(a)), fullgraph=True)(*a),
+    "compile-vmap-grad": lambda cls, *a: torch.compile(
+        func.vmap(func.grad(total(cls), argnums=ALL)), fullgraph=True, backend=COMPILER
+    )(*a),
+    "compile-jvp": lambda cls, *a: torch.compile(
+        lambda *a: func.jvp(joint(cls), a, ones(a)), fullgraph=True, backend=COMPILER
+    )(*a),
 }
 
 
@@ -139,7 +149,7 @@ def test_trace_of_value_and_gradient():
 
 def test_compile_with_default_validation_has_no_graph_break():
     tensors = inputs()
-    function = torch.compile(joint(LowRankMultivariateNormal, validate_args=None), fullgraph=True)
+    function = torch.compile(joint(LowRankMultivariateNormal, validate_args=None), fullgraph=True, backend=COMPILER)
     torch.testing.assert_close(function(*tensors), joint(td.LowRankMultivariateNormal)(*tensors))
 
 
@@ -154,7 +164,7 @@ def test_vmap_of_rsample():
     same = torch.func.vmap(sample, randomness="same")(*(t[:1].expand(2, *t.shape[1:]) for t in (loc, P, d)))
     torch.testing.assert_close(same[0], same[1])
     compiled = torch.compile(
-        lambda *a: LowRankMultivariateNormal(*a, validate_args=False).rsample((4,)), fullgraph=True
+        lambda *a: LowRankMultivariateNormal(*a, validate_args=False).rsample((4,)), fullgraph=True, backend=COMPILER
     )
     assert compiled(loc, P, d).shape == (4, B, N)
 

@@ -4,26 +4,18 @@ Triton decides when it is imported whether kernels are interpreted (TRITON_INTER
 both. `test_triton_session.py` runs this file a second time in a process of its own with the interpreter on; in an
 ordinary session the same tests are marked `gpu`.
 
-The interpreter multiplies in full precision where tensor cores read 11 significant bits: `_tensor_cores` cuts the
-operands of every tf32 product, so that the split products are tested with the error that they have.
+The interpreter multiplies in full precision where tensor cores read 11 significant bits: `tensor_cores` in
+conftest.py cuts the operands of every tf32 product, so that the split products are tested with the error they have.
 """
-
-import os
 
 import pytest
 import torch
+from triton_cases import BF16, DEVICE, F16, F32, F64, MARKS, TOLERANCE, inputs, oracle, relative, weights
 
 from lowrank_mvn import aten
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRET else "cuda"
-pytestmark = [
-    *([] if INTERPRET else [pytest.mark.gpu]),
-    # The interpreter is numpy: NaN and infinity, which some tests are about, warn there.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = MARKS
 
-F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 # (dtype, S, B, N, R, layout, diagonal, loc shared by the samples): every value of every column, ragged first.
 MATRIX = [
     (F32, 1, 1, 1, 1, "BRN", "pixel", True),
@@ -46,75 +38,6 @@ MATRIX = [
     (F16, 1, 1, 5, 1, "BNR", "pixel", True),
 ]
 IDS = ["-".join(str(v).removeprefix("torch.") for v in case) for case in MATRIX]
-
-# Rounding of the outputs, and of float32 inside: C is summed from products with an error of 2⁻²¹.
-TOLERANCE = {F32: 2e-6, F64: 1e-12, BF16: 8e-3, F16: 1e-3}
-
-
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """New memory is NaN: what a kernel forgets to write shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True)
-def _tensor_cores(monkeypatch):
-    if not INTERPRET:
-        return
-    import numpy as np
-    from triton.runtime import interpreter
-
-    plain = interpreter.InterpreterBuilder.create_dot
-
-    def cut(handle):
-        bits = np.ascontiguousarray(handle.data).view(np.uint32) & np.uint32(0xFFFFE000)
-        return interpreter.TensorHandle(bits.view(np.float32), handle.dtype)
-
-    def create_dot(self, a, b, d, input_precision, *rest):
-        if getattr(input_precision, "name", "") == "TF32" and a.data.dtype == np.float32:
-            a, b = cut(a), cut(b)
-        return plain(self, a, b, d, input_precision, *rest)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
-
-
-@pytest.fixture(scope="module")
-def kernels():
-    from lowrank_mvn import triton
-
-    return triton
-
-
-def inputs(dtype, S, B, N, R, layout, diagonal, shared, d=1.0, scale=1.0):
-    """x, loc, P, d in canonical shapes; what lies between the elements of a strided P is NaN."""
-    options = {"dtype": F64, "device": DEVICE}
-    P = torch.randn(B, R, N, **options).mT if layout == "BRN" else torch.randn(B, N, R, **options)
-    P = (P * scale).to(dtype)
-    if layout == "strided":
-        holder = P.new_full((B, 2 * N, 2 * R), float("nan"))
-        holder[:, ::2, ::2] = P
-        P = holder[:, ::2, ::2]
-    x, loc = torch.randn(S, B, N, **options), torch.randn(1 if shared else S, B, N, **options)
-    diag = d * (0.5 + torch.rand(B, N if diagonal == "pixel" else 1, **options))
-    return x.to(dtype), loc.to(dtype), P, diag.to(dtype)
-
-
-def relative(a, b):
-    b = b.double()
-    return ((a.double() - b).norm() / b.norm().clamp_min(1e-300)).item()
-
-
-def oracle(x, loc, P, d, needs=(True,) * 4, a=None, b=None):
-    """Outputs and gradients of the closed forms in float64, which test_lowrank_oracle holds against dense algebra."""
-    wide = [t.double() for t in (x, loc, P, d)]
-    out = aten.mahalanobis_and_logdet(*wide)
-    return out, aten.mahalanobis_and_logdet_backward(a, b, *wide, *out[2:], list(needs)) if a is not None else None
-
-
-def weights(S, B):
-    return torch.randn(S, B, dtype=F64, device=DEVICE), torch.randn(B, dtype=F64, device=DEVICE)
 
 
 @pytest.mark.parametrize("case", MATRIX, ids=IDS)
@@ -237,7 +160,10 @@ def test_one_item_that_is_not_finite(kernels):
 
 def test_the_same_bits_twice(kernels):
     args = inputs(F32, 1, 2, 300, 9, "BNR", "pixel", True)
-    for ours, theirs in zip(kernels.mahalanobis_and_logdet(*args), kernels.mahalanobis_and_logdet(*args), strict=True):
+    a, b = weights(1, 2)
+    first, again = (kernels.mahalanobis_and_logdet(*args) for _ in range(2))
+    grads = [kernels.mahalanobis_and_logdet_backward(a, b, *args, *first[2:], [True] * 4) for _ in range(2)]
+    for ours, theirs in zip((*first, *grads[0]), (*again, *grads[1]), strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -259,6 +185,14 @@ def test_offsets_beyond_int32(kernels):
     P = torch.empty(0, device=DEVICE).set_(storage, 0, (B, N, R), (stride_b, stride_n, 1))
     P.copy_(torch.randn(B, N, R))
     x, loc, _, d = inputs(F32, 1, B, N, R, "BNR", "pixel", True)
-    expected = kernels.mahalanobis_and_logdet(x, loc, P.contiguous(), d)
-    for ours, theirs in zip(kernels.mahalanobis_and_logdet(x, loc, P, d), expected, strict=True):
+    a, b = weights(1, B)
+    omega_p, seed = torch.randn(1, B, R, device=DEVICE), torch.tensor([1, 2], device=DEVICE)
+
+    def everything(P):
+        out = kernels.mahalanobis_and_logdet(x, loc, P, d)
+        grads = kernels.mahalanobis_and_logdet_backward(a, b, x, loc, P, d, *out[2:], [True] * 4)
+        return *out, *grads, kernels.rsample(loc, P, d, omega_p, None, seed)
+
+    assert not torch.equal(P[0], P[1])
+    for ours, theirs in zip(everything(P), everything(P.contiguous()), strict=True):
         assert torch.equal(ours, theirs)

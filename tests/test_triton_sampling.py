@@ -3,21 +3,11 @@
 Runs as `test_triton_kernels.py` does.
 """
 
-import os
-
 import pytest
 import torch
+from triton_cases import DEVICE, INTERPRET, MARKS
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRET else "cuda"
-pytestmark = [] if INTERPRET else [pytest.mark.gpu]
-
-
-@pytest.fixture(autouse=True)
-def _poisoned():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from . import ops
 
 
 def _rsample(loc, P, d, omega_p, omega_d, seed, impl):
+    seed = None if seed is None else seed.contiguous()  # one for all items where a batching rule has expanded it
     with ops.without_autocast(P.device):
         return ops.IMPLEMENTATIONS[impl].rsample(loc, P, d, omega_p, omega_d, seed)
 
@@ -26,6 +27,7 @@ ops.define(
 
 
 def _backward(grad_y, P, d, omega_p, omega_d, seed, needs, impl):
+    seed = None if seed is None else seed.contiguous()
     with ops.without_autocast(P.device):
         return ops.IMPLEMENTATIONS[impl].rsample_backward(grad_y, P, d, omega_p, omega_d, seed, needs)
 

@@ -109,7 +109,7 @@ def mahalanobis_and_logdet_backward(
     N, R = P.shape[1:]
     scalar_d = d.shape[1] == 1
     a, b = grad_mahalanobis.double(), grad_logdet.double()
-    C_inv, v = C_inv.contiguous(), v.contiguous()
+    C_inv, v, wide = C_inv.contiguous(), v.contiguous(), wide.contiguous()
     grads = (grad_x, grad_loc, grad_P, None if scalar_d else grad_d)
     kind = common.products(P, x, loc, d)
     sums = backward.gradients(a, b, x, loc, P, d, C_inv, v, wide, grads, kind, flagged=kind != "float64").sum(1)

@@ -1,0 +1,233 @@
+"""Paths through the kernels that the sizes of `test_triton_kernels.py` do not reach, each with an input that does.
+
+Runs as that file does.
+"""
+
+import pytest
+import torch
+from triton_cases import BF16, DEVICE, F32, F64, INTERPRET, MARKS, TOLERANCE, inputs, oracle, relative, weights
+
+from lowrank_mvn import aten
+
+pytestmark = MARKS
+NAMES = ("q", "logdet", "C_inv", "v", "grad_x", "grad_loc", "grad_P", "grad_d")
+
+
+def check(kernels, args, tolerance=None, needs=(True,) * 4):
+    """Density and gradients of every item against float64; returns what the forward pass gave."""
+    S, B = args[0].shape[:2]
+    a, b = weights(S, B)
+    expected, expected_grads = oracle(*args, a=a, b=b)
+    out = kernels.mahalanobis_and_logdet(*args)
+    grads = kernels.mahalanobis_and_logdet_backward(a, b, *args, *out[2:], list(needs))
+    tolerance = tolerance or TOLERANCE[args[2].dtype]
+    for name, ours, theirs in zip(NAMES, (*out[:4], *grads), (*expected[:4], *expected_grads), strict=True):
+        if name not in NAMES[4:] or needs[NAMES.index(name) - 4]:
+            assert relative(ours, theirs) < tolerance, name
+    return out
+
+
+@pytest.fixture
+def short(monkeypatch, kernels):
+    """Every program has one block of columns, so that small cases have many splits."""
+    monkeypatch.setattr(kernels.common, "split_columns", lambda N, R, block_n: block_n)
+
+
+@pytest.fixture
+def tiled(monkeypatch, kernels):
+    """Ranks above 16 are walked over in tiles of 16 rows, as those above 128 are in tiles of 64."""
+    monkeypatch.setattr(kernels.common, "FUSED_R", 16)
+    monkeypatch.setattr(kernels.common, "TILED_R", 16)
+
+
+SPLITS = [
+    (F32, 1, 2, 200, 3, "BNR", "pixel", True),  # δ stands in a free row of P
+    (F32, 2, 1, 70, 25, "BRN", "item", True),
+    (F32, 1, 2, 70, 25, "BNR", "pixel", True),
+    (F64, 1, 2, 70, 3, "BRN", "pixel", True),
+    (BF16, 2, 1, 133, 16, "BRN", "pixel", False),
+]
+
+
+def check_splits(kernels, case):
+    args = inputs(*case)
+    check(kernels, args)
+    for ours, theirs in zip(kernels.gram(*args), aten.gram(*(t.double() for t in args)), strict=True):
+        assert relative(ours, theirs) < 1e-6
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("case", SPLITS, ids=lambda case: "-".join(str(v).removeprefix("torch.") for v in case))
+def test_many_splits(kernels, case):
+    check_splits(kernels, case)
+
+
+@pytest.mark.usefixtures("short", "tiled")
+def test_many_splits_of_tiles(kernels):
+    check_splits(kernels, (F32, 1, 1, 131, 18, "BRN", "pixel", True))
+
+
+@pytest.mark.usefixtures("tiled")
+@pytest.mark.parametrize("needs", [(1, 1, 1, 1), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)])
+@pytest.mark.parametrize("diagonal", ["pixel", "item"])
+def test_tiles_of_the_rank_and_samples(kernels, needs, diagonal):
+    """Pairs of tiles, C⁻¹ swept in memory, several samples with one mean for all and one for each."""
+    args = inputs(F32, 2, 1, 40, 18, "BRN" if diagonal == "pixel" else "BNR", diagonal, needs[0] == 1)
+    check(kernels, args, needs=[bool(n) for n in needs])
+
+
+def test_float64_above_32_rows(kernels):
+    check(kernels, inputs(F64, 1, 1, 40, 33, "BRN", "pixel", True))
+
+
+@pytest.mark.usefixtures("tiled")
+def test_float64_in_tiles(kernels):
+    check(kernels, inputs(F64, 2, 1, 40, 18, "BRN", "pixel", True))
+
+
+def collinear(R, N=40, **options):
+    """Two items; in the second, C has a condition of 1e9."""
+    x, loc, P, d = inputs(F32, 1, 2, N, R, "BRN", "item", True, **options)
+    P, d = P.contiguous(), torch.full_like(d, 1e-7)
+    P[1, :, 1] = P[1, :, 0] + 1e-5 * P[1, :, 1]
+    return x, loc, P, d
+
+
+def check_collinear(kernels, R, diagonal):
+    x, loc, P, d = collinear(R)
+    if diagonal == "pixel":
+        d = d.expand(-1, x.shape[-1]) * (0.5 + torch.rand_like(x[0]))
+    *_, wide = check(kernels, (x, loc, P, d))
+    assert wide[1]
+
+
+@pytest.mark.parametrize(("R", "diagonal"), [(4, "item"), (4, "pixel"), (33, "pixel")])
+def test_every_gradient_of_an_item_that_is_made_again_in_float64(kernels, R, diagonal):
+    check_collinear(kernels, R, diagonal)
+
+
+@pytest.mark.usefixtures("tiled")
+def test_every_gradient_of_an_item_that_is_made_again_in_float64_in_tiles(kernels):
+    check_collinear(kernels, 18, "pixel")
+
+
+@pytest.mark.usefixtures("tiled")
+@pytest.mark.parametrize("target", ["sm_75", "sm_80", "sm_100", "gfx"])
+@pytest.mark.parametrize("case", [(F32, 1, 2, 40, 9), (F32, 2, 1, 40, 18), (F64, 1, 1, 20, 3)], ids=str)
+def test_what_other_targets_choose(kernels, monkeypatch, target, case):
+    """Products in plain float32 where there are no tensor cores for them, sums of products in float64 on AMD's."""
+    monkeypatch.setattr(kernels.common, "target", lambda device: target)
+    args = inputs(*case, "BRN", "pixel", True)
+    float32 = "float32" if target in ("sm_75", "gfx") else "tf32"
+    assert kernels.common.products(*args) == ("float64" if case[0] == F64 else float32)
+    assert kernels.common.matrix_float64(args[0].device) == (target != "gfx")
+    check(kernels, args)
+    loc, P, d = args[1:]
+    omega_p, omega_d = torch.randn_like(P[None, :, 0]), torch.randn_like(loc)
+    y = kernels.rsample(loc, P, d, omega_p, omega_d, None)
+    loc, P, d, omega_p, omega_d = (t.double() for t in (loc, P, d, omega_p, omega_d))
+    assert relative(y, loc + torch.einsum("bnr,sbr->sbn", P, omega_p) + d.sqrt() * omega_d) < 1e-6
+
+
+def test_an_item_with_nothing_observed(kernels):
+    x, loc, P, d = inputs(F32, 2, 3, 40, 7, "BNR", "pixel", True)
+    precision = d.reciprocal()
+    precision[1] = 0
+    precision[2, 3:] = 0
+    C, w = kernels.gram(x, loc, P, precision)
+    assert torch.equal(C[1], torch.eye(7, dtype=F64, device=DEVICE))
+    assert (w[:, 1] == 0).all()
+    expected = aten.gram(*(t.double() for t in (x, loc, P, precision)))
+    for ours, theirs in zip((C, w), expected, strict=True):
+        assert relative(ours[..., 2, :], theirs[..., 2, :]) < 1e-6
+
+
+def test_any_strides(kernels):
+    """x and d with gaps, a mean of one value, P shared by the items, expanded cotangents."""
+    N, R = 37, 5
+    holder = torch.full((2, 2, 2 * N), float("nan"), device=DEVICE)
+    x = holder[..., ::2].copy_(torch.randn(2, 2, N))
+    loc = torch.randn(1, 1, 1, device=DEVICE).expand(1, 2, N)
+    P = torch.randn(1, R, N, device=DEVICE).mT.expand(2, N, R)
+    d = (0.5 + torch.rand(N, 2, device=DEVICE)).T
+    check(kernels, (x, loc, P, d))
+    one = torch.ones((), dtype=F64, device=DEVICE)
+    _, grads = oracle(x, loc, P, d, a=one.expand(2, 2), b=one.expand(2))
+    out = kernels.mahalanobis_and_logdet(x, loc, P, d)
+    ours = kernels.mahalanobis_and_logdet_backward(one.expand(2, 2), one.expand(2), x, loc, P, d, *out[2:], [True] * 4)
+    for name, a, b in zip(NAMES[4:], ours, grads, strict=True):
+        assert relative(a, b) < 2e-6, name
+
+
+@pytest.mark.parametrize("which", range(4), ids=["x", "loc", "P", "d"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=["nan", "inf"])
+def test_a_value_that_is_not_finite_spoils_its_item_alone(kernels, which, bad):
+    args = inputs(F32, 1, 3, 20, 3, "BNR", "pixel", False)
+    a, b = weights(1, 3)
+    good = kernels.mahalanobis_and_logdet(*args)
+    good_grads = kernels.mahalanobis_and_logdet_backward(a, b, *args, *good[2:], [True] * 4)
+    args[which].select(0 if which > 1 else 1, 1).flatten()[4] = bad
+    assert sum((~t.isfinite()).sum() for t in args) == 1
+    out = kernels.mahalanobis_and_logdet(*args)
+    assert not (out[0][0, 1] + out[1][1]).isfinite()
+    grads = kernels.mahalanobis_and_logdet_backward(a, b, *args, *out[2:], [True] * 4)
+    for at, ours, theirs in zip((1, 0, 1, 1, 0, 0), (*out[:2], *grads), (*good[:2], *good_grads), strict=True):
+        for item in (0, 2):
+            assert torch.equal(ours.select(at, item), theirs.select(at, item))
+
+
+@pytest.mark.parametrize("d", [2e-38, 0.0, -1.0], ids=["smallest", "zero", "negative"])
+def test_a_diagonal_that_is_hardly_or_not_positive(kernels, d):
+    """Two pixels without a factor, so that D alone is there: the smallest normal float32, and what is no variance."""
+    args = inputs(F32, 1, 2, 20, 3, "BRN", "pixel", True)
+    args[2][1, :2], args[3][1, :2] = 0, d
+    args[0][:, 1, :2] = args[1][:, 1, :2]
+    expected, _ = oracle(*args)
+    q, logdet, *_ = kernels.mahalanobis_and_logdet(*args)
+    assert relative(q[:, 0], expected[0][:, 0]) < 2e-6
+    assert relative(logdet[:1], expected[1][:1]) < 2e-6
+    if d > 0:
+        assert relative(q[:, 1], expected[0][:, 1]) < 2e-6
+        assert relative(logdet[1:], expected[1][1:]) < 2e-6
+    else:
+        assert not (q[0, 1] + logdet[1]).isfinite()
+
+
+def test_the_flag_of_one_item_for_all(kernels):
+    """What is expanded over the items has a stride of 0, and nothing behind it is read."""
+    x, loc, P, d = inputs(F32, 1, 1, 12, 3, "BRN", "pixel", True)
+    a, b = weights(1, 1)
+    _, _, C_inv, v, *kept = kernels.mahalanobis_and_logdet(x, loc, P, d)
+    flags = torch.tensor([True, False, False, False], device=DEVICE)
+    expected = kernels.mahalanobis_and_logdet_backward(
+        a, b, x, loc, P, d, C_inv, v, *kept[:2], flags[:1].clone(), [True] * 4
+    )
+
+    def items(t, at=0):
+        return t.expand(*t.shape[:at], 4, *t.shape[at + 1 :])
+
+    ours = kernels.mahalanobis_and_logdet_backward(
+        items(a, 1), items(b), items(x, 1), items(loc, 1), items(P), items(d), items(C_inv), items(v, 1),
+        *kept[:2], items(flags[:1]), [True] * 4,
+    )  # fmt: skip
+    for name, mine, theirs, at in zip(NAMES[4:], ours, expected, (1, 1, 0, 0), strict=True):
+        for i in range(4):
+            assert torch.equal(mine.select(at, i), theirs.select(at, 0)), name
+
+
+if not INTERPRET:
+
+    def test_items_beyond_int32(kernels):
+        """P of more than 2³¹ elements, whose second half has other values."""
+        B, N, R = 2, 2**25 + 5, 33
+        if torch.cuda.mem_get_info()[0] < 3 * 2 * B * N * R:
+            pytest.skip("too little memory")
+        P = torch.randn(B, R, N, device=DEVICE, dtype=BF16).mT
+        assert P.numel() > 2**31
+        x, loc = torch.randn(2, 1, B, N, device=DEVICE, dtype=BF16)
+        d = torch.ones(B, 1, device=DEVICE, dtype=BF16)
+        together = kernels.mahalanobis_and_logdet(x, loc, P, d)
+        for i in range(B):
+            alone = kernels.mahalanobis_and_logdet(x[:, i : i + 1], loc[:, i : i + 1], P[i : i + 1], d[i : i + 1])
+            assert torch.equal(alone[0][:, 0], together[0][:, i])
+            assert torch.equal(alone[1][0], together[1][i])
