@@ -13,6 +13,7 @@ from lowrank_mvn import ops, ops_rsample
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRET else "cuda"
+OPERATORS = torch.ops.lowrank_mvn
 pytestmark = [
     *([] if INTERPRET else [pytest.mark.gpu]),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
@@ -61,19 +62,127 @@ def test_a_drawn_sample_is_that_of_the_formula():
     assert not torch.equal(again, lowrank_mvn.rsample(loc, P, d, (2,), impl="triton"))
 
 
-def test_opcheck():
+CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")  # aot_dispatch: test_compiled below
+
+
+def density_operator():
     loc, P, d = parameters(torch.float32)
-    x = torch.randn(2, 2, 7, device=DEVICE)
-    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    operators = torch.ops.lowrank_mvn
-    leaves = [t.requires_grad_() for t in (x, loc[None], P, d)]
-    torch.library.opcheck(
-        operators.mahalanobis_and_logdet.default, (*leaves, None, None, None, "triton"), test_utils=checks
+    inputs = [t.requires_grad_() for t in (torch.randn(2, 2, 7, device=DEVICE), loc[None], P, d)]
+    with torch.no_grad():
+        _, logdet, *kept = OPERATORS.mahalanobis_and_logdet(*inputs, None, None, None, "triton")
+    return inputs, logdet, kept
+
+
+def sample_operator(given):
+    loc, P, d = parameters(torch.float32)
+    inputs = [t.requires_grad_() for t in (loc[None], P, d, torch.randn(2, 2, 3, device=DEVICE))]
+    seed = None if given else torch.tensor([1, 2], device=DEVICE)
+    return *inputs, torch.randn(2, 2, 7, device=DEVICE, requires_grad=True) if given else None, seed
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["", "capacitance"])
+def test_opcheck_of_the_density(given):
+    inputs, logdet, (C_inv, *_, wide) = density_operator()
+    capacitance = (C_inv, logdet, wide) if given else (None, None, None)
+    operator = OPERATORS.mahalanobis_and_logdet.default
+    torch.library.opcheck(operator, (*inputs, *capacitance, "triton"), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("needs", [[True] * 4, [True, False, False, True]], ids=["all", "some"])
+def test_opcheck_of_its_backward(needs):
+    inputs, _, kept = density_operator()
+    grads = torch.randn(2, 2, dtype=torch.float64, device=DEVICE), torch.randn(2, dtype=torch.float64, device=DEVICE)
+    operator = OPERATORS.mahalanobis_and_logdet_backward.default
+    torch.library.opcheck(operator, (*grads, *inputs, *kept, needs, "triton"), test_utils=CHECKS)
+
+
+def test_opcheck_of_gram():
+    torch.library.opcheck(OPERATORS.gram.default, (*density_operator()[0], "triton"), test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["drawn", "given"])
+def test_opcheck_of_samples_and_their_backward(given):
+    arguments = sample_operator(given)
+    torch.library.opcheck(OPERATORS.rsample.default, (*arguments, "triton"), test_utils=CHECKS)
+    grad_y = torch.randn(2, 2, 7, device=DEVICE, requires_grad=True)
+    backward = (grad_y, *arguments[1:], [True, True, given], "triton")
+    torch.library.opcheck(OPERATORS.rsample_backward.default, backward, test_utils=CHECKS)
+
+
+def test_every_operator_is_checked():
+    """Those of this implementation; `test_lowrank_linear` has those of linear factors."""
+    names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("lowrank_mvn::")}
+    ours = {name for name in names if not name.startswith("linear")}
+    assert ours == {"mahalanobis_and_logdet", "mahalanobis_and_logdet_backward", "gram", "rsample", "rsample_backward"}
+
+
+def test_second_derivatives_of_a_density():
+    loc, P, d = (t.requires_grad_() for t in parameters(batch=(1,), N=4, R=2))
+    x = torch.randn(2, 1, 4, dtype=torch.float64, device=DEVICE, requires_grad=True)
+
+    def both(x, loc, P, d):
+        return lowrank_mvn.log_prob_and_entropy(x, loc, P, d, impl="triton")
+
+    assert torch.autograd.gradgradcheck(both, (x, loc, P, d), fast_mode=True)
+
+
+def test_second_derivatives_of_a_drawn_sample_and_of_a_conditional():
+    loc, P, d = (t.requires_grad_() for t in parameters(batch=(1,), N=4, R=2))
+
+    def drawn(loc, P, d):
+        torch.manual_seed(3)
+        return lowrank_mvn.rsample(loc, P, d, impl="triton")
+
+    assert torch.autograd.gradgradcheck(drawn, (loc, P, d), fast_mode=True)
+    observed = torch.tensor([True, False, True, False], device=DEVICE)
+    value = torch.randn(1, 4, dtype=torch.float64, device=DEVICE, requires_grad=True)
+
+    def conditional(value, loc, P, d):
+        # The square: the factor itself has the sign that the Cholesky decomposition gives it.
+        mean, factor, diag = lowrank_mvn.condition(value, observed, loc, P, d, impl="triton")
+        return mean, factor @ factor.mT, diag
+
+    assert torch.autograd.gradcheck(conditional, (value, loc, P, d), fast_mode=True)
+    assert torch.autograd.gradgradcheck(conditional, (value, loc, P, d), fast_mode=True)
+
+
+FORWARD = {
+    "log_prob_and_entropy": lambda impl, x, *a: lowrank_mvn.log_prob_and_entropy(x, *a, impl=impl),
+    "entropy": lambda impl, x, loc, P, d: lowrank_mvn.entropy(P, d, impl=impl),
+    "rsample": lambda impl, x, *a: lowrank_mvn.rsample(*a, noise=(x[..., :3], x), impl=impl),
+    "condition": lambda impl, x, *a: lowrank_mvn.condition(x, x > 0, *a, impl=impl),
+}
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward_mode(name):
+    inputs = torch.randn(2, 7, dtype=torch.float64, device=DEVICE), *parameters()
+    tangents = tuple(torch.randn_like(t) for t in inputs)
+    ours, theirs = (
+        torch.func.jvp(lambda *a, i=impl: FORWARD[name](i, *a), inputs, tangents) for impl in ("triton", "reference")
     )
-    torch.library.opcheck(operators.gram.default, (*leaves, "triton"), test_utils=checks)
-    omega_p, seed = torch.randn(2, 2, 3, device=DEVICE), torch.tensor([1, 2], device=DEVICE)
-    arguments = (*leaves[1:], omega_p, None, seed, "triton")
-    torch.library.opcheck(operators.rsample.default, arguments, test_utils=checks)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_autocast_leaves_the_precision_alone():
+    """Half precision beside a float32 diagonal, forward and backward inside: the same numbers, the same dtypes."""
+    loc, P, d = parameters(torch.bfloat16)
+    leaves = [t.requires_grad_() for t in (torch.randn(2, 7, device=DEVICE).bfloat16(), loc, P, d.detach().float())]
+
+    def step(x, loc, P, d):
+        log_prob, entropy = lowrank_mvn.log_prob_and_entropy(x, loc, P, d, impl="triton")
+        y = lowrank_mvn.rsample(loc, P, d, noise=(x[..., :3], x), impl="triton")
+        loss = log_prob.sum() + entropy.sum() + y.float().square().sum()
+        return log_prob, entropy, y, *torch.autograd.grad(loss, (x, loc, P, d))
+
+    expected = step(*leaves)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = step(*leaves)
+    half, single = torch.bfloat16, torch.float32
+    assert [t.dtype for t in found] == [single, single, half, half, half, half, single]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
 
 
 def test_vmap_over_samples_and_parameters():
@@ -104,22 +213,6 @@ def test_condition_agrees_with_aten():
     ours, theirs = (lowrank_mvn.condition(value, observed, loc, P, d, impl=i) for i in ("triton", "aten"))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
-
-
-def test_compiled_without_a_graph_break():
-    loc, P, d = (t.requires_grad_() for t in parameters(torch.float32))
-    x = torch.randn(2, 7, device=DEVICE)
-
-    def loss(x, loc, P, d):
-        log_prob, entropy = lowrank_mvn.log_prob_and_entropy(x, loc, P, d, impl="triton")
-        return log_prob.sum() + entropy.sum() + lowrank_mvn.rsample(loc, P, d, (2,), impl="triton").sum()
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    torch.manual_seed(0)
-    expected = torch.autograd.grad(loss(x, loc, P, d), (loc, P, d))
-    torch.manual_seed(0)
-    for ours, theirs in zip(torch.autograd.grad(compiled(x, loc, P, d), (loc, P, d)), expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
 
 
 def test_an_impossible_choice_is_an_error(monkeypatch):

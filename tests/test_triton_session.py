@@ -18,6 +18,7 @@ FILES = [
     "test_triton_operators.py",
     "test_triton_tune.py",
     "test_triton_sampling.py",
+    "test_triton_class.py",
 ]
 SELECTION = {"test_lowrank_transforms.py": ["-k", "not opcheck"]}  # which names its implementation
 

@@ -214,7 +214,7 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
     @lazy_property
     def _capacitance_tril(self) -> Tensor:
         """Cholesky factor of C = I + PᵀD⁻¹P, differentiable; made in float64 when somebody asks for it."""
-        with torch.autocast(self.loc.device.type, enabled=False):
+        with ops.without_autocast(self.loc.device):
             C = reference.capacitance(self._unbroadcasted_cov_factor.double(), self._d.double().reciprocal())
             return torch.linalg.cholesky(C).to(self._result_dtype)
 

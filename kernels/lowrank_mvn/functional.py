@@ -134,7 +134,7 @@ def rsample(
     if fused:
         return _rsample_fused(materialised(loc), materialised(cov_factor), d, shape, omega_p, omega_d, impl)
     dtype = torch.promote_types(loc.dtype, cov_factor.dtype)
-    with torch.autocast(cov_factor.device.type, enabled=False):
+    with ops.without_autocast(cov_factor.device):
         loc = materialised(loc)
         if isinstance(cov_factor, LinearFactor) and omega_p.shape[-2:-1] != cov_factor.shape[:1]:
             cov_factor = cov_factor.materialise()
@@ -202,7 +202,7 @@ def condition(
     observed = observed.expand(*shape, N)
     value = torch.where(observed, value, loc)
     d = d.to(high).expand(*shape, N)
-    with torch.autocast(cov_factor.device.type, enabled=False):
+    with ops.without_autocast(cov_factor.device):
         if impl == "reference" or forward_mode():
             work = high if impl == "reference" else torch.float64
             mean, factor, diag = reference.condition(
@@ -243,7 +243,7 @@ def mahalanobis_and_logdet(
     assert isinstance(loc, Tensor)
     if impl == "reference" or forward_mode():
         work = torch.promote_types(result_dtype(P), torch.float64 if impl != "reference" else P.dtype)
-        with torch.autocast(P.device.type, enabled=False):
+        with ops.without_autocast(P.device):
             q, logdet = reference.mahalanobis_and_logdet(*(t.to(work) for t in (value, loc, P, d)))
         return q, logdet.expand(items_shape), None
     shape = broadcast(value.shape[:-1], loc.shape[:-1], items_shape)
@@ -403,10 +403,12 @@ def check_tensors(**tensors: Tensor) -> None:
     for name, t in others:
         if t.device != anchor.device:
             raise ValueError(f"{name} is on {t.device}, {first} on {anchor.device}; expected one device")
+        if t.dtype == anchor.dtype:
+            continue
         narrow = torch.float64 not in (t.dtype, anchor.dtype)
         wide_diag = name == "cov_diag" and t.dtype == torch.float32 and narrow
         mixable = wide_diag or (narrow and torch.is_autocast_enabled(t.device.type))
-        if t.dtype != anchor.dtype and not mixable:
+        if not mixable:
             raise TypeError(f"{name} has dtype {t.dtype}, {first} has {anchor.dtype}; expected one dtype")
 
 

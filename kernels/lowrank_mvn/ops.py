@@ -13,6 +13,7 @@ An operator of `torch.library` and its derivative do not take part in the transf
 import importlib
 import importlib.util
 import os
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -70,8 +71,8 @@ def _register(name: str, setup_context, differentiate, batched):
 
 
 def without_autocast(device: torch.device):
-    """The operators choose their own precision."""
-    return torch.autocast(device.type, enabled=False)
+    """The operators choose their own precision. Tensors without values have no autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def pull_back(function, inputs, cotangents):
