@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import aten_linear, ops, reference
+from . import aten, aten_linear, ops, reference
 
 __all__ = ["LinearFactor", "LinearMean"]
 
@@ -209,11 +209,13 @@ def mahalanobis_and_logdet(
     x, loc = x.unflatten(2, (C, -1)), None if loc is None else loc.unflatten(2, (C, -1))
     d = d.unsqueeze(-1) if d.shape[1] == 1 else d.unflatten(1, (C, -1))
     m = None if mean is None else mean.homogeneous()
-    F, W = factor.features.flatten(2), factor.homogeneous()
+    F, W = factor.features.flatten(2), factor.homogeneous().unsqueeze(0)
     return torch.ops.lowrank_mvn.linear_mahalanobis_and_logdet(x, loc, F, W, m, d, impl)[:2]
 
 
 # --- Registration -------------------------------------------------------------------------------------------------
+# Canonical shapes are those of `aten_linear`. An implementation is a module with its functions: `linear_gram`,
+# `linear_mahalanobis_and_logdet`, its backward, and KEEPS_RESIDUAL (whether the residual is an output, or empty).
 
 IMPLEMENTATIONS: dict[str, Any] = {"aten": aten_linear}
 
@@ -224,7 +226,8 @@ def _forward(x, loc, F, W, m, d, impl):
 
 
 def _forward_fake(x, loc, F, W, m, d, impl):
-    (S, B, C, _), R, K = x.shape, W.shape[1], W.shape[2]
+    (S, B, C, M), (R, K1) = x.shape, W.shape[2:]
+    keeps = IMPLEMENTATIONS[impl].KEEPS_RESIDUAL
 
     def new(*shape, dtype=torch.float64):
         return x.new_empty(shape, dtype=dtype)
@@ -235,43 +238,43 @@ def _forward_fake(x, loc, F, W, m, d, impl):
         new(B, R, R),
         new(S, B, R),
         new(S, B, R),
-        new(B, C if d.shape[2] > 1 else 1, K, K),
-        new(*x.shape, dtype=aten_linear.product_dtype(x, F, d)),
+        new(B, C, R, K1),
+        new(S, B, C, M if keeps else 0, dtype=aten.product_dtype(x, F, W, d) if keeps else torch.float64),
         new(B, dtype=torch.bool),
     )
 
 
 ops.define(
     "linear_mahalanobis_and_logdet(Tensor x, Tensor? loc, Tensor F, Tensor W, Tensor? m, Tensor d, str impl)"
-    " -> (Tensor mahalanobis, Tensor logdet, Tensor C_inv, Tensor v, Tensor step, Tensor G, Tensor residual,"
+    " -> (Tensor mahalanobis, Tensor logdet, Tensor C_inv, Tensor v, Tensor step, Tensor WG, Tensor residual,"
     " Tensor wide)",
     _forward,
     _forward_fake,
 )
 
 
-def _backward(a, b, x, loc, F, W, m, d, residual, C_inv, v, step, G, wide, need_x, impl):
+def _backward(a, b, x, loc, F, W, m, d, C_inv, v, step, WG, residual, wide, needs, impl):
     with ops.without_autocast(F.device):
         return IMPLEMENTATIONS[impl].linear_mahalanobis_and_logdet_backward(
-            a, b, residual, F, W, m, d, C_inv, v, step, G, wide, need_x
+            a, b, x, loc, F, W, m, d, C_inv, v, step, WG, residual, wide, needs
         )
 
 
-def _backward_fake(a, b, x, loc, F, W, m, d, residual, C_inv, v, step, G, wide, need_x, impl):
-    contiguous = torch.contiguous_format
+def _backward_fake(a, b, x, loc, F, W, m, d, C_inv, v, step, WG, residual, wide, needs, impl):
+    contiguous, (need_x, need_F, need_d) = torch.contiguous_format, needs
     return (
-        torch.empty_like(residual, memory_format=contiguous) if need_x else residual.new_empty(0),
-        torch.empty_like(F),
+        x.new_empty(x.shape if need_x else (0,), dtype=aten.product_dtype(x, F, W, d)),
+        torch.empty_like(F) if need_F else F.new_empty(0),
         torch.empty_like(W, memory_format=contiguous),
         F.new_empty(0) if m is None else torch.empty_like(m, memory_format=contiguous),
-        torch.empty_like(d, memory_format=contiguous),
+        torch.empty_like(d, memory_format=contiguous) if need_d else d.new_empty(0),
     )
 
 
 ops.define(
     "linear_mahalanobis_and_logdet_backward(Tensor a, Tensor b, Tensor x, Tensor? loc, Tensor F, Tensor W, Tensor? m,"
-    " Tensor d, Tensor residual, Tensor C_inv, Tensor v, Tensor step, Tensor G, Tensor wide,"
-    " bool need_x, str impl) -> (Tensor grad_x, Tensor grad_F, Tensor grad_W, Tensor grad_m, Tensor grad_d)",
+    " Tensor d, Tensor C_inv, Tensor v, Tensor step, Tensor WG, Tensor residual, Tensor wide, bool[3] needs, str impl)"
+    " -> (Tensor grad_x, Tensor grad_F, Tensor grad_W, Tensor grad_m, Tensor grad_d)",
     _backward,
     _backward_fake,
 )
@@ -279,22 +282,26 @@ ops.define(
 
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.impl = inputs
-    _, _, C_inv, v, step, G, residual, wide = output
-    ctx.save_for_backward(*tensors, residual, C_inv, v, step, G, wide)
-    ctx.mark_non_differentiable(C_inv, v, step, G, residual, wide)
+    _, _, *kept = output
+    ctx.save_for_backward(*tensors, *kept)
+    ctx.mark_non_differentiable(*kept)
 
 
 def _differentiate(ctx, grad_mahalanobis, grad_logdet, *_):
-    x, loc, _, _, m, _, *_ = saved = ctx.saved_tensors
-    need_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+    x, loc, _, _, m, *_ = saved = ctx.saved_tensors
+    need_x, need_loc, need_F, need_W, need_m, need_d, _ = ctx.needs_input_grad
     grad_x, grad_F, grad_W, grad_m, grad_d = torch.ops.lowrank_mvn.linear_mahalanobis_and_logdet_backward(
-        grad_mahalanobis, grad_logdet, *saved, need_x, ctx.impl
+        grad_mahalanobis, grad_logdet, *saved, [need_x or need_loc, need_F, need_d], ctx.impl
     )
-    grad_loc = None
-    if loc is not None and ctx.needs_input_grad[1]:
-        grad_loc = -(grad_x if loc.shape[0] == x.shape[0] else grad_x.sum(0, keepdim=True)).to(loc.dtype)
-    grad_x = grad_x.to(x.dtype) if ctx.needs_input_grad[0] else None
-    return grad_x, grad_loc, grad_F, grad_W, None if m is None else grad_m, grad_d, None
+    return (
+        grad_x.to(x.dtype) if need_x else None,
+        -(grad_x if loc.shape[0] == x.shape[0] else grad_x.sum(0, keepdim=True)).to(loc.dtype) if need_loc else None,
+        grad_F if need_F else None,
+        grad_W if need_W else None,
+        grad_m if need_m else None,
+        grad_d if need_d else None,
+        None,
+    )
 
 
 torch.library.register_autograd(
@@ -304,35 +311,42 @@ torch.library.register_autograd(
 
 def _setup_context_twice(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:8])
-    ctx.need_x = inputs[14]
+    ctx.needs = inputs[14]
 
 
-def _differentiate_twice(ctx, gg_x, gg_F, gg_W, gg_m, gg_d):
-    a, b, x, loc, F, W, m, d = ctx.saved_tensors
-    given = [t for t in (x, loc, F, W, m, d) if t is not None]
+def _ones(F: Tensor) -> Tensor:
+    return torch.cat([F, torch.ones_like(F[:, :1])], 1)
+
+
+def _full(x, loc, F, W, m):
+    """δ [S, B, N] and P [B, N, R] of the canonical shapes: for derivatives beyond the first."""
+    delta = x if loc is None else x - loc
+    delta = delta if m is None else delta - torch.einsum("ck,bkn->bcn", m, _ones(F))
+    P = torch.einsum("bcrk,bkn->bcnr", W.expand(F.shape[0], -1, -1, -1), _ones(F))
+    return delta.flatten(2), P.flatten(1, 2)
+
+
+def _differentiate_twice(ctx, *grads):
+    a, b, *saved = ctx.saved_tensors
+    need_x, need_F, need_d = ctx.needs
+    given = [t for t in saved if t is not None]
+    outputs = (need_x, False, need_F, True, saved[4] is not None, need_d)  # of x, loc, F, W, m, d
 
     def textbook(*tensors):
         """The same two numbers from P itself."""
         remaining = iter(tensors)
-        full: Any = [None if t is None else next(remaining) for t in ctx.saved_tensors[2:]]
-        x, loc, F, W, m, d = full
-        ones = torch.cat([F, torch.ones_like(F[:, :1])], 1)
-        P = torch.einsum("crk,bkn->bcnr", W, ones).flatten(1, 2)
-        delta = x if loc is None else x - loc
-        delta = delta if m is None else delta - torch.einsum("ck,bkn->bcn", m, ones)
-        return reference.mahalanobis_and_logdet(delta.flatten(2), delta.new_zeros(()), P, d.flatten(1))
+        x, loc, F, W, m, d = (None if t is None else next(remaining) for t in saved)
+        delta, P = _full(x, loc, F, W, m)
+        return reference.mahalanobis_and_logdet(delta, delta.new_zeros(()), P, d.flatten(1))
 
     def first(a, b, *tensors):
         pulled = iter(ops.pull_back(ops.in_float64(textbook), tensors, (a, b)))
-        grads = [None if t is None else next(pulled) for t in ctx.saved_tensors[2:]]
-        return tuple(g for g in (grads[0] if ctx.need_x else None, *grads[2:]) if g is not None)
+        everything = [None if t is None else next(pulled) for t in saved]
+        return tuple(g for g, has in zip(everything, outputs, strict=True) if has)
 
-    with ops.without_autocast(F.device):
-        cotangents = tuple(
-            g
-            for g, t in zip((gg_x, gg_F, gg_W, gg_m, gg_d), (x if ctx.need_x else None, F, W, m, d), strict=True)
-            if t is not None
-        )
+    with ops.without_autocast(a.device):
+        x, F, W, m, d = outputs[:1] + outputs[2:]
+        cotangents = tuple(g for g, has in zip(grads, (x, F, W, m, d), strict=True) if has)
         pulled = iter(ops.pull_back(first, (a, b, *given), cotangents))
         return *(None if t is None else next(pulled) for t in ctx.saved_tensors), *[None] * 8
 
@@ -342,4 +356,25 @@ torch.library.register_autograd(
     _differentiate_twice,
     setup_context=_setup_context_twice,
     lib=ops.library,
+)
+
+
+# --- C and w alone, for conditioning ------------------------------------------------------------------------------
+
+
+def _gram(x, loc, F, W, m, precision, impl):
+    with ops.without_autocast(F.device):
+        return IMPLEMENTATIONS[impl].linear_gram(x, loc, F, W, m, precision)
+
+
+def _gram_fake(x, loc, F, W, m, precision, impl):
+    (S, B), R = x.shape[:2], W.shape[2]
+    return x.new_empty(B, R, R, dtype=torch.float64), x.new_empty(S, B, R, dtype=torch.float64)
+
+
+ops.define(
+    "linear_gram(Tensor x, Tensor? loc, Tensor F, Tensor W, Tensor? m, Tensor precision, str impl)"
+    " -> (Tensor C, Tensor w)",
+    _gram,
+    _gram_fake,
 )
