@@ -25,6 +25,8 @@ The functions take canonical shapes; item b of F has the weight W[b], or W[0] wh
 `linear` registers them; `linear_forms` has what follows the passes, `aten` what both kinds of factor share.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -35,27 +37,39 @@ from .aten import Scratch, empty_gradient, factorise, product_dtype, runs
 KEEPS_RESIDUAL = True
 
 # Values of F in one block: 2 MiB in float32, which keeps what is made of a block small beside grad_F (kernels/LOG.md).
-BLOCK_VALUES = 1 << 19
+import os
+BLOCK_VALUES = int(os.environ.get("BV", 1 << 19))
+BLOCK_PIXELS = int(os.environ.get("BP", 256))
 
 
 def _blocks(F: Tensor, rows: int, items: slice):
-    """Index pairs (items, pixels) that cover F in blocks; `rows` is what is made of a pixel beside its features."""
-    B, (K, M) = items.stop - items.start, F.shape[1:]
-    step_b = max(1, min(B, BLOCK_VALUES // max(1, min(M, 512) * (K + rows))))
-    step_n = max(1, BLOCK_VALUES // (step_b * (K + rows)))
+    """Index pairs (items, pixels) that cover F in blocks; `rows` is what is made of a pixel, its features included."""
+    B, M = items.stop - items.start, F.shape[2]
+    step_b = _even(B, BLOCK_VALUES // max(1, min(M, BLOCK_PIXELS) * rows))
+    step_n = _even(M, BLOCK_VALUES // (step_b * rows))
     for b in range(items.start, items.stop, step_b):
         for n in range(0, M, step_n):
             yield slice(b, min(b + step_b, items.stop)), slice(n, min(n + step_n, M))
 
 
-def _stacked(F: Tensor, b: slice, n: slice, rows: int, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
-    """[F̃; y] [b, K+1+rows, n] of a block, its first part F̃ and its last, y, which is left to be filled."""
-    f = F[b, :, n]
+def _even(size: int, step: int) -> int:
+    """The step, `step` or less, that cuts `size` into as many parts of much the same size."""
+    parts = -(-size // max(1, step))
+    return max(1, -(-size // max(1, parts)))
+
+
+def _carved(scratch: Scratch, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """Tensors side by side in one piece of memory."""
+    sizes = [math.prod(shape) for shape in shapes]
+    return [part.view(shape) for part, shape in zip(scratch.shaped(sum(sizes)).split(sizes), shapes, strict=True)]
+
+
+def _fill(stack: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+    """[F̃; y] of a block: its first part F̃, filled from the features `f`, and its last, y, which is not."""
     K = f.shape[1]
-    stack = scratch.shaped(f.shape[0], K + 1 + rows, f.shape[2])
     stack[:, :K] = f
     stack[:, K] = 1
-    return stack, stack[:, : K + 1], stack[:, K + 1 :]
+    return stack[:, : K + 1], stack[:, K + 1 :]
 
 
 def _precision(d: Tensor, b: slice, n: slice, dtype: torch.dtype, inverted: bool = False) -> Tensor:
@@ -64,10 +78,16 @@ def _precision(d: Tensor, b: slice, n: slice, dtype: torch.dtype, inverted: bool
     return block if inverted else block.reciprocal()
 
 
+def _scale(rows: Tensor, precision: Tensor) -> Tensor:
+    """Rows [b, Q·C, n] times 1/d, in place; channels are the inner ones."""
+    rows.unflatten(1, (-1, precision.shape[1])).mul_(precision.unsqueeze(1))
+    return rows
+
+
 def _delta(x: Tensor, loc: Tensor | None, b: slice, n: slice, dtype: torch.dtype) -> Tensor:
-    """x − μ, without the part of μ that is linear in the features, [b, S, C, n]."""
+    """x − μ, without the part of μ that is linear in the features, [b, S·C, n]."""
     delta = x[:, b, :, n].to(dtype)
-    return (delta if loc is None else delta - loc[:, b, :, n].to(dtype)).transpose(0, 1)
+    return (delta if loc is None else delta - loc[:, b, :, n].to(dtype)).transpose(0, 1).flatten(1, 2)
 
 
 def _of(W: Tensor, b: slice) -> Tensor:
@@ -75,48 +95,56 @@ def _of(W: Tensor, b: slice) -> Tensor:
     return W[b] if W.shape[0] > 1 else W.expand(b.stop - b.start, *W.shape[1:])
 
 
+def _rows(W: Tensor) -> Tensor:
+    """[., C, R, K+1] -> [., R·C, K+1], channels inside."""
+    return W.transpose(1, 2).flatten(1, 2)
+
+
 def _first_pass(x, loc, F: Tensor, W: Tensor, d: Tensor, items: slice, dtype: torch.dtype, inverted: bool):
     """W_cG_c [b, C, R, K+1], F̃D_c⁻¹(x − loc)_c [b, S, C, K+1] and diag G_c [b, C or 1, K+1] of some items, in float64;
     products in `dtype`. `d` is the diagonal of D or, if `inverted`, of D⁻¹, 0 for a pixel that is not observed."""
     (S, _, channels, _), R, K1 = x.shape, W.shape[2], W.shape[3]
-    one, tiles = d.shape[2] == 1, linear_forms.from_tiles(*W.shape[1:], d.shape[2] > 1)
-    sizes = (items.stop - items.start, 1 if one or tiles else channels)
-    rows = (channels * R if tiles else K1) + (S * channels if one or tiles else S)
-    sums = F.new_zeros(*sizes, rows, K1, dtype=torch.float64)
-    diagonal = F.new_zeros(sizes[0], 1 if one else channels, K1, dtype=torch.float64)
-    stacks, made = Scratch(dtype, F.device), Scratch(dtype, F.device)
-    for b, n in _blocks(F, rows, items):
-        at = slice(b.start - items.start, b.stop - items.start)
+    count, SC, one = items.stop - items.start, S * channels, d.shape[2] == 1
+    tiles = linear_forms.from_tiles(channels, R, K1, not one)
+    groups = 1 if one or tiles else channels  # products that are made of a block
+    rows = channels * R + SC if tiles else K1 + (SC if one else S)
+    sums = F.new_zeros(count, groups, rows, K1, dtype=torch.float64)
+    diagonal = F.new_zeros(count, 1 if one else channels, K1, dtype=torch.float64)
+    # Rows of zeros make place for δ in the tile, because a product is fastest into memory of its own.
+    weight = torch.cat([_rows(W), W.new_zeros(W.shape[0], SC, K1)], 1).to(dtype) if tiles else None
+    scratch = Scratch(dtype, F.device)
+    for b, n in _blocks(F, K1 + rows if tiles or not one else rows, items):
+        f, at = F[b, :, n], slice(b.start - items.start, b.stop - items.start)
         delta, precision = _delta(x, loc, b, n, dtype), _precision(d, b, n, dtype, inverted)
-        if tiles:
-            _, f, _ = _stacked(F, b, n, 0, stacks)
-            y = made.shaped(f.shape[0], rows, f.shape[2])
-            torch.bmm(_of(W, b).to(dtype).flatten(1, 2), f, out=y[:, : channels * R])
-            y[:, channels * R :] = delta.flatten(1, 2)
-            if not one:
-                y[:, : channels * R].unflatten(1, (channels, R)).mul_(precision.unsqueeze(2))
-                y[:, channels * R :].unflatten(1, (S, channels)).mul_(precision.unsqueeze(1))
-            sums[at, 0] += torch.bmm(y, f.mT)
-            diagonal[at] += torch.matmul(precision.expand(-1, -1, f.shape[2]), f.square().mT)
+        sizes, pixels = (f.shape[0], K1, f.shape[2]), f.shape[2]
+        if weight is not None:
+            stack, y = _carved(scratch, sizes, (f.shape[0], rows, pixels))
+            f, _ = _fill(stack, f)
+            torch.bmm(_of(weight, b), f, out=y)
+            y[:, channels * R :] = delta
+            sums[at, 0] += torch.bmm(y if one else _scale(y, precision), f.mT)
+            diagonal[at] += torch.bmm(precision.expand(-1, -1, pixels), f.square_().mT)
         elif one:
-            stack, f, y = _stacked(F, b, n, S * channels, stacks)
-            y.copy_(delta.flatten(1, 2))
+            (stack,) = _carved(scratch, (f.shape[0], rows, pixels))
+            f, y = _fill(stack, f)
+            y.copy_(delta)
             sums[at, 0] += torch.bmm(stack, f.mT)
         else:
-            stack, f, y = _stacked(F, b, n, S, stacks)
+            stack, scaled = _carved(scratch, (f.shape[0], rows, pixels), (f.shape[0], rows, pixels))
+            f, y = _fill(stack, f)
             for c in range(channels):
-                y.copy_(delta[:, :, c])
-                scaled = torch.mul(stack, precision[:, c].unsqueeze(1), out=made.shaped(*stack.shape))
+                y.copy_(delta[:, c::channels])
+                torch.mul(stack, precision[:, c].unsqueeze(1), out=scaled)
                 sums[at, c] += torch.bmm(scaled, f.mT)
-    if one:
+    if one:  # 1/d is in `diagonal` of the tiles already
         scale = d[items].double() if inverted else d[items].double().reciprocal()
         sums *= scale.unsqueeze(-1)
-    wF = sums[:, :, rows - (S * channels if one or tiles else S) :]
-    wF = wF[:, 0].unflatten(1, (S, channels)) if one or tiles else wF.transpose(1, 2)
     if tiles:
-        return sums[:, 0, : channels * R].unflatten(1, (channels, R)), wF, diagonal
-    G = sums[:, :, :K1]
-    return torch.matmul(_of(W, items).double(), G), wF, G.diagonal(dim1=-2, dim2=-1)
+        parts = sums[:, 0].unflatten(1, (-1, channels))
+        return parts[:, :R].transpose(1, 2), parts[:, R:], diagonal
+    G, wF = sums[:, :, :K1], sums[:, :, K1:]
+    wF = wF[:, 0].unflatten(1, (S, channels)) if one else wF.transpose(1, 2)
+    return torch.matmul(_of(W, items), G), wF, G.diagonal(dim1=-2, dim2=-1)
 
 
 def _capacitance(x: Tensor, loc: Tensor | None, F: Tensor, W: Tensor, d: Tensor, inverted: bool):
@@ -153,30 +181,30 @@ def linear_mahalanobis_and_logdet(x: Tensor, loc: Tensor | None, F: Tensor, W: T
     All float64 but the residual r = δ − F̃ᵀ(u + m) [S, B, C, M], made in float64 and rounded once, at v before its last
     step.
     """
-    S, (B, _, M), channels = x.shape[0], F.shape, W.shape[1]
+    S, (B, K, M), channels = x.shape[0], F.shape, W.shape[1]
     dtype, W64, m64 = product_dtype(x, F, W, d), W.double(), None if m is None else m.double()
     WG, wF, _, C_inv, logdet, wide = _capacitance(x, loc, F, W, d, inverted=False)
-    logdet = logdet + (d.double().log().sum((1, 2)) if d.shape[2] > 1 else channels * M * d[:, 0, 0].double().log())
+    logdet = logdet + linear_forms.logdet_D(d, channels * M)
     v = linear_forms.projection(wF, WG, W64, m64) @ C_inv
     q, g = v.square().sum(-1), -v
     u = linear_forms.coefficients(v, W64)
     u = (u if m64 is None else u + m64).flatten(1, 2)
     residual = x.new_empty(x.shape, dtype=dtype)
-    zF = F.new_zeros(B, S * channels, W.shape[3], dtype=torch.float64)
-    exact = Scratch(torch.float64, F.device)
+    zF = F.new_zeros(B, S * channels, K + 1, dtype=torch.float64)
+    scratch = Scratch(torch.float64, F.device)
     for items, products in runs(wide, dtype) if S else ():
-        for b, n in _blocks(F, 1 + S * channels, items):
+        for b, n in _blocks(F, 2 * (K + 1 + S * channels), items):  # float64 takes twice the memory
+            f = F[b, :, n]
+            exact = scratch.shaped(f.shape[0], K + 1, f.shape[2])
+            _fill(exact, f)
             # Where d is small, r is what is left of numbers hundreds of times its size: made in float64, rounded once.
-            _, f, _ = _stacked(F, b, n, 0, exact)
-            r = _delta(x, loc, b, n, torch.float64) - torch.bmm(u[b], f).unflatten(1, (S, channels))
-            r = r.to(products)
-            residual[:, b, :, n] = r.transpose(0, 1)
-            z = r * _precision(d, b, n, products).unsqueeze(1)
-            q[b] += (r * z).sum((2, 3), dtype=torch.float64)
-            z = z.flatten(1, 2)
-            f = f if products == torch.float64 else F[b, :, n].to(products)
-            zF[b, :, : F.shape[1]] += torch.bmm(z, f[:, : F.shape[1]].mT)
-            zF[b, :, -1] += z.sum(-1, dtype=torch.float64)
+            r = torch.baddbmm(_delta(x, loc, b, n, torch.float64), u[b], exact, alpha=-1).to(products)
+            residual[:, b, :, n] = r.unflatten(1, (S, channels)).transpose(0, 1)
+            z = _scale(r.clone(), _precision(d, b, n, products))
+            q[b] += (r * z).sum(2, dtype=torch.float64).unflatten(1, (S, channels)).sum(2)
+            f = exact[:, :K] if products == torch.float64 else f.to(products)
+            zF[b, :, :K] += torch.bmm(z, f.mT)
+            zF[b, :, K] += z.sum(2, dtype=torch.float64)
     g = g + linear_forms.projection(zF.unflatten(1, (S, channels)), WG, W64, None)
     step = g @ C_inv
     q = q - (g * step).sum(-1)
@@ -202,79 +230,77 @@ def linear_mahalanobis_and_logdet_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """grad_x [S, B, C, M], grad_F, grad_W, grad_m (empty without m) and grad_d; `needs` is for x, F and d: what is not
     needed is empty. grad_loc is −grad_x."""
-    S, B, channels, M = x.shape
-    R, K1, K = W.shape[2], W.shape[3], F.shape[1]
+    (S, B, channels, M), (R, K1), K = x.shape, W.shape[2:], F.shape[1]
     need_x, need_F, need_d = needs
-    one, tiles = d.shape[2] == 1, linear_forms.from_tiles(*W.shape[1:], d.shape[2] > 1)
-    dtype, W64 = residual.dtype, W.double()
-    a, b_ = grad_mahalanobis.T.double(), grad_logdet.double()  # [B, S], [B]
+    SC, one = S * channels, d.shape[2] == 1
+    tiles = linear_forms.from_tiles(channels, R, K1, not one)
+    need_rows = need_F or (need_d and not one)
+    W64, a, b_ = W.double(), grad_mahalanobis.T.double(), grad_logdet.double()  # a [B, S], b [B]
     v, step = v.transpose(0, 1), step.transpose(0, 1)  # [B, S, R]
     u = linear_forms.coefficients(v, W64)
     u_step = linear_forms.coefficients(step, W64).flatten(1, 2)
-    minus_2au = (-2 * a[:, :, None, None] * (u if m is None else u + m.double())).flatten(1, 2)[..., :-1]
-    two_b = 2 * b_[:, None, None]
-    grad_x = torch.empty_like(residual) if need_x else residual.new_empty(0)
+    minus_2au = (-2 * a[:, :, None, None] * (u if m is None else u + m.double())).flatten(1, 2)
+    grad_x = x.new_empty(x.shape if need_x else 0, dtype=residual.dtype)
     grad_F = empty_gradient(F) if need_F else F.new_empty(0)
-    grad_d = d.new_zeros(d.shape, dtype=torch.float64 if one else d.dtype) if need_d else d.new_empty(0)
-    zF = F.new_zeros(B, S * channels, K1, dtype=torch.float64)
+    grad_d = d.new_zeros(d.shape if need_d else 0, dtype=torch.float64 if one else d.dtype)
+    zF = F.new_zeros(B, SC, K1, dtype=torch.float64)
     if need_d and one:
         # Σₙ πₙ = (N − R + tr C⁻¹)/d, because PᵀD⁻¹P = C − I.
         trace = C_inv.diagonal(dim1=-2, dim2=-1).sum(-1)
         grad_d += (b_ * (channels * M - R + trace))[:, None, None] / d.double()
-    # What makes the rows of a block beside z, and grad_F = `combined` · [rows; z]: one product.
-    if tiles:
-        A = linear_forms.weighted(linear_forms.root(C_inv), W64).flatten(1, 2)
-        back = two_b * A[..., :-1].mT
-    else:
-        Mc = linear_forms.quadratic(C_inv, W64)
-        back = two_b * Mc.sum(1)[:, :-1]
-    combined = torch.cat([back / d.double() if one else back, minus_2au.mT], -1)
-    for items, products in runs(wide, dtype):
-        stacks, made, product = (Scratch(products, F.device) for _ in range(3))
-        for b, n in _blocks(F, 1 + S * channels + (channels * R if tiles else 0), items):
-            stack, f, z = _stacked(F, b, n, 0 if tiles else S * channels, stacks)
-            if tiles:
-                stack = made.shaped(f.shape[0], (channels * R) + S * channels, f.shape[2])
-                y, z = stack[:, : channels * R], stack[:, channels * R :]
-            precision = _precision(d, b, n, products)
-            r = residual[:, b, :, n].to(products).transpose(0, 1) - torch.bmm(u_step[b].to(products), f).unflatten(
-                1, (S, channels)
+    # `rows` make what a block needs from F̃: yₙ or M_cf̃ₙ, and what z is corrected by; grad_F = `back` · [y/d or F̃; z].
+    tile = channels * R if tiles and need_rows else 0
+    A = _rows(linear_forms.weighted(linear_forms.root(C_inv), W64)) if tile else linear_forms.quadratic(C_inv, W64)
+    back = (A.mT if tile else A.sum(1)) * (2 * b_[:, None, None] / (d.double() if one else 1))
+    back = torch.cat([back, minus_2au.mT], -1)[:, :K]
+    rows = torch.cat([A, -u_step], 1) if tile else -u_step
+    extra = max(K, tile) if tile or one else K + K1  # grad_F of a block, and M_cf̃ₙ or squares
+    for items, products in runs(wide, residual.dtype):
+        scratch = Scratch(products, F.device)
+        A_, rows_, back_, a_, two_b = (t.to(products) for t in (A, rows, back, a, 2 * b_[:, None, None]))
+        for b, n in _blocks(F, K1 + tile + SC + extra, items):
+            f, precision = F[b, :, n], _precision(d, b, n, products)
+            count, pixels = f.shape[0], f.shape[2]
+            stack, made, spare = _carved(
+                scratch, (count, K1 + (0 if tile else SC), pixels), (count, tile + SC, pixels), (count * extra * pixels,)
             )
-            z.unflatten(1, (S, channels)).copy_(r * precision.unsqueeze(1))
-            zF[b] += torch.bmm(z, f.mT)
-            az = (z * a[b].to(products).repeat_interleave(channels, 1).unsqueeze(-1)).unflatten(1, (S, channels))
+            f, z = _fill(stack, f)
+            torch.bmm(rows_[b], f, out=made)
+            y, z_made = made[:, :tile], made[:, tile:]
+            _scale(z_made.add_(residual[:, b, :, n].to(products).transpose(0, 1).flatten(1, 2)), precision)
+            if tile:
+                stack, z = made, z_made
+            else:
+                z.copy_(z_made)
+            zF[b] += torch.bmm(z_made, f.mT)
+            z_c = z_made.unflatten(1, (S, channels))
             if need_x:
-                grad_x[:, b, :, n] = (2 * az).transpose(0, 1)
+                grad_x[:, b, :, n] = (2 * a_[b, :, None, None] * z_c).transpose(0, 1)
             if need_d:
-                az2 = (az * z.unflatten(1, (S, channels))).sum(1)
+                az2 = (z_c.square() * a_[b, :, None, None]).sum(1)
                 if one:
                     grad_d[b] -= az2.sum((1, 2), dtype=torch.float64)[:, None, None]
-            if not need_F and (one or not need_d):
+            if not need_rows:
                 continue
-            b_block = b_[b, None, None].to(products)
-            if tiles:
-                torch.bmm(A[b].to(products), f, out=y)
-                y_c = y.unflatten(1, (channels, R))
-                if not one and need_d:
-                    squares = torch.mul(y_c, y_c, out=product.shaped(*y_c.shape)).sum(2)
-                    grad_d[b, :, n] = (precision - squares * precision.square()) * b_block - az2
-                if not one:
-                    y_c *= precision.unsqueeze(2)
-            grad_f = product.shaped(f.shape[0], K if need_F else 0, f.shape[2])
-            if tiles or one:
-                if need_F:
-                    grad_F[b, :, n] = torch.bmm(combined[b].to(products), stack, out=grad_f)
-                continue
-            if need_F:
-                torch.bmm(minus_2au[b].to(products).mT, z, out=grad_f)
-            for c in range(channels):
-                p = precision[:, c]
-                MF = torch.bmm(Mc[b, c].to(products), f, out=made.shaped(*f.shape))
+            grad_f = spare[: count * K * pixels].view(count, K, pixels)
+            if tile and not one:
                 if need_d:
-                    pi = p - (MF * f).sum(1) * p.square()
-                    grad_d[b, c, n] = pi * b_block[:, 0] - az2[:, c]
-                if need_F:
-                    grad_f.addcmul_(MF[:, :-1], 2 * b_block * p.unsqueeze(1))
+                    squares = torch.mul(y, y, out=spare[: y.numel()].view(y.shape))
+                    pi = precision - squares.unflatten(1, (R, channels)).sum(1) * precision.square()
+                    grad_d[b, :, n] = 0.5 * two_b[b] * pi - az2
+                _scale(y, precision)
+            if tile or one:
+                torch.bmm(back_[b], stack, out=grad_f)
+            else:
+                torch.bmm(back_[b, :, K1:], z_made, out=grad_f)
+                Mf = spare[grad_f.numel() :].view(count, K1, pixels)
+                for c in range(channels):
+                    p = precision[:, c]
+                    torch.bmm(A_[b, c], f, out=Mf)
+                    if need_d:
+                        pi = p - (Mf * f).sum(1) * p.square()
+                        grad_d[b, c, n] = 0.5 * two_b[b, 0] * pi - az2[:, c]
+                    grad_f.addcmul_(Mf[:, :K], two_b[b] * p.unsqueeze(1))
             if need_F:
                 grad_F[b, :, n] = grad_f
     zF = zF.unflatten(1, (S, channels))

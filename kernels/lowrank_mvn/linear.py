@@ -285,11 +285,19 @@ def _setup_context(ctx, inputs, output):
     _, _, *kept = output
     ctx.save_for_backward(*tensors, *kept)
     ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)  # else a gradient of zeros is made for each output, the residual among them
 
 
 def _differentiate(ctx, grad_mahalanobis, grad_logdet, *_):
+    if grad_mahalanobis is None and grad_logdet is None:
+        return (None,) * 7
     x, loc, _, _, m, *_ = saved = ctx.saved_tensors
     need_x, need_loc, need_F, need_W, need_m, need_d, _ = ctx.needs_input_grad
+    C_inv, v = saved[6:8]
+    if grad_mahalanobis is None:
+        grad_mahalanobis = v.new_zeros(v.shape[:2])
+    if grad_logdet is None:
+        grad_logdet = C_inv.new_zeros(C_inv.shape[:1])
     grad_x, grad_F, grad_W, grad_m, grad_d = torch.ops.lowrank_mvn.linear_mahalanobis_and_logdet_backward(
         grad_mahalanobis, grad_logdet, *saved, [need_x or need_loc, need_F, need_d], ctx.impl
     )

@@ -64,6 +64,14 @@ def root(C_inv: Tensor) -> Tensor:
     return L.mT
 
 
+def logdet_D(d: Tensor, N: int) -> Tensor:
+    """log|D| [B] of d [B, C, M] or [B, 1, 1], item by item: in float64, which need not hold all of them at once."""
+    if d.shape[2] == 1:
+        return N * d[:, 0, 0].double().log()
+    logs = [item.double().log().sum() for item in d]
+    return torch.stack(logs) if logs else d.new_zeros(0, dtype=torch.float64)
+
+
 def too_rough(diagonal_G: Tensor, W: Tensor, C_inv: Tensor) -> Tensor:
     """Whether float32 products in a pass may have moved log|C| by more than LOG_DET_TOLERANCE, or failed, [B].
 
