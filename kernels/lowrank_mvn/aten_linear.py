@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from . import linear_forms
-from .aten import Scratch, empty_gradient, factorise, product_dtype, runs
+from .aten import Scratch, empty_gradient, product_dtype, runs
 
 # The residual of the forward pass is an output of it.
 KEEPS_RESIDUAL = True
@@ -153,7 +153,7 @@ def _capacitance(x: Tensor, loc: Tensor | None, F: Tensor, W: Tensor, d: Tensor,
     W64 = W.double()
     WG, wF, diagonal = _first_pass(x, loc, F, W64, d, slice(0, B), dtype, inverted)
     C = linear_forms.capacitance(WG, W64)
-    C_inv, log_det, _ = factorise(C)
+    C_inv, log_det = linear_forms.factorise(C)
     if dtype == torch.float64:
         return WG, wF, C, C_inv, log_det, torch.ones(B, dtype=torch.bool, device=F.device)
     wide = linear_forms.too_rough(diagonal, W64, C_inv)
@@ -161,7 +161,7 @@ def _capacitance(x: Tensor, loc: Tensor | None, F: Tensor, W: Tensor, d: Tensor,
         if products == torch.float64:
             WG[items], wF[items], _ = _first_pass(x, loc, F, W64, d, items, products, inverted)
             C[items] = linear_forms.capacitance(WG[items], _of(W64, items))
-            C_inv[items], log_det[items], _ = factorise(C[items])
+            C_inv[items], log_det[items] = linear_forms.factorise(C[items])
     return WG, wF, C, C_inv, log_det, wide
 
 
@@ -307,3 +307,66 @@ def linear_mahalanobis_and_logdet_backward(
     grad_W = linear_forms.grad_weight(a, b_, C_inv, v, WG, zF, shared=W.shape[0] == 1)
     grad_m = F.new_empty(0) if m is None else linear_forms.grad_mean(a, zF).to(m.dtype)
     return grad_x, grad_F, grad_W.to(W.dtype), grad_m, grad_d.to(d.dtype)
+
+
+def linear_gram_backward(
+    grad_C: Tensor,
+    grad_w: Tensor,
+    x: Tensor,
+    loc: Tensor | None,
+    F: Tensor,
+    W: Tensor,
+    m: Tensor | None,
+    precision: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """grad_x [S, B, C, M], grad_F, grad_W, grad_m (empty without m) and grad_π for the precision π; `needs` is for x, F
+    and π: what is not needed is empty. From tiles pₙ = W_cf̃ₙ, with A = grad_C + grad_Cᵀ and B = grad_w:
+
+        grad_pₙ = πₙ (Apₙ + Σ_s B_s δₛₙ)      grad_δₛₙ = πₙ B_sᵀpₙ      grad_πₙ = ½ pₙᵀApₙ + Σ_s δₛₙ B_sᵀpₙ
+    """
+    (S, B, channels, M), (R, K1), K = x.shape, W.shape[2:], F.shape[1]
+    need_x, need_F, need_precision = needs
+    SC, CR, dtype = S * channels, channels * R, product_dtype(x, F, W, precision)
+    weight, A, back = _rows(W.to(dtype)), (grad_C + grad_C.mT).to(dtype), grad_w.transpose(0, 1).to(dtype)
+    mean = None if m is None else m.to(dtype)
+    grad_x = x.new_empty(x.shape if need_x else 0, dtype=dtype)
+    grad_F = empty_gradient(F) if need_F else F.new_empty(0)
+    grad_pi = precision.new_zeros(precision.shape if need_precision else 0, dtype=torch.float64)
+    grad_rows = F.new_zeros(B, CR + SC, K1, dtype=torch.float64)
+    scratch = Scratch(dtype, F.device)
+    for b, n in _blocks(F, K1 + 2 * CR + SC, slice(0, B)):
+        f, count = F[b, :, n], min(b.stop, B) - b.start
+        pixels = f.shape[2]
+        stack, p, made = _carved(scratch, (count, K1, pixels), (count, CR, pixels), (count, CR + SC, pixels))
+        f, _ = _fill(stack, f)
+        torch.bmm(_of(weight, b), f, out=p)
+        delta, pi = _delta(x, loc, b, n, dtype), precision[b, :, n if precision.shape[2] > 1 else slice(None)].to(dtype)
+        if mean is not None:
+            delta = delta - torch.matmul(mean, f).repeat(1, S, 1)
+        grad_p, grad_delta = made[:, :CR], made[:, CR:]
+        as_columns = p.view(count, R, channels * pixels)
+        grad_p.copy_(torch.bmm(A[b], as_columns).view(count, CR, pixels))
+        grad_delta.copy_(torch.bmm(back[b], as_columns).view(count, SC, pixels))
+        if need_precision:
+            terms = 0.5 * (p * grad_p).unflatten(1, (R, channels)).sum(1)
+            terms += (delta * grad_delta).unflatten(1, (S, channels)).sum(1)
+            if precision.shape[2] > 1:
+                grad_pi[b, :, n] = terms.double()
+            else:
+                grad_pi[b] += terms.sum((1, 2), dtype=torch.float64)[:, None, None]
+        if S:
+            grad_p += torch.bmm(back[b].mT, delta.reshape(count, S, channels * pixels)).view(count, CR, pixels)
+        _scale(made, pi.expand(-1, channels, -1))
+        if need_x:
+            grad_x[:, b, :, n] = grad_delta.unflatten(1, (S, channels)).transpose(0, 1)
+        grad_rows[b] += torch.bmm(made, f.mT)
+        if need_F:
+            rows = _of(weight, b)
+            if mean is not None:
+                rows = torch.cat([rows, -mean.repeat(S, 1).expand(count, SC, K1)], 1)
+            grad_F[b, :, n] = torch.bmm(rows[..., :K].mT, made if mean is not None else grad_p)
+    grad_W = grad_rows[:, :CR].unflatten(1, (R, channels)).transpose(1, 2)
+    grad_W = grad_W.sum(0, keepdim=True) if W.shape[0] == 1 else grad_W
+    grad_m = F.new_empty(0) if m is None else -grad_rows[:, CR:].unflatten(1, (S, channels)).sum((0, 1)).to(m.dtype)
+    return grad_x, grad_F, grad_W.to(W.dtype).contiguous(), grad_m, grad_pi.to(precision.dtype)

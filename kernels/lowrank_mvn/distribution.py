@@ -189,9 +189,10 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
         """The distribution given that the pixels of the mask `observed` have the values that stand in `value`.
 
         It is over all N pixels: observed ones are pinned (variance 0), so that its samples are whole images. For a
-        density over the rest, take the rows of its parameters at `~observed`. See `functional.condition`.
+        density over the rest, take the rows of its parameters at `~observed`. A `LinearFactor` stays one. See
+        `functional.condition`.
         """
-        conditional = functional.condition(value, observed, self.loc, self._P, self._d)
+        conditional = functional.condition(value, observed, self._loc, self._P, self._d)
         return LowRankMultivariateNormal(*conditional, validate_args=False)
 
     def covariance_row(self, index: int | Tensor) -> Tensor:
@@ -202,7 +203,7 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
             raise ValueError(f"index {n} is out of range for event shape [{N}]")
         P = self._P
         if isinstance(P, LinearFactor):
-            row = P.times(P.row(n).unsqueeze(0)).squeeze(0)
+            row = P.times(P.row(n))
         else:
             row = (P @ P[..., n, :].unsqueeze(-1)).squeeze(-1)
         pixel = torch.zeros(N, dtype=row.dtype, device=row.device)

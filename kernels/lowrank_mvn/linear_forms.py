@@ -10,10 +10,15 @@ and everything that follows from these is here, for every implementation. W [1 o
 float64; S samples, B items, C channels, R columns, K features and a row of ones.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
-from .aten import LOG_DET_TOLERANCE
+from . import aten
+
+# Up to so many columns a factorisation is a loop over them in torch's operators.
+SWEEP = 32
 
 
 def from_tiles(channels: int, R: int, K1: int, per_pixel: bool) -> bool:
@@ -54,6 +59,29 @@ def quadratic(A: Tensor, W: Tensor) -> Tensor:
     return torch.matmul(W.mT, weighted(A, W))
 
 
+def factorise(C: Tensor) -> tuple[Tensor, Tensor]:
+    """C⁻¹ and log|C| of float64 `C` [B, R, R]; NaN for an item where that fails, which means not finite.
+
+    Small ones are swept (Gauss–Jordan, stable because C is positive definite) in ten small operations a column: the code
+    of a library's factorisation alone takes 4 MB at its first use, a sixth of all that a step needs beside grad_F.
+    """
+    R = C.shape[-1]
+    if R > SWEEP or C.device.type != "cpu":
+        return aten.factorise(C)[:2]
+    A, pivots = C.clone(), C.new_empty(C.shape[:2])
+    for k in range(R):
+        pivot = pivots[:, k].copy_(A[:, k, k]).unsqueeze(1)
+        column = A[:, :, k].clone()
+        column[:, k] = 0
+        A[:, :, k] = 0
+        A[:, k, k] = 1
+        row = A[:, k].div_(pivot)
+        A.baddbmm_(column.unsqueeze(2), row.unsqueeze(1).clone(), alpha=-1)
+    failed = ~((pivots > 0) & (pivots < math.inf)).all(1)
+    A = 0.5 * (A + A.mT)
+    return A.masked_fill_(failed[:, None, None], math.nan), pivots.log().sum(1).masked_fill_(failed, math.nan)
+
+
 def root(C_inv: Tensor) -> Tensor:
     """A [B, R, R] with AᵀA = C⁻¹."""
     L, info = torch.linalg.cholesky_ex(C_inv)
@@ -73,7 +101,7 @@ def logdet_D(d: Tensor, N: int) -> Tensor:
 
 
 def too_rough(diagonal_G: Tensor, W: Tensor, C_inv: Tensor) -> Tensor:
-    """Whether float32 products in a pass may have moved log|C| by more than LOG_DET_TOLERANCE, or failed, [B].
+    """Whether float32 products in a pass may have moved log|C| by more than `aten.LOG_DET_TOLERANCE`, or failed, [B].
 
     `diagonal_G` [B, C or 1, K+1] is that of G_c. |ΔG_kl| ≤ ε√(G_kk G_ll) moves C by at most ε aᵣaₛ with
     aᵣ² = Σ_c (Σ_k |W_crk|√G_kk)²: aᵣ² takes the place of C_rr in the bound of a full factor (`aten.factorise`). The
@@ -81,7 +109,7 @@ def too_rough(diagonal_G: Tensor, W: Tensor, C_inv: Tensor) -> Tensor:
     """
     a = torch.matmul(W.abs(), diagonal_G.sqrt().unsqueeze(-1)).squeeze(-1)  # [B, C, R]
     spread = (a.square().sum(1) * C_inv.diagonal(dim1=-2, dim2=-1)).sqrt().sum(-1).square()
-    return ~(torch.finfo(torch.float32).eps * spread <= LOG_DET_TOLERANCE)
+    return ~(torch.finfo(torch.float32).eps * spread <= aten.LOG_DET_TOLERANCE)
 
 
 def grad_weight(a: Tensor, b: Tensor, C_inv: Tensor, v: Tensor, WG: Tensor, zF: Tensor, shared: bool) -> Tensor:
