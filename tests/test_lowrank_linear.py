@@ -16,6 +16,7 @@ CASES = [
     ("pixel-d", 3, 5, 4, 3, (7, 6), "pixel", True, False),
     ("channels-last", 2, 8, 3, 2, (6, 5), "pixel", True, True),
     ("wide-features", 2, 30, 2, 1, (11,), "scalar", True, False),
+    ("tiles", 2, 30, 3, 2, (7, 3), "pixel", True, True),
     ("rank-above-features", 2, 2, 9, 1, (4, 5), "pixel", False, False),
     ("empty-batch", 0, 4, 2, 3, (4, 4), "scalar", True, False),
 ]

@@ -38,6 +38,7 @@ KEEPS_RESIDUAL = True
 
 # Values of F in one block: 2 MiB in float32, which keeps what is made of a block small beside grad_F (kernels/LOG.md).
 import os
+
 BLOCK_VALUES = int(os.environ.get("BV", 1 << 19))
 BLOCK_PIXELS = int(os.environ.get("BP", 256))
 
@@ -262,7 +263,10 @@ def linear_mahalanobis_and_logdet_backward(
             f, precision = F[b, :, n], _precision(d, b, n, products)
             count, pixels = f.shape[0], f.shape[2]
             stack, made, spare = _carved(
-                scratch, (count, K1 + (0 if tile else SC), pixels), (count, tile + SC, pixels), (count * extra * pixels,)
+                scratch,
+                (count, K1 + (0 if tile else SC), pixels),
+                (count, tile + SC, pixels),
+                (count * extra * pixels,),
             )
             f, z = _fill(stack, f)
             torch.bmm(rows_[b], f, out=made)

@@ -257,7 +257,7 @@ def _condition_linear(
         x, precision = layout.samples(x, everything=True), layout.items(precision, 1)
         C, w = linear.gram(x, shift, P, items, mean, precision, impl)
         L_inv_t, v = _posterior(C, w.permute(1, 2, 0))
-        factor = P.mix(L_inv_t.reshape(*items, R, R).to(P.weight.dtype)).masked(~observed)
+        factor = P.mix(L_inv_t.reshape(*items, R, R)).masked(~observed)
         deviation = P.times(layout.restore(v.permute(2, 0, 1)).to(high))
         return Conditional(
             torch.where(observed, value.to(high), loc + deviation.to(high)).to(dtype),

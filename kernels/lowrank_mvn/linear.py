@@ -85,8 +85,8 @@ class LinearMean(_Linear):
     def materialise(self) -> Tensor:
         """μ [B, N], differentiable; N = C · pixels, channel by channel."""
         F = self.features.flatten(2)
-        mu = self.weight @ F
-        return (mu if self.bias is None else mu + self.bias.unsqueeze(-1)).flatten(1)
+        mu = self.weight.to(F.dtype) @ F
+        return (mu if self.bias is None else mu + self.bias.to(mu.dtype).unsqueeze(-1)).flatten(1)
 
     def homogeneous(self) -> Tensor:
         """[C, K+1]: weight and bias."""
@@ -166,9 +166,10 @@ class LinearFactor(_Linear):
     def materialise(self) -> Tensor:
         """P [..., N, R], differentiable: the transposed view of [..., R, N]."""
         R, C = self.weight.shape[-3:-1]
-        P = torch.matmul(self.weight.flatten(-3, -2), self.features.flatten(2))  # [..., R·C, pixels]
+        F = self.features.flatten(2)
+        P = torch.matmul(self.weight.to(F.dtype).flatten(-3, -2), F)  # [..., R·C, pixels]
         if self.bias is not None:
-            P = P + self.bias.flatten(-2).unsqueeze(-1)
+            P = P + self.bias.to(P.dtype).flatten(-2).unsqueeze(-1)
         P = P.unflatten(-2, (R, C)).flatten(-2)  # [..., R, N]
         return (P if self.mask is None else torch.where(self.mask.unsqueeze(-2), P, P.new_zeros(()))).mT
 
@@ -202,8 +203,8 @@ class LinearFactor(_Linear):
         n = n % self.shape[-2]
         c, pixel = divmod(n, math.prod(self.features.shape[2:]))
         f = self.features.flatten(2)[..., pixel].unsqueeze(-1)  # [B, K, 1]
-        row = torch.matmul(self.weight[..., c, :], f).squeeze(-1)
-        row = (row if self.bias is None else row + self.bias[..., c]).expand(*self.shape[:-2], -1)
+        row = torch.matmul(self.weight[..., c, :].to(f.dtype), f).squeeze(-1)
+        row = (row if self.bias is None else row + self.bias[..., c].to(row.dtype)).expand(*self.shape[:-2], -1)
         return row if self.mask is None else row * self.mask[..., n, None]
 
     def row_norms(self) -> Tensor:
@@ -230,6 +231,7 @@ class LinearFactor(_Linear):
 
     def mix(self, A: Tensor) -> "LinearFactor":
         """The factor PA, with `A` [R, Q] or one for each item, [..., R, Q]: only the weight changes."""
+        A = A.to(self.weight.dtype)
         weight = torch.matmul(A.mT, self.weight.flatten(-2)).unflatten(-1, self.weight.shape[-2:])
         bias = None if self.bias is None else torch.matmul(A.mT, self.bias)
         return LinearFactor(self.features, weight, bias, mask=self.mask)
@@ -313,7 +315,13 @@ def _canonical(x: Tensor, loc: Tensor | None, factor: LinearFactor, batch: torch
 
 
 def mahalanobis_and_logdet(
-    x: Tensor, loc: Tensor | None, factor: LinearFactor, batch: torch.Size, mean: LinearMean | None, d: Tensor, impl: str
+    x: Tensor,
+    loc: Tensor | None,
+    factor: LinearFactor,
+    batch: torch.Size,
+    mean: LinearMean | None,
+    d: Tensor,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     """q [S, B] and log|Σ| [B], float64, of x [S, B, N], loc [S or 1, B, N] and d [B, N] or [B, 1], for the B items of
     `batch`."""

@@ -17,6 +17,7 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {"aten": aten_linear}
 
 # --- q = δᵀΣ⁻¹δ and log|Σ| ----------------------------------------------------------------------------------------
 
+
 def _forward(x, loc, F, W, m, d, impl):
     with ops.without_autocast(F.device):
         return tuple(t.contiguous() for t in IMPLEMENTATIONS[impl].linear_mahalanobis_and_logdet(x, loc, F, W, m, d))
@@ -249,35 +250,33 @@ def _differentiate_gram_twice(ctx, *grads):
 # --- diag PPᵀ, for variances: what C's trace says about the precision ----------------------------------------------
 
 
-def row_norms(F: Tensor, W: Tensor) -> Tensor:
-    """|p_n|² of every row of P, [B, C, M], and their gradients, block by block: Σ_n πₙ|pₙ|² = tr C − R."""
-    ones = F.new_ones((), dtype=aten.product_dtype(F, W)).expand(F.shape[0], W.shape[1], F.shape[2])
-    return _RowNorms.apply(F, W, ones)
-
-
-class _RowNorms(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(F, W, ones):
-        return _trace_gradient(F, W, ones, [False, False, True])[4]
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad):
-        F, W, ones = ctx.saved_tensors
-        _, grad_F, grad_W, _, _ = _trace_gradient(F, W, grad.to(ones.dtype), [False, True, False])
-        return grad_F, grad_W, None
-
-
 def _trace_gradient(F: Tensor, W: Tensor, precision: Tensor, needs: list[bool]):
+    """Of tr C = R + Σ_n πₙ|pₙ|²: with respect to the precision π it is what is wanted, whatever π is."""
     B, R = F.shape[0], W.shape[2]
     identity = torch.eye(R, dtype=torch.float64, device=F.device).expand(B, R, R)
     nothing = precision.new_empty(0, *precision.shape)
     return gram_backward(identity, identity.new_empty(0, B, R), nothing, None, F, W, None, precision, needs)
+
+
+def _row_norms(F, W):
+    ones = F.new_ones((), dtype=aten.product_dtype(F, W)).expand(F.shape[0], W.shape[1], F.shape[2])
+    return _trace_gradient(F, W, ones, [False, False, True])[4]
+
+
+def _row_norms_fake(F, W):
+    return F.new_empty(F.shape[0], W.shape[1], F.shape[2], dtype=aten.product_dtype(F, W))
+
+
+ops.define("linear_row_norms(Tensor F, Tensor W) -> Tensor", _row_norms, _row_norms_fake)
+
+
+def _setup_context_norms(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate_norms(ctx, grad):
+    _, grad_F, grad_W, _, _ = _trace_gradient(*ctx.saved_tensors, grad, [False, True, False])
+    return grad_F, grad_W
 
 
 # --- Batching -------------------------------------------------------------------------------------------------------
@@ -285,17 +284,23 @@ def _trace_gradient(F: Tensor, W: Tensor, precision: Tensor, needs: list[bool]):
 # from them; else the operator is called V times, on views.
 
 
-def _batched(operator, tensors: int, at_B: tuple[int | None, ...], outputs_at_B: tuple[int, ...], F: int, W: int, m: int):
+def _batched(
+    operator, tensors: int, at_B: tuple[int | None, ...], outputs_at_B: tuple[int, ...], F: int, W: int, m: int
+):
     """A batching rule. `at_B` says where B is in each tensor, `outputs_at_B` in each output; F, W and m, which inputs
     these are. An output of W's shape comes where `outputs_at_B` has −1: summed over items that share a weight."""
 
     def rule(info, in_dims, *inputs):
         V, given, rest = info.batch_size, inputs[:tensors], inputs[tensors:]
-        if in_dims[F] is None or given[m] is not None:
+        if in_dims[F] is None or (m is not None and given[m] is not None):
             calls = [
-                operator(*(t if dim is None else t.select(dim, v) for t, dim in zip(given, in_dims, strict=False)), *rest)
+                operator(
+                    *(t if dim is None else t.select(dim, v) for t, dim in zip(given, in_dims, strict=False)), *rest
+                )
                 for v in range(V)
             ]
+            if len(outputs_at_B) == 1:
+                return torch.stack(calls), 0
             return tuple(torch.stack(parts) for parts in zip(*calls, strict=True)), (0,) * len(outputs_at_B)
         joined = []
         B = given[F].movedim(in_dims[F], 0).shape[1]
@@ -309,13 +314,14 @@ def _batched(operator, tensors: int, at_B: tuple[int | None, ...], outputs_at_B:
             joined.append(front.movedim(0, at).flatten(at, at + 1))
         shared = given[W].movedim(in_dims[W], 0).shape[1] == 1 if in_dims[W] is not None else given[W].shape[0] == 1
         outputs = []
-        for t, at in zip(operator(*joined, *rest), outputs_at_B, strict=True):
+        made = operator(*joined, *rest)
+        for t, at in zip((made,) if isinstance(made, Tensor) else made, outputs_at_B, strict=True):
             if t.numel() == 0 and t.dim() == 1:  # not needed
                 outputs.append(t.expand(V, 0))
                 continue
             t = t.unflatten(max(at, 0), (V, B)).movedim(max(at, 0), 0)
             outputs.append(t.sum(1, keepdim=True) if at < 0 and shared else t)
-        return tuple(outputs), (0,) * len(outputs)
+        return (outputs[0], 0) if len(outputs) == 1 else (tuple(outputs), (0,) * len(outputs))
 
     return rule
 
@@ -352,7 +358,11 @@ gram_backward = ops._register(
     "linear_gram_backward",
     _setup_context_gram_twice,
     _differentiate_gram_twice,
-    _batched(
-        lambda *inputs: gram_backward(*inputs), 8, (0, 1, 1, 1, 0, 0, 0, 0), (1, 0, -1, 0, 0), F=4, W=5, m=6
-    ),
+    _batched(lambda *inputs: gram_backward(*inputs), 8, (0, 1, 1, 1, 0, 0, 0, 0), (1, 0, -1, 0, 0), F=4, W=5, m=6),
+)
+row_norms = ops._register(
+    "linear_row_norms",
+    _setup_context_norms,
+    _differentiate_norms,
+    _batched(lambda *inputs: row_norms(*inputs), 2, (0, 0), (0,), F=0, W=1, m=None),
 )
