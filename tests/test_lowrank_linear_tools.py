@@ -81,7 +81,9 @@ def test_a_weight_for_each_item(items):
 
     assert relative(loss(False)(F, weight, bias, d, x), loss(True)(F, weight, bias, d, x)) < 1e-10
     inputs = F, weight, bias, d, x
-    for name, a, b in zip("F W b d x".split(), *(gradients(loss(m), *inputs) for m in (False, True)), strict=True):
+    for name, a, b in zip(
+        ["F", "W", "b", "d", "x"], *(gradients(loss(m), *inputs) for m in (False, True)), strict=True
+    ):
         assert relative(a, b) < 1e-10, name
 
 
@@ -93,12 +95,9 @@ def test_methods_know_weights_and_masks(items, masked):
     factor = LinearFactor(F, weight, bias, mask=mask)
     P = factor.materialise()
     assert factor.shape == P.shape
-    expected = torch.einsum(
-        "...rck,bkn->...bcnr" if not items else "...brck,bkn->...bcnr",
-        weight.expand(*items, R, C, K) if not items else weight.expand(*items[:-1], B, R, C, K),
-        F.flatten(2),
-    )
-    expected = (expected + (bias.transpose(-1, -2).unsqueeze(-2))).flatten(-3, -2)
+    each = (weight.expand(*items[:-1], B, R, C, K), bias.expand(*items[:-1], B, R, C))
+    expected = torch.einsum("...brck,bkn->...bcnr", each[0], F.flatten(2))
+    expected = (expected + each[1].transpose(-1, -2).unsqueeze(-2)).flatten(-3, -2)
     torch.testing.assert_close(P, expected if mask is None else expected * mask.unsqueeze(-1))
     omega = torch.randn(4, *P.shape[:-2], R, dtype=F.dtype)
     torch.testing.assert_close(factor.times(omega), (P @ omega.unsqueeze(-1)).squeeze(-1))
@@ -109,26 +108,15 @@ def test_methods_know_weights_and_masks(items, masked):
     A = torch.randn(*P.shape[:-2], R, 3, dtype=F.dtype)
     torch.testing.assert_close(factor.mix(A).materialise(), P @ A)
     torch.testing.assert_close(factor.mix(A[(0,) * len(P.shape[:-2])]).materialise(), P @ A[(0,) * len(P.shape[:-2])])
-    for made in (lambda f: f.row_norms(), lambda f: f.gram(), lambda f: f.times(omega)):
-        parts = gradients(lambda F, w, b: made(LinearFactor(F, w, b, mask=mask)).sin().sum(), F, weight, bias)  # noqa: B023
-
-        class Full:
-            def __init__(self, F, w, b):
-                self.P = LinearFactor(F, w, b, mask=mask).materialise()
-
-            def row_norms(self):
-                return self.P.square().sum(-1)
-
-            def gram(self):
-                return self.P.mT @ self.P
-
-            def times(self, omega):
-                return (self.P @ omega.unsqueeze(-1)).squeeze(-1)
-
-        for a, b in zip(
-            parts, gradients(lambda F, w, b: made(Full(F, w, b)).sin().sum(), F, weight, bias), strict=True
-        ):  # noqa: B023
-            assert relative(a, b) < 1e-9
+    pairs = [
+        (lambda f: f.row_norms(), lambda P: P.square().sum(-1)),
+        (lambda f: f.gram(), lambda P: P.mT @ P),
+        (lambda f: f.times(omega), lambda P: (P @ omega.unsqueeze(-1)).squeeze(-1)),
+    ]
+    for ours, full in pairs:
+        a = gradients(lambda *t, f=ours: f(LinearFactor(*t, mask=mask)).sin().sum(), F, weight, bias)
+        b = gradients(lambda *t, f=full: f(LinearFactor(*t, mask=mask).materialise()).sin().sum(), F, weight, bias)
+        assert all(relative(x, y) < 1e-9 for x, y in zip(a, b, strict=True))
 
 
 def test_errors_of_weights_and_masks():
@@ -193,7 +181,7 @@ def test_conditional(shape, dtype, mean):
         return function
 
     ours, expected = gradients(loss(False), *inputs), gradients(loss(True), *exact)
-    for name, a, b in zip("F W b m d value".split(), ours, expected, strict=True):
+    for name, a, b in zip(["F", "W", "b", "m", "d", "value"], ours, expected, strict=True):
         assert a.dtype == dtype, name
         assert relative(a, b) < (1e-9 if dtype == torch.float64 else 2e-4), name
 
@@ -354,9 +342,9 @@ def test_half_precision_features(half, last, diagonal):
         assert relative(a, b) < (torch.finfo(half).eps if a.dtype == half else 1e-4)
     with torch.autocast("cpu", dtype=half):
         D = distribution(F, weight, bias, mean_weight, mean_bias, d)
-        samples, edited = D.sample((2,)), D.condition(x.to(half), x > 0.5)
-    assert samples.dtype == half
-    assert torch.isfinite(edited.sample((2,)).float()).all()
+        samples, edited = D.sample((2,)), D.condition(x.to(half), x > 0.5).sample((2,))
+    assert samples.dtype == edited.dtype == half
+    assert torch.isfinite(edited.float()).all()
     full = distribution(*doubled[:2], bias.double(), doubled[2], mean_bias.double(), doubled[3])
     torch.testing.assert_close(D.variance.double(), full.variance, rtol=torch.finfo(half).eps, atol=1e-3)
 

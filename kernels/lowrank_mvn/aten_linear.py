@@ -12,8 +12,8 @@ ones (the bias), M pixels, N = C·M. So C, w, r and every gradient are had from 
 with a = ∂loss/∂q and b = ∂loss/∂log|Σ|. A mean that is linear in the same features, μ_c = F̃ᵀm_c, joins the passes:
 u_c + m_c takes the place of u_c in r and in grad_F, and grad_m_c = −2aF̃z_c.
 
-There are two ways through a block, and `linear_forms.from_tiles` says which is cheaper. From the features themselves, as
-above, K² products a pixel for each G_c and each M_c; or from tiles of P, made of the block and gone after it:
+There are two ways through a block, and `linear_forms.from_tiles` says which is cheaper. From the features themselves,
+as above, K² products a pixel for each G_c and each M_c; or from tiles of P, made of the block and gone after it:
 
     W_cG_c = Σ (W_cf̃ₙ)f̃ₙᵀ/d        M_c = A_cᵀA_c, A_c = L⁻¹W_c, yₙ = A_c f̃ₙ:  M_c f̃ₙ = A_cᵀyₙ,  f̃ₙᵀM_c f̃ₙ = |yₙ|²
 
@@ -36,11 +36,10 @@ from .aten import Scratch, empty_gradient, product_dtype, runs
 # The residual of the forward pass is an output of it.
 KEEPS_RESIDUAL = True
 
-# Values of F in one block: 2 MiB in float32, which keeps what is made of a block small beside grad_F (kernels/LOG.md).
-import os
-
-BLOCK_VALUES = int(os.environ.get("BV", 1 << 19))
-BLOCK_PIXELS = int(os.environ.get("BP", 256))
+# Values of F in one block and of what is made of it: 2 MiB in float32, small beside grad_F (kernels/LOG.md).
+BLOCK_VALUES = 1 << 19
+# Fewer items share a block rather than that it has fewer pixels.
+BLOCK_PIXELS = 256
 
 
 def _blocks(F: Tensor, rows: int, items: slice):
@@ -329,7 +328,7 @@ def linear_gram_backward(
 
         grad_pₙ = πₙ (Apₙ + Σ_s B_s δₛₙ)      grad_δₛₙ = πₙ B_sᵀpₙ      grad_πₙ = ½ pₙᵀApₙ + Σ_s δₛₙ B_sᵀpₙ
     """
-    (S, B, channels, M), (R, K1), K = x.shape, W.shape[2:], F.shape[1]
+    (S, B, channels), (R, K1), K = x.shape[:3], W.shape[2:], F.shape[1]
     need_x, need_F, need_precision = needs
     SC, CR, dtype = S * channels, channels * R, product_dtype(x, F, W, precision)
     weight, A, back = _rows(W.to(dtype)), (grad_C + grad_C.mT).to(dtype), grad_w.transpose(0, 1).to(dtype)
@@ -340,8 +339,8 @@ def linear_gram_backward(
     grad_rows = F.new_zeros(B, CR + SC, K1, dtype=torch.float64)
     scratch = Scratch(dtype, F.device)
     for b, n in _blocks(F, K1 + 2 * CR + SC, slice(0, B)):
-        f, count = F[b, :, n], min(b.stop, B) - b.start
-        pixels = f.shape[2]
+        f = F[b, :, n]
+        count, pixels = f.shape[0], f.shape[2]
         stack, p, made = _carved(scratch, (count, K1, pixels), (count, CR, pixels), (count, CR + SC, pixels))
         f, _ = _fill(stack, f)
         torch.bmm(_of(weight, b), f, out=p)

@@ -61,9 +61,9 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
 
     def __init__(
         self,
-        loc: Tensor,
-        cov_factor: Tensor,
-        cov_diag: Tensor,
+        loc: Tensor | LinearMean,
+        cov_factor: Tensor | LinearFactor,
+        cov_diag: Tensor | float,
         validate_args: bool | None = None,
     ) -> None:
         d = functional.as_diag(cov_diag, cov_factor)
@@ -217,10 +217,7 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
         if not -N <= n < N:
             raise ValueError(f"index {n} is out of range for event shape [{N}]")
         P = self._P
-        if isinstance(P, LinearFactor):
-            row = P.times(P.row(n))
-        else:
-            row = (P @ P[..., n, :].unsqueeze(-1)).squeeze(-1)
+        row = P.times(P.row(n)) if isinstance(P, LinearFactor) else (P @ P[..., n, :].unsqueeze(-1)).squeeze(-1)
         pixel = torch.zeros(N, dtype=row.dtype, device=row.device)
         pixel[n] = 1
         return (row + self._unbroadcasted_cov_diag[..., n, None] * pixel).expand(torch.Size((*self._batch_shape, N)))

@@ -1,8 +1,8 @@
 """`LinearFactor`: a low-rank factor that is a linear map of features, and is never materialised.
 
 Where P is the output of a 1×1 convolution, P_c = F̃ᵀW_cᵀ for each channel c, log-density, entropy and every gradient
-can be had from the features F, which exist anyway (`aten_linear` has the formulas, `ops_linear` the operators). Forward mode,
-derivatives beyond the first and the reference implementation make P.
+can be had from the features F, which exist anyway (`aten_linear` has the formulas, `ops_linear` the operators).
+Forward mode, derivatives beyond the first and the reference implementation make P.
 """
 
 import math

@@ -24,8 +24,8 @@ SWEEP = 32
 def from_tiles(channels: int, R: int, K1: int, per_pixel: bool) -> bool:
     """Whether tiles of P are cheaper than products of the features with themselves.
 
-    Products a pixel, forward and backward: 2 K² for each G_c, of which a scalar d needs one, against 4 C·R·K for making the
-    tiles P_c and P_cL⁻ᵀ and bringing them back to the features.
+    Products a pixel, forward and backward: 2 K² for each G_c, of which a scalar d needs one, against 4 C·R·K for making
+    the tiles P_c and P_cL⁻ᵀ and bringing them back to the features.
     """
     return 4 * channels * R < 2 * (channels if per_pixel else 1) * K1
 
@@ -62,8 +62,8 @@ def quadratic(A: Tensor, W: Tensor) -> Tensor:
 def factorise(C: Tensor) -> tuple[Tensor, Tensor]:
     """C⁻¹ and log|C| of float64 `C` [B, R, R]; NaN for an item where that fails, which means not finite.
 
-    Small ones are swept (Gauss–Jordan, stable because C is positive definite) in ten small operations a column: the code
-    of a library's factorisation alone takes 4 MB at its first use, a sixth of all that a step needs beside grad_F.
+    Small ones are swept (Gauss–Jordan, stable because C is positive definite) in ten small operations a column: the
+    code of a library's factorisation alone takes 4 MB at its first use, a sixth of all that a step needs beside grad_F.
     """
     R = C.shape[-1]
     if R > SWEEP or C.device.type != "cpu":

@@ -6,6 +6,7 @@ Nothing here makes P but derivatives beyond the first.
 """
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,7 +90,7 @@ def _setup_context(ctx, inputs, output):
 def _differentiate(ctx, grad_mahalanobis, grad_logdet, *_):
     if grad_mahalanobis is None and grad_logdet is None:
         return (None,) * 7
-    x, loc, _, _, m, *_ = saved = ctx.saved_tensors
+    x, loc, *_ = saved = ctx.saved_tensors
     need_x, need_loc, need_F, need_W, need_m, need_d, _ = ctx.needs_input_grad
     C_inv, v = saved[6:8]
     if grad_mahalanobis is None:
@@ -215,7 +216,7 @@ def _setup_context_gram(ctx, inputs, output):
 
 
 def _differentiate_gram(ctx, grad_C, grad_w):
-    x, loc, _, _, m, _ = ctx.saved_tensors
+    x, loc, *_ = ctx.saved_tensors
     need_x, need_loc, need_F, need_W, need_m, need_precision, _ = ctx.needs_input_grad
     grad_x, grad_F, grad_W, grad_m, grad_precision = gram_backward(
         grad_C, grad_w, *ctx.saved_tensors, [need_x or need_loc, need_F, need_precision]
@@ -275,7 +276,8 @@ def _setup_context_norms(ctx, inputs, output):
 
 
 def _differentiate_norms(ctx, grad):
-    _, grad_F, grad_W, _, _ = _trace_gradient(*ctx.saved_tensors, grad, [False, True, False])
+    F, W = ctx.saved_tensors
+    _, grad_F, grad_W, _, _ = _trace_gradient(F, W, grad, [False, True, False])
     return grad_F, grad_W
 
 
@@ -285,7 +287,7 @@ def _differentiate_norms(ctx, grad):
 
 
 def _batched(
-    operator, tensors: int, at_B: tuple[int | None, ...], outputs_at_B: tuple[int, ...], F: int, W: int, m: int
+    operator, tensors: int, at_B: tuple[int, ...], outputs_at_B: tuple[int, ...], F: int, W: int, m: int | None
 ):
     """A batching rule. `at_B` says where B is in each tensor, `outputs_at_B` in each output; F, W and m, which inputs
     these are. An output of W's shape comes where `outputs_at_B` has −1: summed over items that share a weight."""
@@ -302,7 +304,7 @@ def _batched(
             if len(outputs_at_B) == 1:
                 return torch.stack(calls), 0
             return tuple(torch.stack(parts) for parts in zip(*calls, strict=True)), (0,) * len(outputs_at_B)
-        joined = []
+        joined: list[Any] = []
         B = given[F].movedim(in_dims[F], 0).shape[1]
         for i, (t, dim, at) in enumerate(zip(given, in_dims, at_B, strict=False)):
             if t is None:
@@ -326,7 +328,7 @@ def _batched(
     return rule
 
 
-mahalanobis_and_logdet = ops._register(
+mahalanobis_and_logdet: Any = ops._register(
     "linear_mahalanobis_and_logdet",
     _setup_context,
     _differentiate,
@@ -334,7 +336,7 @@ mahalanobis_and_logdet = ops._register(
         lambda *inputs: mahalanobis_and_logdet(*inputs), 6, (1, 1, 0, 0, 0, 0), (1, 0, 0, 1, 1, 0, 1, 0), F=2, W=3, m=4
     ),
 )
-mahalanobis_and_logdet_backward = ops._register(
+mahalanobis_and_logdet_backward: Any = ops._register(
     "linear_mahalanobis_and_logdet_backward",
     _setup_context_twice,
     _differentiate_twice,
@@ -348,19 +350,19 @@ mahalanobis_and_logdet_backward = ops._register(
         m=6,
     ),
 )
-gram = ops._register(
+gram: Any = ops._register(
     "linear_gram",
     _setup_context_gram,
     _differentiate_gram,
     _batched(lambda *inputs: gram(*inputs), 6, (1, 1, 0, 0, 0, 0), (0, 1), F=2, W=3, m=4),
 )
-gram_backward = ops._register(
+gram_backward: Any = ops._register(
     "linear_gram_backward",
     _setup_context_gram_twice,
     _differentiate_gram_twice,
     _batched(lambda *inputs: gram_backward(*inputs), 8, (0, 1, 1, 1, 0, 0, 0, 0), (1, 0, -1, 0, 0), F=4, W=5, m=6),
 )
-row_norms = ops._register(
+row_norms: Any = ops._register(
     "linear_row_norms",
     _setup_context_norms,
     _differentiate_norms,
