@@ -59,7 +59,8 @@ def scale_components(p: LowRankMultivariateNormal, factors: Tensor) -> LowRankMu
 
     With PᵀP = V diag(s²) Vᵀ that is P V A Vᵀ: an eigenproblem of size R, in float64, and no decomposition of
     P. The coefficients ω_p of a sample keep their meaning, so the same noise shows the same image with
-    components rescaled.
+    components rescaled. A `LinearFactor` gives one with another weight for each item, without P: PᵀP is
+    Σ_c W_c (F̃F̃ᵀ) W_cᵀ.
 
     Args:
         factors: A, [..., R], for the components from the largest to the smallest; 1 leaves a component alone.
@@ -67,12 +68,10 @@ def scale_components(p: LowRankMultivariateNormal, factors: Tensor) -> LowRankMu
     Raises:
         ValueError: the last dimension of `factors` is not R.
     """
-    P = p.cov_factor
-    if factors.shape[-1:] != P.shape[-1:]:
-        raise ValueError(f"factors has shape {list(factors.shape)}, expected [..., {P.shape[-1]}]")
-    V = torch.linalg.eigh((P.mT @ P).double()).eigenvectors.flip(-1)  # eigenvalues ascend
-    turn = (V * factors.to(V)[..., None, :]) @ V.mT
-    return LowRankMultivariateNormal(p.loc, P @ turn.to(P.dtype), p.cov_diag, validate_args=False)
+    if factors.shape[-1:] != (p.rank,):
+        raise ValueError(f"factors has shape {list(factors.shape)}, expected [..., {p.rank}]")
+    V = torch.linalg.eigh(p.factor_gram).eigenvectors.flip(-1)  # eigenvalues ascend
+    return p.mix((V * factors.to(V)[..., None, :]) @ V.mT)
 
 
 def condition(p: LowRankMultivariateNormal, edited: Tensor, mask: Tensor) -> LowRankMultivariateNormal:

@@ -10,7 +10,7 @@ from torch.distributions.utils import lazy_property
 
 from . import functional, ops, reference
 from .functional import Capacitance
-from .linear import LinearFactor
+from .linear import LinearFactor, LinearMean
 
 __all__ = ["LowRankMultivariateNormal"]
 
@@ -61,9 +61,9 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
 
     def __init__(
         self,
-        loc: Tensor,
-        cov_factor: Tensor,
-        cov_diag: Tensor,
+        loc: Tensor | LinearMean,
+        cov_factor: Tensor | LinearFactor,
+        cov_diag: Tensor | float,
         validate_args: bool | None = None,
     ) -> None:
         d = functional.as_diag(cov_diag, cov_factor)
@@ -114,6 +114,12 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
     @lazy_property
     def cov_factor(self) -> Tensor:
         return self._unbroadcasted_cov_factor.expand(self._batch_shape + self._P.shape[-2:])
+
+    @property
+    def _mean(self) -> Tensor | LinearMean:
+        """The mean in the whole batch shape, a `LinearMean` as long as it has that."""
+        linear = isinstance(self._loc, LinearMean) and self._loc.shape[:-1] == self._batch_shape
+        return self._loc if linear else self.loc
 
     @lazy_property
     def _unbroadcasted_cov_factor(self) -> Tensor:
@@ -181,18 +187,28 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
         Args:
             noise: ω_p [..., R] and ω_d [..., N] to use in place of fresh noise, for interpolation and editing.
         """
-        shape = torch.Size(sample_shape)
-        loc = self.loc if isinstance(self._loc, Tensor) or self._batch_shape != self._loc.shape[:-1] else self._loc
-        return functional.rsample(loc, self._P, self._d, shape, noise=noise)
+        return functional.rsample(self._mean, self._P, self._d, torch.Size(sample_shape), noise=noise)
 
     def condition(self, value: Tensor, observed: Tensor) -> "LowRankMultivariateNormal":
         """The distribution given that the pixels of the mask `observed` have the values that stand in `value`.
 
         It is over all N pixels: observed ones are pinned (variance 0), so that its samples are whole images. For a
-        density over the rest, take the rows of its parameters at `~observed`. See `functional.condition`.
+        density over the rest, take the rows of its parameters at `~observed`. A `LinearFactor` stays one. See
+        `functional.condition`.
         """
-        conditional = functional.condition(value, observed, self.loc, self._P, self._d)
+        conditional = functional.condition(value, observed, self._mean, self._P, self._d)
         return LowRankMultivariateNormal(*conditional, validate_args=False)
+
+    def mix(self, A: Tensor) -> "LowRankMultivariateNormal":
+        """The distribution with the factor PA in place of P, `A` [..., R, Q]; a `LinearFactor` stays one."""
+        P = self._P.mix(A) if isinstance(self._P, LinearFactor) else self._P @ A.to(self._P.dtype)
+        return LowRankMultivariateNormal(self._mean, P, self._d, validate_args=False)
+
+    @property
+    def factor_gram(self) -> Tensor:
+        """PᵀP in float64, [..., R, R]; of a `LinearFactor` from products of its features."""
+        P = self._P
+        return P.gram() if isinstance(P, LinearFactor) else (P.mT @ P).double()
 
     def covariance_row(self, index: int | Tensor) -> Tensor:
         """Row `index` of Σ, P pₙ + dₙ eₙ: the covariance of every pixel with that one, `batch_shape + event_shape`."""
@@ -201,10 +217,7 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
         if not -N <= n < N:
             raise ValueError(f"index {n} is out of range for event shape [{N}]")
         P = self._P
-        if isinstance(P, LinearFactor):
-            row = P.times(P.row(n).unsqueeze(0)).squeeze(0)
-        else:
-            row = (P @ P[..., n, :].unsqueeze(-1)).squeeze(-1)
+        row = P.times(P.row(n)) if isinstance(P, LinearFactor) else (P @ P[..., n, :].unsqueeze(-1)).squeeze(-1)
         pixel = torch.zeros(N, dtype=row.dtype, device=row.device)
         pixel[n] = 1
         return (row + self._unbroadcasted_cov_diag[..., n, None] * pixel).expand(torch.Size((*self._batch_shape, N)))

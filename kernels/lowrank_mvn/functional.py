@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import linear, ops, ops_rsample, reference
-from .linear import LinearFactor, LinearMean
+from .linear import LinearFactor, LinearMean, broadcast
 
 __all__ = ["Conditional", "condition", "entropy", "log_prob", "log_prob_and_entropy", "rsample"]
 
@@ -33,10 +33,14 @@ _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class Conditional(NamedTuple):
-    """Parameters of a conditional normal over all N pixels; observed ones have their value, and variance 0."""
+    """Parameters of a conditional normal over all N pixels; observed ones have their value, and variance 0.
+
+    Of a `LinearFactor` the factor is one again, with a weight for each item and zero rows at observed pixels. Factor
+    and diagonal then have the batch shape of what they depend on, which is not the value.
+    """
 
     loc: Tensor  # [..., N]
-    cov_factor: Tensor  # [..., N, R]
+    cov_factor: Factor  # [..., N, R]
     cov_diag: Tensor  # [..., N]
 
 
@@ -136,15 +140,13 @@ def rsample(
     dtype = torch.promote_types(loc.dtype, cov_factor.dtype)
     with ops.without_autocast(cov_factor.device):
         loc = materialised(loc)
-        if isinstance(cov_factor, LinearFactor) and omega_p.shape[-2:-1] != cov_factor.shape[:1]:
-            cov_factor = cov_factor.materialise()
         if impl == "reference":
             return reference.rsample(loc, materialised(cov_factor), d, omega_p, omega_d).to(dtype)
-        layout = _Layout(shape, cov_factor.shape[:-2])
-        omega = layout.samples(omega_p, everything=True).to(cov_factor.dtype)  # [S, B, R]
         if isinstance(cov_factor, LinearFactor):
-            y = layout.restore(cov_factor.times(omega))
+            y = cov_factor.times(omega_p)
         else:
+            layout = _Layout(shape, cov_factor.shape[:-2])
+            omega = layout.samples(omega_p, everything=True).to(cov_factor.dtype)  # [S, B, R]
             P = layout.items(cov_factor, 2)
             y = layout.restore(torch.bmm(P, omega.permute(1, 2, 0)).permute(2, 0, 1))
         high = result_dtype(loc, cov_factor, d)
@@ -179,6 +181,9 @@ def condition(
     identity). Observed pixels keep their value with a zero factor and a zero diagonal: the result can be sampled as
     it is, and has a density over the rest (index the rows with `~observed`). O(N R²).
 
+    Of a `LinearFactor` the result is one again: the same features, weight WL₂⁻ᵀ for each item, zero rows at observed
+    pixels. Several edits of one item share its features, which are neither copied nor is P made of them.
+
     Args:
         value: [..., N]; what stands at pixels that are not observed is ignored, NaN too.
         observed: bool, [..., N].
@@ -197,6 +202,8 @@ def condition(
         raise ValueError(f"observed has shape {_shape(observed)}, expected [..., {N}]")
     shape = broadcast(value.shape[:-1], observed.shape[:-1], batch, names="value, observed and the parameters")
     dtype, high = torch.promote_types(loc.dtype, cov_factor.dtype), result_dtype(loc, cov_factor, d)
+    if isinstance(cov_factor, LinearFactor) and impl in linear.IMPLEMENTATIONS and not forward_mode():
+        return _condition_linear(value, observed, loc, cov_factor, d, shape, impl)
     loc, cov_factor = materialised(loc), materialised(cov_factor)
     value, loc = (t.to(high).expand(*shape, N) for t in (value, loc))
     observed = observed.expand(*shape, N)
@@ -213,15 +220,48 @@ def condition(
         P = cov_factor.expand(*shape, N, R).reshape(shape.numel(), N, R)
         flat = [t.reshape(shape.numel(), N) for t in (value, loc, precision)]
         C, w = ops.gram(flat[0][None], flat[1][None], P, flat[2], impl)
-        L = torch.linalg.cholesky_ex(C)[0]
-        v = torch.cholesky_solve(w[0].unsqueeze(-1), L)
-        identity = torch.eye(R, dtype=L.dtype, device=L.device).expand_as(L)
-        L_inv_t = torch.linalg.solve_triangular(L.mT, identity, upper=True)
+        L_inv_t, v = _posterior(C, w[0].unsqueeze(-1))
         both = torch.bmm(P.to(high), torch.cat([L_inv_t, v], -1).to(high)).reshape(*shape, N, R + 1)
         mean, factor = loc + both[..., R], both[..., :R]
         return Conditional(
             torch.where(observed, value, mean).to(dtype),
             torch.where(observed.unsqueeze(-1), torch.zeros_like(factor), factor).to(dtype),
+            torch.where(observed, torch.zeros_like(d), d).to(dtype),
+        )
+
+
+def _posterior(C: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """L⁻ᵀ and C⁻¹w of C = LLᵀ [B, R, R] and w [B, R, S]."""
+    L = torch.linalg.cholesky_ex(C)[0]
+    identity = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand_as(L)
+    return torch.linalg.solve_triangular(L.mT, identity, upper=True), torch.cholesky_solve(w, L)
+
+
+def _condition_linear(
+    value: Tensor, observed: Tensor, loc: Mean, P: LinearFactor, d: Tensor, shape: torch.Size, impl: str
+) -> Conditional:
+    """`condition` from products of the features; what is observed and d are those of items, the value of samples."""
+    dtype, high = torch.promote_types(loc.dtype, P.dtype), result_dtype(loc, P, d)
+    N, R = P.shape[-2:]
+    items = broadcast(observed.shape[:-1], P.shape[:-2], d.shape[:-1])
+    layout = _Layout(shape, items)
+    known = observed if P.mask is None else observed & P.mask
+    d = d.to(high).expand(*d.shape[:-1], N)
+    precision = torch.where(known, d, d.new_ones(())).reciprocal() * known
+    x = torch.where(observed, value.to(high), torch.zeros((), dtype=high, device=value.device))
+    with torch.autocast(P.device.type, enabled=False):
+        joins = isinstance(loc, LinearMean) and loc.features is P.features
+        mean = loc if isinstance(loc, LinearMean) and joins else None
+        loc = materialised(loc).to(high)
+        shift = None if mean is not None else layout.samples(loc)
+        x, precision = layout.samples(x, everything=True), layout.items(precision, 1)
+        C, w = linear.gram(x, shift, P, items, mean, precision, impl)
+        L_inv_t, v = _posterior(C, w.permute(1, 2, 0))
+        factor = P.mix(L_inv_t.reshape(*items, R, R)).masked(~observed)
+        deviation = P.times(layout.restore(v.permute(2, 0, 1)).to(high))
+        return Conditional(
+            torch.where(observed, value.to(high), loc + deviation.to(high)).to(dtype),
+            factor,
             torch.where(observed, torch.zeros_like(d), d).to(dtype),
         )
 
@@ -234,12 +274,12 @@ def mahalanobis_and_logdet(
 ) -> tuple[Tensor, Tensor, Capacitance | None]:
     """q in the broadcast shape of everything, log|Σ| in that of P and d, and what a next call can be given."""
     items_shape = broadcast(P.shape[:-2], d.shape[:-1])
-    if isinstance(P, LinearFactor) and not _stays_linear(P, items_shape, impl):
+    if isinstance(P, LinearFactor) and not _stays_linear(P, impl):
         P = P.materialise()
     if isinstance(loc, LinearMean) and not (isinstance(P, LinearFactor) and loc.features is P.features):
         loc = loc.materialise()
     if isinstance(P, LinearFactor):
-        return *_linear(value, loc, P, d, impl), None
+        return *_linear(value, loc, P, d, items_shape, impl), None
     assert isinstance(loc, Tensor)
     if impl == "reference" or forward_mode():
         work = torch.promote_types(result_dtype(P), torch.float64 if impl != "reference" else P.dtype)
@@ -260,18 +300,20 @@ def mahalanobis_and_logdet(
     return layout.restore(q), logdet.reshape(items_shape), Capacitance(C_inv, logdet.detach(), wide)
 
 
-def _stays_linear(P: LinearFactor, items_shape: torch.Size, impl: str) -> bool:
-    """Whether the operators for linear factors apply: one item per item of the features, no transform under way."""
-    return impl in linear.IMPLEMENTATIONS and items_shape == P.shape[:1] and not (forward_mode() or ops.transformed())
+def _stays_linear(P: LinearFactor, impl: str) -> bool:
+    """Whether the operators for linear factors apply."""
+    return impl in linear.IMPLEMENTATIONS and P.mask is None and not forward_mode()
 
 
-def _linear(value: Tensor, loc: Mean, P: LinearFactor, d: Tensor, impl: str) -> tuple[Tensor, Tensor]:
+def _linear(
+    value: Tensor, loc: Mean, P: LinearFactor, d: Tensor, items_shape: torch.Size, impl: str
+) -> tuple[Tensor, Tensor]:
     mean = loc if isinstance(loc, LinearMean) else None
-    layout = _Layout(broadcast(value.shape[:-1], loc.shape[:-1], P.shape[:1]), P.shape[:1])
+    layout = _Layout(broadcast(value.shape[:-1], loc.shape[:-1], items_shape), items_shape)
     x = layout.samples(value, everything=True)
     shift = layout.samples(loc) if isinstance(loc, Tensor) else None
-    q, logdet = linear.mahalanobis_and_logdet(x, shift, P, mean, layout.items(d, 1), impl)
-    return layout.restore(q), logdet
+    q, logdet = linear.mahalanobis_and_logdet(x, shift, P, items_shape, mean, layout.items(d, 1), impl)
+    return layout.restore(q), logdet.reshape(items_shape)
 
 
 def logdet_alone(P: Factor, d: Tensor, impl: str) -> tuple[Tensor, Capacitance | None]:
@@ -439,16 +481,6 @@ def check_shapes(value: Tensor | None, loc: Mean | None, cov_factor: Factor, d: 
     if value is not None:
         broadcast(value.shape[:-1], batch, names="value and of the parameters")
     return batch
-
-
-def broadcast(*shapes: torch.Size, names: str = "the arguments") -> torch.Size:
-    # Not torch.broadcast_shapes, whose first call imports sympy: 35 MB and a second.
-    point = torch.empty(())
-    try:
-        return torch.broadcast_tensors(*(point.expand(shape) for shape in shapes))[0].shape
-    except RuntimeError as error:
-        given = ", ".join(str(list(shape)) for shape in shapes)
-        raise ValueError(f"Incompatible batch shapes of {names}: {given}") from error
 
 
 def _broadcasts_to(shape: torch.Size, target: torch.Size) -> bool:

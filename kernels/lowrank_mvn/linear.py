@@ -1,20 +1,20 @@
 """`LinearFactor`: a low-rank factor that is a linear map of features, and is never materialised.
 
 Where P is the output of a 1×1 convolution, P_c = F̃ᵀW_cᵀ for each channel c, log-density, entropy and every gradient
-can be had from the features F, which exist anyway (`aten_linear` has the formulas). The operators are registered here
-as `ops` does it for a full factor; transforms of `torch.func`, forward mode and the reference implementation make P.
+can be had from the features F, which exist anyway (`aten_linear` has the formulas, `ops_linear` the operators).
+Forward mode, derivatives beyond the first and the reference implementation make P.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import aten_linear, ops, reference
+from . import ops, ops_linear
+from .ops_linear import IMPLEMENTATIONS
 
-__all__ = ["LinearFactor", "LinearMean"]
+__all__ = ["IMPLEMENTATIONS", "LinearFactor", "LinearMean"]
 
 
 class _Linear:
@@ -85,8 +85,8 @@ class LinearMean(_Linear):
     def materialise(self) -> Tensor:
         """μ [B, N], differentiable; N = C · pixels, channel by channel."""
         F = self.features.flatten(2)
-        mu = self.weight @ F
-        return (mu if self.bias is None else mu + self.bias.unsqueeze(-1)).flatten(1)
+        mu = self.weight.to(F.dtype) @ F
+        return (mu if self.bias is None else mu + self.bias.to(mu.dtype).unsqueeze(-1)).flatten(1)
 
     def homogeneous(self) -> Tensor:
         """[C, K+1]: weight and bias."""
@@ -99,88 +99,172 @@ class LinearFactor(_Linear):
     """A factor P that is a 1×1 convolution of features, P_(c,n),r = Σ_k weight_rck F_kn + bias_rc; never materialised.
 
     Stands where `cov_factor` is expected. The structured likelihood then needs the memory of a pixel-wise one: the
-    only large tensor that is written is the gradient of the features.
+    only large tensor that is written is the gradient of the features. Its batch shape is [B], or what [B] and the
+    leading dimensions of the weight broadcast to: several factors may share an item's features.
 
     Args:
         features: F, [B, K, *spatial], any strides.
-        weight: [R, C, K], or the convolution's own [R·C, K, 1, 1], with row r·C + c for column r and channel c.
-        bias: [R, C] or [R·C], or none.
+        weight: [R, C, K], or one for each item, [..., R, C, K]; or the convolution's own [R·C, K, 1, 1], with row
+            r·C + c for column r and channel c.
+        bias: [R, C] or [R·C], or for each item as the weight, [..., R, C]; or none.
         channels: C, where the weight is the convolution's own.
+        mask: bool, [..., N]: rows where it is false are zero, as they are for observed pixels of a conditional. A
+            log-density or entropy of a factor with a mask makes P; samples, variances and conditionals do not.
 
     Raises:
         ValueError: a shape does not fit.
+        TypeError: the mask is not of dtype bool.
     """
 
     features: Tensor
     weight: Tensor
     bias: Tensor | None = None
     channels: int | None = None
+    mask: Tensor | None = None
 
     def __post_init__(self) -> None:
         _keep_grad_mode(self)
         K = _check_features(self.features)
         weight, C = self.weight, self.channels
-        if weight.dim() == 4 and weight.shape[2:] == (1, 1):
+        if weight.dim() == 4 and weight.shape[2:] == (1, 1) and (C is not None or K > 1):
             if C is None or C < 1 or weight.shape[0] % C:
                 raise ValueError(
                     f"weight has shape {list(weight.shape)}, the convolution's own; expected `channels` to divide its "
                     f"first dimension, got {C}"
                 )
             weight = weight.flatten(1).unflatten(0, (-1, C))
-        if weight.dim() != 3 or weight.shape[2] != K or 0 in weight.shape:
-            raise ValueError(f"weight has shape {list(weight.shape)}, expected [R, C, {K}] with R and C of at least 1")
+        if weight.dim() < 3 or weight.shape[-1] != K or 0 in weight.shape[-3:]:
+            raise ValueError(
+                f"weight has shape {list(weight.shape)}, expected [R, C, {K}] or [..., R, C, {K}] with R and C of at "
+                f"least 1"
+            )
         object.__setattr__(self, "weight", weight)
-        object.__setattr__(self, "channels", weight.shape[1])
+        object.__setattr__(self, "channels", weight.shape[-2])
         if self.bias is not None:
-            if self.bias.numel() != math.prod(weight.shape[:2]):
-                raise ValueError(f"bias has shape {list(self.bias.shape)}, expected {list(weight.shape[:2])}")
-            object.__setattr__(self, "bias", self.bias.reshape(weight.shape[:2]))
+            if self.bias.numel() != math.prod(weight.shape[:-1]):
+                raise ValueError(f"bias has shape {list(self.bias.shape)}, expected {list(weight.shape[:-1])}")
+            object.__setattr__(self, "bias", self.bias.reshape(weight.shape[:-1]))
+        N = weight.shape[-2] * math.prod(self.features.shape[2:])
+        if self.mask is not None:
+            if self.mask.dtype != torch.bool:
+                raise TypeError(f"mask must be a tensor of dtype bool, got one of dtype {self.mask.dtype}")
+            if self.mask.shape[-1:] != (N,):
+                raise ValueError(f"mask has shape {list(self.mask.shape)}, expected [..., {N}]")
+        batch = broadcast(
+            self.features.shape[:1],
+            weight.shape[:-3],
+            torch.Size() if self.mask is None else self.mask.shape[:-1],
+            names="features, weight and mask",
+        )
+        object.__setattr__(self, "_shape", torch.Size((*batch, N, weight.shape[-3])))
 
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
-        """Of P: [B, N, R]."""
-        pixels = math.prod(self.features.shape[2:])
-        return torch.Size((self.features.shape[0], self.weight.shape[1] * pixels, self.weight.shape[0]))
+        """Of P: [..., N, R], [B, N, R] where all items share a weight."""
+        return self._shape  # type: ignore[attr-defined]
 
     def materialise(self) -> Tensor:
-        """P [B, N, R], differentiable: the transposed view of [B, R, N]."""
+        """P [..., N, R], differentiable: the transposed view of [..., R, N]."""
+        R, C = self.weight.shape[-3:-1]
         F = self.features.flatten(2)
-        P = self.weight.flatten(0, 1) @ F  # [B, R·C, pixels]
+        P = torch.matmul(self.weight.to(F.dtype).flatten(-3, -2), F)  # [..., R·C, pixels]
         if self.bias is not None:
-            P = P + self.bias.reshape(-1, 1)
-        return P.unflatten(1, self.weight.shape[:2]).flatten(2).mT
+            P = P + self.bias.to(P.dtype).flatten(-2).unsqueeze(-1)
+        P = P.unflatten(-2, (R, C)).flatten(-2)  # [..., R, N]
+        return (P if self.mask is None else torch.where(self.mask.unsqueeze(-2), P, P.new_zeros(()))).mT
 
     def homogeneous(self) -> Tensor:
-        """W [C, R, K+1]: weight and bias."""
-        bias = self.weight.new_zeros(self.weight.shape[:2]) if self.bias is None else self.bias
-        return torch.cat([self.weight, bias.unsqueeze(-1)], -1).transpose(0, 1)
+        """W [..., C, R, K+1]: weight and bias."""
+        bias = self.weight.new_zeros(self.weight.shape[:-1]) if self.bias is None else self.bias
+        return torch.cat([self.weight, bias.unsqueeze(-1)], -1).transpose(-3, -2)
 
     def times(self, omega: Tensor) -> Tensor:
-        """Pω [S, B, N] of `omega` [S, B, R], differentiable: F̃ᵀ(Wᵀω), whatever the rank is."""
-        S, B, _ = omega.shape
-        u = torch.einsum("sbr,rck->bsck", omega, self.weight).flatten(1, 2)
-        y = torch.bmm(u, self.features.flatten(2))
-        if self.bias is not None:
-            y = y + torch.einsum("sbr,rc->bsc", omega, self.bias).reshape(B, -1, 1)
-        return y.reshape(B, S, self.shape[1]).transpose(0, 1)
+        """Pω [..., N] of `omega` [..., R], which broadcasts with the batch; differentiable: F̃ᵀ(Wᵀω), whatever R is."""
+        F, W = self.features.flatten(2), self.weight
+        high = torch.promote_types(omega.dtype, W.dtype)
+        with ops.without_autocast(F.device):
+            u = torch.matmul(omega.to(high).unsqueeze(-2), W.to(high).flatten(-2)).unflatten(-1, W.shape[-2:])
+            u = u.squeeze(-3)  # [..., C, K]
+            batch = broadcast(u.shape[:-2], self.shape[:-2])
+            u = u.expand(*batch, *u.shape[-2:]).to(F.dtype)
+            # Dimensions that the features lack are further rows of one product.
+            B = F.shape[0]
+            shared = math.prod(batch if B == 1 else batch[:-1])
+            rows = u.reshape(shared, B, *u.shape[-2:]).transpose(0, 1).flatten(1, 2)
+            y = torch.bmm(rows, F).unflatten(1, (shared, W.shape[-2]))  # [B, shared, C, pixels]
+            if self.bias is not None:
+                bias = (omega.to(high).unsqueeze(-2) @ self.bias.to(high)).squeeze(-2)
+                bias = bias.expand(*batch, -1).reshape(shared, B, W.shape[-2]).transpose(0, 1)
+                y = y + bias.unsqueeze(-1).to(F.dtype)
+        return self._masked(y.transpose(0, 1).reshape(*batch, self.shape[-2]))
 
     def row(self, n: int) -> Tensor:
-        """Row n of P, [B, R]."""
-        c, pixel = divmod(n % self.shape[1], math.prod(self.features.shape[2:]))
-        row = self.features.flatten(2)[..., pixel] @ self.weight[:, c].T
-        return row if self.bias is None else row + self.bias[:, c]
+        """Row n of P, [..., R]."""
+        n = n % self.shape[-2]
+        c, pixel = divmod(n, math.prod(self.features.shape[2:]))
+        f = self.features.flatten(2)[..., pixel].unsqueeze(-1)  # [B, K, 1]
+        row = torch.matmul(self.weight[..., c, :].to(f.dtype), f).squeeze(-1)
+        row = (row if self.bias is None else row + self.bias[..., c].to(row.dtype)).expand(*self.shape[:-2], -1)
+        return row if self.mask is None else row * self.mask[..., n, None]
 
     def row_norms(self) -> Tensor:
-        """diag PPᵀ [B, N]: f̃ᵀ(W_cᵀW_c)f̃ for every pixel."""
-        W, F = self.homogeneous(), self.features.flatten(2)
-        M = W.mT @ W  # [C, K+1, K+1]
-        MF = torch.einsum("ckl,bln->bckn", M[..., :-1], F) + M[..., -1].unsqueeze(-1)
-        return ((MF[:, :, :-1] * F.unsqueeze(1)).sum(2) + MF[:, :, -1]).flatten(1)
+        """diag PPᵀ [..., N], differentiable, block by block."""
+        batch = broadcast(self.features.shape[:1], self.weight.shape[:-3])
+        W = self._weights(batch)
+        norms = [ops_linear.row_norms(F, _of(W, items)) for items, F in self._calls(math.prod(batch))]
+        return self._masked(torch.cat(norms).reshape(*batch, self.shape[-2]).to(self.dtype))
+
+    def gram(self) -> Tensor:
+        """PᵀP [..., R, R] in float64, differentiable, from products of the features."""
+        batch = self.shape[:-2]
+        N, B = self.shape[-2], math.prod(batch)
+        # So large a precision (a power of two, which rounds nothing) that the identity in C is lost beside PᵀP.
+        scale = 2.0**40
+        if self.mask is None:
+            precision = torch.full((B, 1), scale, dtype=self.dtype, device=self.device)
+        else:
+            precision = (self.mask * scale).to(_not_half(self.dtype)).expand(*batch, N).reshape(B, N)
+        nothing = precision.new_empty(0, B, N)
+        impl = "triton" if self.is_cuda and "triton" in IMPLEMENTATIONS else "aten"
+        C, _ = gram(nothing, None, self, batch, None, precision, impl)
+        return (C - torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)).reshape(*batch, *C.shape[-2:]) / scale
 
     def mix(self, A: Tensor) -> "LinearFactor":
-        """The factor PA, with `A` [R, Q] the same for all items: only the weight changes."""
-        bias = None if self.bias is None else torch.einsum("rq,rc->qc", A, self.bias)
-        return LinearFactor(self.features, torch.einsum("rq,rck->qck", A, self.weight), bias)
+        """The factor PA, with `A` [R, Q] or one for each item, [..., R, Q]: only the weight changes."""
+        A = A.to(self.weight.dtype)
+        weight = torch.matmul(A.mT, self.weight.flatten(-2)).unflatten(-1, self.weight.shape[-2:])
+        bias = None if self.bias is None else torch.matmul(A.mT, self.bias)
+        return LinearFactor(self.features, weight, bias, mask=self.mask)
+
+    def masked(self, mask: Tensor) -> "LinearFactor":
+        """The same with zero rows where `mask` [..., N] is false."""
+        mask = mask if self.mask is None else mask & self.mask
+        return LinearFactor(self.features, self.weight, self.bias, mask=mask)
+
+    def _masked(self, t: Tensor) -> Tensor:
+        """`t` [..., N] with zeros where the mask is false."""
+        return t if self.mask is None else torch.where(self.mask, t, t.new_zeros(()))
+
+    def _weights(self, batch: torch.Size) -> Tensor:
+        """W [1 or items, C, R, K+1] for the items of a batch."""
+        W = self.homogeneous()
+        return W.unsqueeze(0) if W.dim() == 3 else W.expand(*batch, *W.shape[-3:]).flatten(0, -4)
+
+    def _calls(self, items: int):
+        """Index and features [b, K, pixels] of the items of one call of an operator.
+
+        Items beyond those of the features share them: as a view if there is one item, which then is one call, or in a
+        call for each turn. A call also bounds the memory where features have a gradient.
+        """
+        F = self.features.flatten(2)
+        B = F.shape[0]
+        if items in (B, 0):
+            yield slice(0, items), F
+        elif B == 1 and not (F.requires_grad and torch.is_grad_enabled()):
+            yield slice(0, items), F.expand(items, -1, -1)
+        else:
+            for start in range(0, items, B):
+                yield slice(start, start + B), F
 
 
 def _check_features(features: Tensor) -> int:
@@ -201,145 +285,61 @@ def _squeeze_kernel(weight: Tensor) -> Tensor:
     return weight.flatten(1) if weight.dim() == 4 and weight.shape[2:] == (1, 1) else weight
 
 
-def mahalanobis_and_logdet(
-    x: Tensor, loc: Tensor | None, factor: LinearFactor, mean: LinearMean | None, d: Tensor, impl: str
-) -> tuple[Tensor, Tensor]:
-    """q [S, B] and log|Σ| [B], float64, of x [S, B, N], loc [S or 1, B, N] and d [B, N] or [B, 1]."""
-    C = factor.weight.shape[1]
+def _of(W: Tensor, items: slice) -> Tensor:
+    """The weights of some items, or the one that all of them share."""
+    return W if W.shape[0] == 1 else W[items]
+
+
+def broadcast(*shapes: torch.Size, names: str = "the arguments") -> torch.Size:
+    # Not torch.broadcast_shapes, whose first call imports sympy: 35 MB and a second.
+    point = torch.empty(())
+    try:
+        return torch.broadcast_tensors(*(point.expand(shape) for shape in shapes))[0].shape
+    except RuntimeError as error:
+        given = ", ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"Incompatible batch shapes of {names}: {given}") from error
+
+
+def _not_half(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _canonical(x: Tensor, loc: Tensor | None, factor: LinearFactor, batch: torch.Size, mean, d: Tensor):
+    """The arguments of the operators, call by call."""
+    C = factor.weight.shape[-2]
     x, loc = x.unflatten(2, (C, -1)), None if loc is None else loc.unflatten(2, (C, -1))
     d = d.unsqueeze(-1) if d.shape[1] == 1 else d.unflatten(1, (C, -1))
-    m = None if mean is None else mean.homogeneous()
-    F, W = factor.features.flatten(2), factor.homogeneous()
-    return torch.ops.lowrank_mvn.linear_mahalanobis_and_logdet(x, loc, F, W, m, d, impl)[:2]
+    W, m = factor._weights(batch), None if mean is None else mean.homogeneous()
+    for items, F in factor._calls(math.prod(batch)):
+        yield x[:, items], None if loc is None else loc[:, items], F, _of(W, items), m, d[items]
 
 
-# --- Registration -------------------------------------------------------------------------------------------------
-
-IMPLEMENTATIONS: dict[str, Any] = {"aten": aten_linear}
-
-
-def _forward(x, loc, F, W, m, d, impl):
-    with ops.without_autocast(F.device):
-        return tuple(t.contiguous() for t in IMPLEMENTATIONS[impl].linear_mahalanobis_and_logdet(x, loc, F, W, m, d))
-
-
-def _forward_fake(x, loc, F, W, m, d, impl):
-    (S, B, C, _), R, K = x.shape, W.shape[1], W.shape[2]
-
-    def new(*shape, dtype=torch.float64):
-        return x.new_empty(shape, dtype=dtype)
-
-    return (
-        new(S, B),
-        new(B),
-        new(B, R, R),
-        new(S, B, R),
-        new(S, B, R),
-        new(B, C if d.shape[2] > 1 else 1, K, K),
-        new(*x.shape, dtype=aten_linear.product_dtype(x, F, d)),
-        new(B, dtype=torch.bool),
-    )
+def mahalanobis_and_logdet(
+    x: Tensor,
+    loc: Tensor | None,
+    factor: LinearFactor,
+    batch: torch.Size,
+    mean: LinearMean | None,
+    d: Tensor,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """q [S, B] and log|Σ| [B], float64, of x [S, B, N], loc [S or 1, B, N] and d [B, N] or [B, 1], for the B items of
+    `batch`."""
+    calls = _canonical(x, loc, factor, batch, mean, d)
+    q, logdet = zip(*(ops_linear.mahalanobis_and_logdet(*tensors, impl)[:2] for tensors in calls), strict=True)
+    return torch.cat(q, 1), torch.cat(logdet)
 
 
-ops.define(
-    "linear_mahalanobis_and_logdet(Tensor x, Tensor? loc, Tensor F, Tensor W, Tensor? m, Tensor d, str impl)"
-    " -> (Tensor mahalanobis, Tensor logdet, Tensor C_inv, Tensor v, Tensor step, Tensor G, Tensor residual,"
-    " Tensor wide)",
-    _forward,
-    _forward_fake,
-)
-
-
-def _backward(a, b, x, loc, F, W, m, d, residual, C_inv, v, step, G, wide, need_x, impl):
-    with ops.without_autocast(F.device):
-        return IMPLEMENTATIONS[impl].linear_mahalanobis_and_logdet_backward(
-            a, b, residual, F, W, m, d, C_inv, v, step, G, wide, need_x
-        )
-
-
-def _backward_fake(a, b, x, loc, F, W, m, d, residual, C_inv, v, step, G, wide, need_x, impl):
-    contiguous = torch.contiguous_format
-    return (
-        torch.empty_like(residual, memory_format=contiguous) if need_x else residual.new_empty(0),
-        torch.empty_like(F),
-        torch.empty_like(W, memory_format=contiguous),
-        F.new_empty(0) if m is None else torch.empty_like(m, memory_format=contiguous),
-        torch.empty_like(d, memory_format=contiguous),
-    )
-
-
-ops.define(
-    "linear_mahalanobis_and_logdet_backward(Tensor a, Tensor b, Tensor x, Tensor? loc, Tensor F, Tensor W, Tensor? m,"
-    " Tensor d, Tensor residual, Tensor C_inv, Tensor v, Tensor step, Tensor G, Tensor wide,"
-    " bool need_x, str impl) -> (Tensor grad_x, Tensor grad_F, Tensor grad_W, Tensor grad_m, Tensor grad_d)",
-    _backward,
-    _backward_fake,
-)
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.impl = inputs
-    _, _, C_inv, v, step, G, residual, wide = output
-    ctx.save_for_backward(*tensors, residual, C_inv, v, step, G, wide)
-    ctx.mark_non_differentiable(C_inv, v, step, G, residual, wide)
-
-
-def _differentiate(ctx, grad_mahalanobis, grad_logdet, *_):
-    x, loc, _, _, m, _, *_ = saved = ctx.saved_tensors
-    need_x = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-    grad_x, grad_F, grad_W, grad_m, grad_d = torch.ops.lowrank_mvn.linear_mahalanobis_and_logdet_backward(
-        grad_mahalanobis, grad_logdet, *saved, need_x, ctx.impl
-    )
-    grad_loc = None
-    if loc is not None and ctx.needs_input_grad[1]:
-        grad_loc = -(grad_x if loc.shape[0] == x.shape[0] else grad_x.sum(0, keepdim=True)).to(loc.dtype)
-    grad_x = grad_x.to(x.dtype) if ctx.needs_input_grad[0] else None
-    return grad_x, grad_loc, grad_F, grad_W, None if m is None else grad_m, grad_d, None
-
-
-torch.library.register_autograd(
-    "lowrank_mvn::linear_mahalanobis_and_logdet", _differentiate, setup_context=_setup_context, lib=ops.library
-)
-
-
-def _setup_context_twice(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:8])
-    ctx.need_x = inputs[14]
-
-
-def _differentiate_twice(ctx, gg_x, gg_F, gg_W, gg_m, gg_d):
-    a, b, x, loc, F, W, m, d = ctx.saved_tensors
-    given = [t for t in (x, loc, F, W, m, d) if t is not None]
-
-    def textbook(*tensors):
-        """The same two numbers from P itself."""
-        remaining = iter(tensors)
-        full: Any = [None if t is None else next(remaining) for t in ctx.saved_tensors[2:]]
-        x, loc, F, W, m, d = full
-        ones = torch.cat([F, torch.ones_like(F[:, :1])], 1)
-        P = torch.einsum("crk,bkn->bcnr", W, ones).flatten(1, 2)
-        delta = x if loc is None else x - loc
-        delta = delta if m is None else delta - torch.einsum("ck,bkn->bcn", m, ones)
-        return reference.mahalanobis_and_logdet(delta.flatten(2), delta.new_zeros(()), P, d.flatten(1))
-
-    def first(a, b, *tensors):
-        pulled = iter(ops.pull_back(ops.in_float64(textbook), tensors, (a, b)))
-        grads = [None if t is None else next(pulled) for t in ctx.saved_tensors[2:]]
-        return tuple(g for g in (grads[0] if ctx.need_x else None, *grads[2:]) if g is not None)
-
-    with ops.without_autocast(F.device):
-        cotangents = tuple(
-            g
-            for g, t in zip((gg_x, gg_F, gg_W, gg_m, gg_d), (x if ctx.need_x else None, F, W, m, d), strict=True)
-            if t is not None
-        )
-        pulled = iter(ops.pull_back(first, (a, b, *given), cotangents))
-        return *(None if t is None else next(pulled) for t in ctx.saved_tensors), *[None] * 8
-
-
-torch.library.register_autograd(
-    "lowrank_mvn::linear_mahalanobis_and_logdet_backward",
-    _differentiate_twice,
-    setup_context=_setup_context_twice,
-    lib=ops.library,
-)
+def gram(
+    x: Tensor,
+    loc: Tensor | None,
+    factor: LinearFactor,
+    batch: torch.Size,
+    mean: LinearMean | None,
+    precision: Tensor,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """C = I + Pᵀ diag(precision) P [B, R, R] and w = Pᵀ diag(precision) δ [S, B, R], shapes as above."""
+    calls = _canonical(x, loc, factor, batch, mean, precision)
+    C, w = zip(*(ops_linear.gram(*tensors, impl) for tensors in calls), strict=True)
+    return torch.cat(C), torch.cat(w, 1)
