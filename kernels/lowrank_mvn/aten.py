@@ -30,6 +30,9 @@ from torch import Tensor
 BLOCK_VALUES = 1 << 20
 VECTOR_VALUES = 1 << 18
 
+# A factor of up to so many values is no work to speak of: what costs is the number of calls, and float64 nothing more.
+AT_ONCE_VALUES = 1 << 14
+
 # The residual of the forward pass is an output of it.
 KEEPS_RESIDUAL = True
 
@@ -157,17 +160,12 @@ def factorise(C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     column j, 1 where it is orthogonal to the others and large where it is nearly a combination of them.
     """
     L, info = torch.linalg.cholesky_ex(C)
-    failed = (info != 0) | ~torch.isfinite(C).flatten(1).all(1)
     C_inv = torch.cholesky_inverse(L).contiguous()
     log_det = 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     inflation = (C.diagonal(dim1=-2, dim2=-1) * C_inv.diagonal(dim1=-2, dim2=-1)).sqrt().sum(-1).square()
-    moved = torch.finfo(torch.float32).eps * inflation
-    nan = torch.full_like(log_det, math.nan)
-    return (
-        torch.where(failed[:, None, None], nan[:, None, None], C_inv),
-        torch.where(failed, nan, log_det),
-        torch.where(failed, torch.full_like(moved, math.inf), moved),
-    )
+    failed = (info != 0) | ~torch.isfinite(log_det)
+    moved = (torch.finfo(torch.float32).eps * inflation).masked_fill_(failed, math.inf)
+    return C_inv.masked_fill_(failed[:, None, None], math.nan), log_det.masked_fill_(failed, math.nan), moved
 
 
 def runs(wide: Tensor, dtype: torch.dtype):
@@ -235,6 +233,8 @@ def mahalanobis_and_logdet(
     float64 again. C⁻¹, log|Σ| and `wide` of an earlier call for the same P and d may be given: C is not made again.
     """
     S, (B, N, R) = x.shape[0], P.shape
+    if P.numel() <= AT_ONCE_VALUES and P.device.type == "cpu":
+        return _at_once(x, loc, P, d, C_inv, logdet)
     dtype = product_dtype(x, loc, P, d)
     if C_inv is None or logdet is None or wide is None:
         _, C_inv, logdet, w, wide = _capacitance(x, loc, P, d, inverted=False)
@@ -263,10 +263,37 @@ def mahalanobis_and_logdet(
                 z = (rounded if products == dtype else exact) * _columns(d_inv, i, j).unsqueeze(1)
                 g_part[i].add_(_projection(z, p.to(products)))
             q[b] += (r.square() * d_inv.unsqueeze(1)).sum(-1, dtype=torch.float64)
+    return *_last_step(q, g, v, C_inv, logdet), residual, wide
+
+
+def _last_step(q: Tensor, g: Tensor, v: Tensor, C_inv: Tensor, logdet: Tensor):
+    """From q(v), g, v [B, S, ...] to the first five results, q and v after one more step."""
     step = g @ C_inv
     q = q - (g * step).sum(-1)
     v, step = ((t.transpose(0, 1).contiguous()) for t in (v + step, step))
-    return q.T.contiguous(), logdet, C_inv, v, step, residual, wide
+    return q.T.contiguous(), logdet, C_inv, v, step
+
+
+def _at_once(x: Tensor, loc: Tensor, P: Tensor, d: Tensor, C_inv: Tensor | None, logdet: Tensor | None):
+    """`mahalanobis_and_logdet` in float64, without blocks and with as few calls as can be."""
+    dtype, (B, N, _) = product_dtype(x, loc, P, d), P.shape
+    P, d = P.double(), d.double().unsqueeze(1)
+    delta = (x.double() - loc).transpose(0, 1)
+    Q = P / d.mT
+    if C_inv is None or logdet is None:
+        C = Q.mT @ P
+        C.diagonal(dim1=-2, dim2=-1).add_(1)
+        C_inv, logdet, _ = factorise(C)
+        logdet = logdet + d.log().sum((1, 2)) * (N // d.shape[2])
+    else:
+        C_inv, logdet = C_inv.clone(), logdet.clone()
+    v = delta @ Q @ C_inv
+    r = torch.baddbmm(delta, v, P.mT, alpha=-1)
+    z = r / d
+    q = (r * z).sum(-1) + v.square().sum(-1)
+    residual = r.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format)
+    wide = torch.ones(B, dtype=torch.bool)
+    return *_last_step(q, z @ P - v, v, C_inv, logdet), residual, wide
 
 
 def empty_gradient(P: Tensor) -> Tensor:
