@@ -9,7 +9,7 @@ import pytest
 def pytest_addoption(parser):
     group = parser.getgroup("sosvae", "benchmarks of this repository (pytest-benchmark's own are --benchmark-...)")
     group.addoption("--benchmark", action="store_true", help="run the benchmarks in bench/ in place of the tests")
-    group.addoption("--benchmark-full", action="store_true", help="all shapes, ranks, diagonals and layouts: hours")
+    group.addoption("--benchmark-full", action="store_true", help="everything, hours; goes on where it was stopped")
     group.addoption(
         "--benchmark-results",
         metavar="CSV",

@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -56,6 +57,19 @@ def commit(folder: Path = ROOT) -> str:
     return done[0].strip() + ("+" if done[1].strip() else "")
 
 
+def free_memory(device: str) -> float:
+    """Bytes that are free; NaN where nobody says."""
+    if device != "cpu":
+        import torch
+
+        return float(torch.cuda.mem_get_info()[0])
+    try:
+        with open("/proc/meminfo") as file:
+            return next(float(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return math.nan
+
+
 def _median(call: Callable[[], Any], wait: Callable[[], Any]) -> float:
     times = []
     for _ in range(REPETITIONS + 2):
@@ -92,6 +106,7 @@ def describe(copied: int = COPIED, product: int = PRODUCT) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": peers.versions(),
         "kind": device,
+        "memory": free_memory(device),
         **rates(device, copied, product),
     }
 

@@ -7,7 +7,6 @@ A document has a table between two comments, the first of which names the table 
 """
 
 import argparse
-import functools
 import json
 import math
 import re
@@ -18,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from . import store
-from .operators import CELEBA, OPERATORS
+from .operators import CELEBA
 from .peers import PEERS
+from .plots import plots, titles
 from .store import Row
 
 __all__ = ["TABLES", "check", "exponent", "main", "plots", "update"]
@@ -93,11 +93,6 @@ def exponent(rows: Sequence[Row], axis: str) -> tuple[float, int]:
 # --- Tables -----------------------------------------------------------------------------------------------------
 
 
-def _titles(row: Row) -> tuple[str, str]:
-    operator, peer = OPERATORS.get(row.operator), PEERS.get(row.peer)
-    return operator.title if operator else row.operator, peer.title if peer else row.peer
-
-
 def _where(rows: Sequence[Row]) -> str:
     runs = {row.date: row for row in rows}
     lines = []
@@ -137,7 +132,7 @@ def answer(rows: Sequence[Row]) -> str:
         there = fixed[peer].error_log_prob if peer in fixed else math.nan
         lines.append(
             [
-                f"**{_titles(row)[1]}**" if mine else _titles(row)[1],
+                f"**{titles(row)[1]}**" if mine else titles(row)[1],
                 _ms(row.seconds) if row.status == "ok" else row.status,
                 "" if mine else _spread(row.ratio, row.ratio_p20, row.ratio_p80),
                 _mb(row.memory),
@@ -187,7 +182,7 @@ def operators(rows: Sequence[Row]) -> str:
     for row in rows:
         if row.status != "ok":
             continue
-        title, peer = _titles(row)
+        title, peer = titles(row)
         lines.append(
             [
                 title,
@@ -218,7 +213,7 @@ def growth(rows: Sequence[Row]) -> str:
             fitted = [exponent(chosen, axis) for axis in AXES]
             if any(count > 1 for _, count in fitted):
                 cells = [f"{slope:.2f} ({count})" if count > 1 else "–" for slope, count in fitted]
-                lines.append([*_titles(chosen[0]), *cells])
+                lines.append([*titles(chosen[0]), *cells])
     caption = "\nTime grows as sizeᵃ: a by least squares of the logarithms, in brackets the number of sizes.\n"
     return _table(("operator", "by", "N", "B", "R"), lines) + caption
 
@@ -227,16 +222,33 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {"answer": answer, "operator
 
 
 def static(document: dict[str, Any]) -> str:
-    """What `python -m bench.static --json` knows of the compiled kernels; no column of it is a time."""
-    header = ("kernel", "target", "case", "registers", "spills [byte]", "shared memory [byte]", "occupancy")
-    lines = [
-        [
-            *(str(row[name]) for name in ("kernel", "target", "case", "registers", "spills", "shared")),
-            "–" if row["occupancy"] is None else _percent(row["occupancy"]),
-        ]
-        for row in document["kernels"]
-    ]
-    return _table(header, lines) + "\nCompiled ahead of time, without a GPU: nothing here was timed.\n"
+    """What `python -m bench.static --json` knows of the compiled kernels; no column of it is a time.
+
+    Where a model gives bounds (in this version for one target) the rows are of that target's main kernels, else all.
+    """
+    kernels = [row for row in document["kernels"] if row.get("caps")] or document["kernels"]
+    requested = {}
+    for rank_layout, launches in document.get("requested", {}).items():
+        for launch in launches:
+            if launch.get("floor"):
+                requested[launch["kernel"], rank_layout] = launch["requested"] / launch["floor"]
+    header = ("kernel", "case", "target", "registers", "spills [byte]", "shared memory [byte]", "occupancy")
+    lines = []
+    for row in kernels:
+        caps = row.get("caps") or {}
+        pipe = min(caps, key=caps.__getitem__, default=None)
+        rank_layout = ":".join(row["case"].removeprefix("R=").split()[:2])
+        lines.append(
+            [
+                *(str(row[name]) for name in ("kernel", "case", "target", "registers", "spills", "shared")),
+                "–" if row["occupancy"] is None else _percent(row["occupancy"]),
+                f"{requested[key]:.3f}" if (key := (row["kernel"], rank_layout)) in requested else "–",
+                "–" if pipe is None else f"{caps[pipe] / 1e12:.1f}, {pipe}",
+            ]
+        )
+    table = _table((*header, "bytes requested / least", "model: at most [TB/s of P], by"), lines)
+    assumptions = " ".join(document.get("assumptions", "").split())
+    return f"{table}\nCompiled ahead of time, without a GPU: nothing here was timed. {assumptions}".rstrip() + "\n"
 
 
 # --- Documents --------------------------------------------------------------------------------------------------
@@ -284,79 +296,6 @@ def check(document: Path, root: Path = ROOT) -> list[str]:
         if not same:
             differing.append(f"{document.name}: table {found[2]} differs from {found[3]}; run python -m bench.report")
     return differing
-
-
-# --- Plots ------------------------------------------------------------------------------------------------------
-
-COLOURS = {
-    "ours": "#0b5fa5",
-    "torch": "#d1495b",
-    "compile": "#edae49",
-    "linear_operator": "#8d6a9f",
-    "numpyro": "#3a9679",
-    "textbook": "#d1495b",
-    "textbook_compile": "#edae49",
-}
-
-
-def plots(rows: Sequence[Row], folder: Path, stem: str) -> list[Path]:
-    """Time, memory and error against N, one line per peer: three pictures, a panel per operator with two N or more."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    panels = {}
-    for operator in dict.fromkeys(row.operator for row in rows):
-        chosen = _along_N([row for row in rows if row.operator == operator and row.status == "ok"])
-        if len({row.N for row in chosen}) > 1:
-            panels[operator] = chosen
-    measures: dict[str, tuple[str, Callable[[Row], float]]] = {
-        "time": ("time of a call [ms]", lambda row: row.seconds * 1e3),
-        "memory": ("peak above the inputs [MB]", lambda row: row.memory / 1e6),
-        "error": ("error against float64: log p [nats], else relative", _error),
-    }
-    written = []
-    for measure, (label, value) in measures.items() if panels else ():
-        figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4), squeeze=False)
-        for axis, chosen in zip(axes[0], panels.values(), strict=True):
-            for peer in dict.fromkeys(row.peer for row in chosen):
-                points = sorted((row.N, value(row)) for row in chosen if row.peer == peer)
-                title = PEERS[peer].title if peer in PEERS else peer
-                axis.plot(*zip(*points, strict=True), "o-", color=COLOURS.get(peer), label=title)
-            if measure == "time" and any(math.isfinite(row.floor) for row in chosen):
-                floor = sorted((row.N, row.floor * 1e3) for row in chosen if row.peer == "ours")
-                axis.plot(*zip(*floor, strict=True), "--", color="0.5", label="floor of this machine")
-            row = chosen[0]
-            sizes = f"B = {row.B}, R = {row.R}" if len({r.B for r in chosen}) == 1 else f"R = {row.R}"
-            axis.set(xscale="log", yscale="log", xlabel="N", ylabel=label)
-            axis.set_title(f"{_titles(row)[0]} ({sizes})", fontsize=10)
-            axis.grid(True, which="major", color="0.9")
-            axis.legend(fontsize=8, frameon=False)
-        figure.tight_layout()
-        path = folder / f"{stem}-{measure}.png"
-        # No date or version in the file: the same results give the same bytes.
-        save = functools.partial(figure.savefig, dpi=110, metadata={"Software": None})
-        store.write_atomically(path, save, "wb")
-        plt.close(figure)
-        written.append(path)
-    return written
-
-
-def _along_N(rows: Sequence[Row]) -> list[Row]:
-    """The largest set of rows in which only N differs (for a training step, B too: its sizes are few)."""
-    groups: dict[tuple, list[Row]] = {}
-    for row in rows:
-        batch = 0 if row.operator.startswith("train_") else row.B
-        groups.setdefault((batch, row.R, row.diagonal, row.layout), []).append(row)
-    return max(groups.values(), key=lambda group: len({row.N for row in group}), default=[])
-
-
-def _error(row: Row) -> float:
-    for value in (row.error_log_prob, row.error_entropy, row.error_gradient, row.error_output):
-        if math.isfinite(value):
-            return value
-    return math.nan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -40,7 +40,7 @@ class Row:
     layout: str
     dtype: str
     peer: str
-    status: str  # "ok", "missing", "wrong" or "failed"
+    status: str  # "ok", "missing", "wrong", "failed" or "skipped"
     note: str  # the reason, where it is not ok
     # the result
     rounds: int

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import compare, machine, measure, memory, operators, peers, report, store, worker
+from bench import compare, machine, measure, memory, operators, peers, plan, report, store, worker
 from bench.operators import CELEBA, OPERATORS, Case
 
 ROOT = Path(__file__).parent.parent
@@ -170,10 +170,20 @@ def test_check_fails_where_a_table_differs_from_its_file(tmp_path):
 
 
 def test_what_is_known_without_a_gpu_is_no_timing():
-    row = {"kernel": "residual", "target": "sm_90", "case": "R25", "registers": 96, "spills": 0, "shared": 1024}
+    row = {"kernel": "residual", "target": "sm_90", "case": "R=25 BRN", "registers": 96, "spills": 0, "shared": 1024}
     table = report.static({"kernels": [row | {"occupancy": 0.5}, row | {"occupancy": None}]})
-    assert "| residual | sm_90 | R25 | 96 | 0 | 1024 | 50% |" in table
+    assert "| residual | R=25 BRN | sm_90 | 96 | 0 | 1024 | 50% | – | – |" in table
     assert "nothing here was timed" in table
+    # Where there are bounds, the rows that have them; keys that are not known do no harm.
+    bound = row | {"occupancy": None, "caps": {"issue": 5e12, "shared memory": 3.25e12}, "another": {"key": 1}}
+    requested = {
+        "25:BRN": [{"kernel": "residual", "requested": 1003, "floor": 1000}, {"kernel": "solve", "floor": None}]
+    }
+    document = {"kernels": [row | {"occupancy": 0.5}, bound], "requested": requested, "assumptions": "Of an\nH100."}
+    table = report.static(document)
+    assert table.count("| residual |") == 1
+    assert "| 1024 | – | 1.003 | 3.2, shared memory |" in table
+    assert table.endswith("nothing here was timed. Of an H100.\n")
 
 
 @pytest.mark.parametrize("name", report.DOCUMENTS)
@@ -192,8 +202,8 @@ def test_results_in_the_repository_can_be_read():
 
 def test_plans():
     default, full = operators.default_plan(), operators.full_plan()
-    for plan in (default, full):
-        names = [(entry.operator.name, entry.case.id) for entry in plan]
+    for entries in (default, full):
+        names = [(entry.operator.name, entry.case.id) for entry in entries]
         assert len(set(names)) == len(names)
     assert {entry[:2] for entry in default} <= {entry[:2] for entry in full}
     assert {entry.operator.name for entry in full} == set(OPERATORS)
@@ -213,6 +223,49 @@ def test_plans():
     for entry in full:
         assert set(entry.peers) <= set(peers.PEERS)
         assert entry.peers[0] == "ours"
+
+
+SETTINGS = measure.Settings()
+MACHINE = WHERE | {"memory": 2.4e10}
+
+
+def test_every_entry_is_estimated_before_it_is_begun():
+    full = operators.full_plan()
+    estimates = {entry: plan.estimate(entry, MACHINE, SETTINGS) for entry in full}
+    for entry, found in estimates.items():
+        assert 1 < found.seconds < 3600, entry
+        P = 4 * entry.case.batch * entry.case.N * entry.case.rank
+        assert found.memory > (0 if entry.operator.name.startswith("train_") else len(entry.peers) * P), entry
+    lines = list(plan.summary(full, MACHINE, SETTINGS, None))
+    assert lines[0].startswith(f"{len(full)} cases to be measured: about ")
+    assert lines[0].endswith(" hours")
+    assert lines[1].startswith("the largest needs about ")
+
+
+def test_what_does_not_fit_is_named():
+    entries = [operators.Entry(JOINT, case, ("ours", "torch")) for case in (CASE, dataclasses.replace(CELEBA, rank=64))]
+    small = MACHINE | {"memory": 2e9}
+    lines = list(plan.summary(entries, small, SETTINGS, None))
+    assert lines[0].startswith("1 cases to be measured")
+    assert lines[-1].startswith("log_prob_entropy_backward 8x218x178x3-R64-pixel-BNR does not fit: needs about ")
+    assert lines[-1].endswith("2.0 GB are free")
+    # Where nobody says how much is free, everything is tried.
+    assert len(list(plan.summary(entries, WHERE, SETTINGS, None))) == 2
+
+
+def test_a_full_run_goes_on_where_it_stopped(tmp_path):
+    path = tmp_path / "some.csv"
+    assert plan.measured_already(path, WHERE) == {}
+    results = [*measurements("ours", "torch"), measure.Measurement("numpyro", "failed", "killed")]
+    store.append(path, measure.rows(JOINT, CASE, results, WHERE))
+    key = JOINT.name, CASE.id
+    assert plan.measured_already(path, WHERE) == {key: {"ours", "torch"}}
+    for other in ({"commit": "0123456780"}, {"commit": "0123456789+"}, {"cores": 4}, {"versions": "torch 3"}):
+        assert plan.measured_already(path, WHERE | other) == {}
+    complete, partly = (operators.Entry(JOINT, CASE, names) for names in (("ours", "torch"), ("ours", "numpyro")))
+    lines = list(plan.summary([complete, partly], WHERE, SETTINGS, path))
+    assert lines[0] == "1 of 2 cases were measured in this commit on this machine"
+    assert lines[1].startswith("1 cases to be measured")
 
 
 def test_bytes_and_operations():

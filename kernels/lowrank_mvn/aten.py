@@ -25,8 +25,13 @@ import torch
 from torch import Tensor
 
 # Values of P in one block (4 MiB in float32): smaller ones pay for the calls, larger ones leave the caches
-# (kernels/LOG.md).
+# (kernels/LOG.md). Vectors over the pixels are made for several blocks at once: a call costs as much as many thousand
+# values; but memory of more than a few hundred thousand is given back and touched anew each time.
 BLOCK_VALUES = 1 << 20
+VECTOR_VALUES = 1 << 18
+
+# A factor of up to so many values is no work to speak of: what costs is the number of calls, and float64 nothing more.
+AT_ONCE_VALUES = 1 << 14
 
 # The residual of the forward pass is an output of it.
 KEEPS_RESIDUAL = True
@@ -57,15 +62,27 @@ class Scratch:
         return self.shaped(b, n, R) if p.stride(-1) <= p.stride(-2) else self.shaped(b, R, n).mT
 
 
-def _blocks(P: Tensor, S: int, items: slice):
-    """Index pairs (items, pixels) that cover `items` of P in blocks of about BLOCK_VALUES values."""
-    B, N, R = items.stop - items.start, P.shape[1], P.shape[2]
-    row = R + 3 * S  # a row of P, and δ, r, z of every sample
-    step_b = max(1, min(B, BLOCK_VALUES // max(1, min(N, 1024) * row)))
-    step_n = max(1, BLOCK_VALUES // (step_b * row))
+def _blocks(items: slice, N: int, row: int, values: int):
+    """Index pairs (items, pixels) that cover `items` in blocks of about that many values, `row` of them a pixel."""
+    B = items.stop - items.start
+    step_b = max(1, min(B, values // max(1, min(N, 1024) * row)))
+    step_n = max(1, values // (step_b * row))
     for b in range(items.start, items.stop, step_b):
         for n in range(0, N, step_n):
             yield slice(b, min(b + step_b, items.stop)), slice(n, min(n + step_n, N))
+
+
+def _vector_blocks(P: Tensor, S: int, items: slice):
+    """Blocks for vectors of S samples, with the part of P that goes with each."""
+    for b, n in _blocks(items, P.shape[1], max(1, S), VECTOR_VALUES):
+        yield b, n, P[b, n]
+
+
+def _factor_blocks(P: Tensor, S: int):
+    """Blocks of a part of P: a row of it, and δ, r, z of every sample."""
+    B, N, R = P.shape
+    for b, n in _blocks(slice(0, B), N, R + 3 * S, BLOCK_VALUES):
+        yield b, n, P[b, n]
 
 
 def _delta(x: Tensor, loc: Tensor, b: slice, n: slice, dtype: torch.dtype) -> Tensor:
@@ -74,8 +91,13 @@ def _delta(x: Tensor, loc: Tensor, b: slice, n: slice, dtype: torch.dtype) -> Te
 
 
 def _diagonal(d: Tensor, b: slice, n: slice, dtype: torch.dtype) -> Tensor:
+    """The block of a diagonal, [b, n or 1]."""
+    return _columns(d, b, n).to(dtype)
+
+
+def _columns(t: Tensor, b: slice, n: slice) -> Tensor:
     """The block of a [B, N] or [B, 1] tensor, [b, n or 1]."""
-    return d[b, n if d.shape[1] > 1 else slice(None)].to(dtype)
+    return t[b, n if t.shape[1] > 1 else slice(None)]
 
 
 # A product with P is written in the order in which the library streams P and keeps the thin operand, several times
@@ -104,23 +126,29 @@ def _gram(x: Tensor, loc: Tensor, P: Tensor, d: Tensor, items: slice, dtype: tor
     """C = I + PᵀD⁻¹P and w = PᵀD⁻¹δ of some items, products in `dtype`, float64 out.
 
     `d` is the diagonal of D or, if `inverted`, of D⁻¹, where 0 stands for a pixel that is not observed. Products are
-    made in tiles of 8 columns; one or two columns beyond a multiple of 8 cost as much as 8, and less beside δ.
+    made in tiles of 8 columns; one or two columns beyond a multiple of 8 cost as much as 8, and less beside δ. Of the
+    rest two rectangles cover the lower triangle, with three quarters of the operations of a square.
     """
     S, R = x.shape[0], P.shape[2]
     C = P.new_zeros(P.shape[0], R, R, dtype=torch.float64)
     w = P.new_zeros(P.shape[0], S, R, dtype=torch.float64)
     scratch = Scratch(dtype, P.device)
     whole = R - R % 8 if R % 8 <= 2 else R
-    for b, n in _blocks(P, S, items):
-        p = P[b, n]
-        block = _diagonal(d, b, n, dtype)
-        scale = block.sqrt() if inverted else block.rsqrt()
-        Q = torch.mul(p, scale.unsqueeze(-1), out=scratch.like(p))
-        C[b, :whole, :whole] += torch.bmm(Q[..., :whole].mT, Q[..., :whole])
-        rows = _projection(torch.cat([Q[..., whole:].mT, _delta(x, loc, b, n, dtype) * scale.unsqueeze(1)], 1), Q)
-        C[b, whole:] += rows[:, : R - whole]
-        w[b] += rows[:, R - whole :]
-    C[:, :whole, whole:] = C[:, whole:, :whole].mT
+    half = (whole + 15) // 16 * 8
+    for b, n, part in _vector_blocks(P, S, items):
+        scale = _diagonal(d, b, n, dtype)
+        scale = scale.sqrt() if inverted else scale.rsqrt()
+        scaled_delta = _delta(x, loc, b, n, dtype) * scale.unsqueeze(1)
+        C_part, w_part = C[b], w[b]
+        for i, j, p in _factor_blocks(part, S):
+            Q = torch.mul(p, _columns(scale, i, j).unsqueeze(-1), out=scratch.like(p))
+            C_part[i, :half, :half].add_(torch.bmm(Q[..., :half].mT, Q[..., :half]))
+            C_part[i, half:whole, :whole].add_(torch.bmm(Q[..., half:whole].mT, Q[..., :whole]))
+            rows = _projection(torch.cat([Q[..., whole:].mT, scaled_delta[i, :, j]], 1), Q)
+            C_part[i, whole:].add_(rows[:, : R - whole])
+            w_part[i].add_(rows[:, R - whole :])
+    C[:, :half, half:] = C[:, half:, :half].mT
+    C[:, half:whole, whole:] = C[:, whole:, half:whole].mT
     C.diagonal(dim1=-2, dim2=-1).add_(1)
     return C[items], w[items]
 
@@ -132,17 +160,12 @@ def factorise(C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     column j, 1 where it is orthogonal to the others and large where it is nearly a combination of them.
     """
     L, info = torch.linalg.cholesky_ex(C)
-    failed = (info != 0) | ~torch.isfinite(C).flatten(1).all(1)
     C_inv = torch.cholesky_inverse(L).contiguous()
     log_det = 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     inflation = (C.diagonal(dim1=-2, dim2=-1) * C_inv.diagonal(dim1=-2, dim2=-1)).sqrt().sum(-1).square()
-    moved = torch.finfo(torch.float32).eps * inflation
-    nan = torch.full_like(log_det, math.nan)
-    return (
-        torch.where(failed[:, None, None], nan[:, None, None], C_inv),
-        torch.where(failed, nan, log_det),
-        torch.where(failed, torch.full_like(moved, math.inf), moved),
-    )
+    failed = (info != 0) | ~torch.isfinite(log_det)
+    moved = (torch.finfo(torch.float32).eps * inflation).masked_fill_(failed, math.inf)
+    return C_inv.masked_fill_(failed[:, None, None], math.nan), log_det.masked_fill_(failed, math.nan), moved
 
 
 def runs(wide: Tensor, dtype: torch.dtype):
@@ -210,6 +233,8 @@ def mahalanobis_and_logdet(
     float64 again. C⁻¹, log|Σ| and `wide` of an earlier call for the same P and d may be given: C is not made again.
     """
     S, (B, N, R) = x.shape[0], P.shape
+    if P.numel() <= AT_ONCE_VALUES and P.device.type == "cpu":
+        return _at_once(x, loc, P, d, C_inv, logdet)
     dtype = product_dtype(x, loc, P, d)
     if C_inv is None or logdet is None or wide is None:
         _, C_inv, logdet, w, wide = _capacitance(x, loc, P, d, inverted=False)
@@ -218,7 +243,7 @@ def mahalanobis_and_logdet(
         C_inv, logdet, wide = C_inv.clone(), logdet.clone(), wide.clone()
         w = P.new_zeros(B, S, R, dtype=torch.float64)
         for items, products in runs(wide, dtype):
-            for b, n in _blocks(P, S, items):
+            for b, n in _blocks(items, N, R + 3 * S, BLOCK_VALUES):
                 z = _delta(x, loc, b, n, products) / _diagonal(d, b, n, products).unsqueeze(1)
                 w[b] += _projection(z, P[b, n].to(products))
     v = w @ C_inv
@@ -227,18 +252,48 @@ def mahalanobis_and_logdet(
     residual = x.new_empty(x.shape, dtype=dtype)
     scratch = Scratch(torch.float64, P.device)
     for items, products in runs(wide, dtype) if S else ():
-        for b, n in _blocks(P, S, items):
-            p = P[b, n]
-            # Where d is small, r is what is left of numbers hundreds of times its size: made in float64, rounded once.
-            r = (_delta(x, loc, b, n, torch.float64) - _rows(v[b], scratch.like(p).copy_(p))).to(products)
-            residual[:, b, n] = r.transpose(0, 1)
-            z = r / _diagonal(d, b, n, products).unsqueeze(1)
-            q[b] += (r * z).sum(-1, dtype=torch.float64)
-            g[b] += _projection(z, p.to(products))
+        for b, n, part in _vector_blocks(P, S, items):
+            delta = _delta(x, loc, b, n, torch.float64)
+            d_inv = _diagonal(d, b, n, products).reciprocal()
+            r, g_part = residual.transpose(0, 1)[b, :, n], g[b]
+            for i, j, p in _factor_blocks(part, S):
+                # Where d is small, r is what is left of numbers hundreds of times its size: in float64, rounded once.
+                exact = torch.baddbmm(delta[i, :, j], v[b][i], scratch.like(p).copy_(p).mT, alpha=-1)
+                rounded = r[i, :, j].copy_(exact)
+                z = (rounded if products == dtype else exact) * _columns(d_inv, i, j).unsqueeze(1)
+                g_part[i].add_(_projection(z, p.to(products)))
+            q[b] += (r.square() * d_inv.unsqueeze(1)).sum(-1, dtype=torch.float64)
+    return *_last_step(q, g, v, C_inv, logdet), residual, wide
+
+
+def _last_step(q: Tensor, g: Tensor, v: Tensor, C_inv: Tensor, logdet: Tensor):
+    """From q(v), g, v [B, S, ...] to the first five results, q and v after one more step."""
     step = g @ C_inv
     q = q - (g * step).sum(-1)
     v, step = ((t.transpose(0, 1).contiguous()) for t in (v + step, step))
-    return q.T.contiguous(), logdet, C_inv, v, step, residual, wide
+    return q.T.contiguous(), logdet, C_inv, v, step
+
+
+def _at_once(x: Tensor, loc: Tensor, P: Tensor, d: Tensor, C_inv: Tensor | None, logdet: Tensor | None):
+    """`mahalanobis_and_logdet` in float64, without blocks and with as few calls as can be."""
+    dtype, (B, N, _) = product_dtype(x, loc, P, d), P.shape
+    P, d = P.double(), d.double().unsqueeze(1)
+    delta = (x.double() - loc).transpose(0, 1)
+    Q = P / d.mT
+    if C_inv is None or logdet is None:
+        C = Q.mT @ P
+        C.diagonal(dim1=-2, dim2=-1).add_(1)
+        C_inv, logdet, _ = factorise(C)
+        logdet = logdet + d.log().sum((1, 2)) * (N // d.shape[2])
+    else:
+        C_inv, logdet = C_inv.clone(), logdet.clone()
+    v = delta @ Q @ C_inv
+    r = torch.baddbmm(delta, v, P.mT, alpha=-1)
+    z = r / d
+    q = (r * z).sum(-1) + v.square().sum(-1)
+    residual = r.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format)
+    wide = torch.ones(B, dtype=torch.bool)
+    return *_last_step(q, z @ P - v, v, C_inv, logdet), residual, wide
 
 
 def empty_gradient(P: Tensor) -> Tensor:
@@ -284,32 +339,40 @@ def mahalanobis_and_logdet_backward(
         trace = C_inv.diagonal(dim1=-2, dim2=-1).sum(-1)
         grad_d += (b_ * (N - R + trace)).unsqueeze(1) / d.double()
     for items, products in runs(wide, dtype):
-        scratch, squares = Scratch(products, P.device), Scratch(products, P.device)
-        for b, n in _blocks(P, S, items):
-            p = P[b, n].to(products)
+        T_scratch, Q_scratch = Scratch(products, P.device), Scratch(products, P.device)
+        W = (2 * b_[:, None, None] * C_inv).to(products)
+        minus_step, coefficients = (-step).to(products), minus_2av.to(products)
+        for b, n, part in _vector_blocks(P, S, items):
             d_inv = _diagonal(d, b, n, products).reciprocal()
-            r = residual[:, b, n].to(products).transpose(0, 1) - _rows(step[b].to(products), p)
-            z = r * d_inv.unsqueeze(1)
+            r = residual[:, b, n].to(products).transpose(0, 1)
+            z = torch.empty_like(r)
+            row_sums = d_inv.new_empty(part.shape[:2]) if need_d and not scalar_d else None
+            for i, j, p in _factor_blocks(part, S):
+                # With Q = D⁻¹P: z = D⁻¹r − QC⁻¹g and T = 2bQC⁻¹.
+                Q = torch.mul(p, _columns(d_inv, i, j).unsqueeze(-1), out=Q_scratch.like(p))
+                zj = torch.addcmul(
+                    _rows(minus_step[b][i], Q), r[i, :, j], _columns(d_inv, i, j).unsqueeze(1), out=z[i, :, j]
+                )
+                if not need_P and row_sums is None:
+                    continue
+                T = _times(Q, W[b][i], T_scratch.like(p))
+                if row_sums is not None:
+                    torch.sum(Q.mul_(T), -1, out=row_sums[i, j])
+                if need_P and S == 1 and products == P.dtype:  # straight into the gradient: a step less
+                    torch.addcmul(T, zj.mT, coefficients[b][i], out=grad_P[b, n][i, j])
+                elif need_P:
+                    grad_P[b, n][i, j] = T.baddbmm_(zj.mT, coefficients[b][i]) if S else T
             az = z * a[b].to(products).unsqueeze(-1)
+            if need_d:
+                az2 = z.mul_(az).sum(1)
+                if row_sums is None:
+                    grad_d[b] -= az2.sum(-1, keepdim=True, dtype=torch.float64)
+                else:
+                    pi = torch.add(b_[b].to(products).unsqueeze(-1) * d_inv, row_sums, alpha=-0.5)
+                    grad_d[b, n] = pi - az2
             if need_x:
                 grad_x[:, b, n] = 2 * az.transpose(0, 1)
             if need_loc:
-                grad_loc[:, b, n] = -2 * (az.transpose(0, 1) if loc.shape[0] == S else az.sum(1).unsqueeze(0))
-            if need_d:
-                az2 = (az * z).sum(1)
-                if scalar_d:
-                    grad_d[b] -= az2.sum(-1, keepdim=True, dtype=torch.float64)
-            if need_P or (need_d and not scalar_d):
-                T = _times(p, C_inv[b].to(products), scratch.like(p))
-                b_block = b_[b].to(products).unsqueeze(-1)
-                if need_d and not scalar_d:
-                    pi = d_inv - torch.mul(T, p, out=squares.like(p)).sum(-1) * d_inv.square()
-                    grad_d[b, n] = pi * b_block - az2
-                if need_P:
-                    T *= (2 * d_inv * b_block).unsqueeze(-1)
-                    coefficients = minus_2av[b].to(products)
-                    if S == 1 and products == P.dtype:  # straight into the gradient, a third of the time of two steps
-                        torch.addcmul(T, z.mT, coefficients, out=grad_P[b, n])
-                    else:
-                        grad_P[b, n] = T.baddbmm_(z.mT, coefficients) if S else T
+                az = az if loc.shape[0] == S else az.sum(1, keepdim=True)
+                grad_loc[:, b, n] = az.mul_(-2).transpose(0, 1)
     return grad_x, grad_loc, grad_P, grad_d.to(d.dtype)

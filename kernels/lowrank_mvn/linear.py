@@ -292,12 +292,15 @@ def _of(W: Tensor, items: slice) -> Tensor:
 
 def broadcast(*shapes: torch.Size, names: str = "the arguments") -> torch.Size:
     # Not torch.broadcast_shapes, whose first call imports sympy: 35 MB and a second.
-    point = torch.empty(())
-    try:
-        return torch.broadcast_tensors(*(point.expand(shape) for shape in shapes))[0].shape
-    except RuntimeError as error:
-        given = ", ".join(str(list(shape)) for shape in shapes)
-        raise ValueError(f"Incompatible batch shapes of {names}: {given}") from error
+    result = [1] * max(map(len, shapes))
+    for shape in shapes:
+        for i, size in enumerate(shape, len(result) - len(shape)):
+            if result[i] == 1:
+                result[i] = size
+            elif size not in (1, result[i]):
+                given = ", ".join(str(list(shape)) for shape in shapes)
+                raise ValueError(f"Incompatible batch shapes of {names}: {given}")
+    return torch.Size(result)
 
 
 def _not_half(dtype: torch.dtype) -> torch.dtype:
