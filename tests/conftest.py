@@ -33,6 +33,29 @@ def backend(monkeypatch):
     return "triton"
 
 
+@pytest.fixture(scope="session", autouse=INTERPRET)
+def _language_patched_once():
+    """The interpreter patches Triton's language anew for every launch and every call of a device function.
+
+    That is two fifths of its time. Nothing is compiled in a process that interprets, so it can stay as it is.
+    """
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch_language, done = interpreter._patch_lang, set()
+
+    def once(function):
+        languages = frozenset(v for v in function.__globals__.values() if v is language or v is language.core)
+        if languages not in done:
+            done.add(languages)
+            patch_language(function)
+        return interpreter._LangPatchScope()
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(interpreter, "_patch_lang", once)
+        yield
+
+
 @pytest.fixture
 def poisoned():
     """New memory is NaN: what a kernel forgets to write shows."""
