@@ -14,7 +14,7 @@ def pytest_addoption(parser):
         "--benchmark-results",
         metavar="CSV",
         type=Path,
-        help="file that rows are appended to (default: this machine's, in bench/results/)",
+        help="file that rows are appended to, after = (default: this machine's, in bench/results/)",
     )
     group.addoption("--tune", action="store_true", help="with --benchmark, on a GPU: sweep launch configurations")
 
