@@ -96,7 +96,9 @@ def measure(point: Point) -> dict[str, int]:
 
     step(*prepared(point._replace(side=32, width=0.125)))
     state, x, config = prepared(point)
-    there = 3 * sum(p.nbytes for p in state.model.parameters()) + sum(b.nbytes for b in state.model.buffers()) + x.nbytes
+    there = (
+        3 * sum(p.nbytes for p in state.model.parameters()) + sum(b.nbytes for b in state.model.buffers()) + x.nbytes
+    )
     resident, _ = peak_above(lambda: step(state, x, config), "cpu")
     state.optimizer.zero_grad()
     return {"resident": there + resident, "allocator": there + _allocator_peak(lambda: step(state, x, config))}
@@ -168,7 +170,9 @@ def main(args: list[str] | None = None) -> int:
         worst = max(worst, abs(ratios["allocator"] - 1))
         cells = [f"{measured[name] / 2**20:.0f} MiB, {ratios[name]:.3f}" for name in ("allocator", "resident")]
         shape = [point.side, point.batch, point.rank, point.formulation, point.checkpointing, point.precision]
-        print("|", " | ".join(map(str, [*shape, point.accumulate, f"{model / 2**20:.0f} MiB", *cells])), "|", flush=True)
+        print(
+            "|", " | ".join(map(str, [*shape, point.accumulate, f"{model / 2**20:.0f} MiB", *cells])), "|", flush=True
+        )
     print(f"\nbehind each measure the model's figure over it; farthest from the allocator's: {worst:.1%}")
     return 0
 

@@ -15,6 +15,7 @@ GPU's context and workspaces, fragmentation) is not; `python -m bench.fit` measu
 import dataclasses
 import functools
 import gc
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -127,6 +128,13 @@ class _Record:
     def gone(self, number: int) -> None:
         self.events.append(~number)
 
+    def sort(self) -> None:
+        """Brings what is let go at once (autocast's copies of weights, in the order of their addresses) into one order."""
+        ordered: list[int] = []
+        for makes, group in itertools.groupby(self.events, lambda event: event >= 0):
+            ordered += group if makes else sorted(group)
+        self.events = ordered
+
 
 class _Recorder(TorchDispatchMode):
     """Notes every storage that an operator returns for the first time, and its end."""
@@ -237,6 +245,7 @@ def _dry_run(config: Config, formulation: str, mean_only: bool) -> _Record:
             recorder.record = _Record()  # the step has ended
             grads = [p.grad for p in parameters if p.grad is not None]
             record.gradients = [n for n in map(recorder.number, grads) if n is not None]
+            record.sort()
     finally:
         if collecting:
             gc.enable()
@@ -309,19 +318,3 @@ class _Sizes:
         moment = int(alive.argmax())
         now = [changes[: moment + 1][self.kinds[self.number[: moment + 1]] == kind].sum() for kind in KINDS]
         return Peak(int(alive[moment]), *map(int, now))
-
-
-# --- What fits -----------------------------------------------------------------------------------------------------
-
-
-class Fit(NamedTuple):
-    """What trains within a budget, and the memory that it takes."""
-
-    formulation: str
-    precision: str
-    checkpointing: str
-    accumulate: int
-    side: int  # of the largest square images, in multiples of 8, at the configuration's batch; 0: not even 16
-    side_peak: Peak | None
-    batch: int  # the most images of the configuration's size; 0: not even one micro-batch of one
-    batch_peak: Peak | None

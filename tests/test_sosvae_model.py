@@ -154,6 +154,42 @@ def test_checkpointing_changes_no_gradient_and_no_statistics(upsampling, checkpo
     assert saved[1] < {"blocks": 0.7, "stages": 0.5}[checkpointing] * saved[0]
 
 
+@pytest.mark.parametrize("head", [{}, {"factor": "materialised"}, {"head": "pixelwise"}], ids=lambda head: str(head))
+def test_memory_format_changes_layouts_and_no_gradient(head):
+    config = small(channels=3, **head)
+    torch.manual_seed(0)
+    last = VAE(config).double()
+    first = VAE(trained(config, memory_format="channels_first")).double()
+    first.load_state_dict(last.state_dict())
+    x, noise = torch.rand(3, 3, 17, 19, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    seen = []
+    for vae in (last, first):
+        vae.decoder.register_forward_hook(lambda module, args, features: seen.append(features))
+        q = vae.encode(x)
+        log_prob, entropy = vae.decode(q.loc + q.scale * noise).log_prob_and_entropy(x.flatten(1))
+        (0.3 * entropy - log_prob).sum().backward()
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert seen[1].is_contiguous()
+    assert last.encoder[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert first.encoder[0].weight.is_contiguous()
+    for module in ("encoder", "posterior", "decoder", "head"):
+        theirs = dict(getattr(first, module).named_parameters())
+        scale = max(float(p.grad.norm()) for p in theirs.values())
+        for name, p in getattr(last, module).named_parameters():
+            # A bias before batch norm has no gradient but rounding: held against all of them.
+            error = float((p.grad - theirs[name].grad).norm())
+            assert error <= 1e-10 * max(float(theirs[name].grad.norm()), 0.01 * scale), f"{module}.{name}"
+
+
+def test_channels_last_features_meet_the_likelihood_without_a_copy(monkeypatch):
+    vae = VAE(small(channels=3))
+    features = []
+    vae.decoder.register_forward_hook(lambda module, args, output: features.append(output))
+    p = vae.decode(torch.randn(2, 4))
+    assert p._P.features.data_ptr() == features[0].data_ptr()
+    p.log_prob(torch.rand(2, 3 * 17 * 19)).sum().backward()
+
+
 def test_twenty_steps_end_with_the_same_weights():
     vaes = both_ways(torch.float64, diagonal=1e-2)
     images = torch.rand(4, 1, 17, 19, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
