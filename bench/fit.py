@@ -1,5 +1,7 @@
 """Peaks of training steps, measured on the CPU and as `sosvae.memory` counts them: `python -m bench.fit`.
 
+`python -m bench.fit --table` prints the README's table, from the model.
+
 Each point runs in a fresh process: one step of `sosvae.trainer.train_step` after Adam's states are there and after a step
 of a tiny network, so that code loaded once is not charged to it. Two measures:
 
@@ -15,9 +17,10 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-__all__ = ["POINTS", "Point", "measure"]
+__all__ = ["POINTS", "Point", "measure", "measure_allocator", "predict", "table"]
 
 
 class Point(NamedTuple):
@@ -77,31 +80,37 @@ def predict(point: Point) -> int:
 
 def measure(point: Point) -> dict[str, int]:
     """Bytes at the peak of one step by both accounts; to be called in a fresh process."""
+    from .memory import peak_above
+
+    _prepared(point._replace(side=32, width=0.125))[0]()
+    step, there = _prepared(point)
+    resident, _ = peak_above(step, "cpu")
+    return {"resident": there + resident, "allocator": there + _allocator_peak(step)}
+
+
+def measure_allocator(point: Point) -> int:
+    """Bytes at the peak of one step by torch's allocator, which other calls in the process do not change."""
+    step, there = _prepared(point)
+    return there + _allocator_peak(step)
+
+
+def _prepared(point: Point) -> tuple[Callable[[], None], int]:
+    """A training step, and the bytes that are there before it."""
     import torch
 
     from sosvae.objective import limits
     from sosvae.trainer import train_step
 
-    from .memory import peak_above
+    config = _config(point)
+    state = _state(config, point.formulation)
+    x = torch.rand(point.batch, *config.image_shape)
 
-    def prepared(point: Point) -> tuple[Any, Any, Any]:
-        config = _config(point)
-        state = _state(config, point.formulation)
-        x = torch.rand(point.batch, *config.image_shape)
-        return state, x, config
-
-    def step(state: Any, x: Any, config: Any) -> None:
-        state.optimizer.zero_grad()
+    def step() -> None:
         train_step(state, x, limits(config), config)
+        state.optimizer.zero_grad()
 
-    step(*prepared(point._replace(side=32, width=0.125)))
-    state, x, config = prepared(point)
-    there = (
-        3 * sum(p.nbytes for p in state.model.parameters()) + sum(b.nbytes for b in state.model.buffers()) + x.nbytes
-    )
-    resident, _ = peak_above(lambda: step(state, x, config), "cpu")
-    state.optimizer.zero_grad()
-    return {"resident": there + resident, "allocator": there + _allocator_peak(lambda: step(state, x, config))}
+    weights, buffers = (sum(t.nbytes for t in ts) for ts in (state.model.parameters(), state.model.buffers()))
+    return step, 3 * weights + buffers + x.nbytes
 
 
 def _state(config: Any, formulation: str) -> Any:
@@ -148,13 +157,44 @@ def _allocator_peak(call: Any) -> int:
     return peak
 
 
+# The README's table: title, formulation, and what is set. Batch 4 at once, but for the last.
+COLUMNS = [
+    ("reference formulation", "reference", {}),
+    ("kernels", "kernels", {}),
+    ("linear factor", "linear", {}),
+    ("linear factor, checkpointing, bfloat16", "linear", {"checkpointing": "stages", "precision": "bfloat16"}),
+    ("and one image at a time", "linear", {"checkpointing": "stages", "precision": "bfloat16", "accumulate": 4}),
+]
+BUDGETS = (4, 8, 16, 80)
+
+
+def table() -> str:
+    """Largest sides of square RGB images that the paper's network trains on at batch 4, as the README shows them."""
+    from sosvae import PRESETS
+    from sosvae.fit import GIB, largest_side
+
+    preset = PRESETS["celeba"][1]
+    rows: list[list[str]] = [[f"{budget} GiB"] for budget in BUDGETS]
+    for _, formulation, settings in COLUMNS:
+        training = dataclasses.replace(preset.training, batch=4, **settings)  # type: ignore[arg-type]
+        config = dataclasses.replace(preset, training=training)
+        for row, budget in zip(rows, BUDGETS, strict=True):
+            row.append(str(largest_side(config, formulation, budget * GIB)))
+    heads = ["memory", *(title for title, _, _ in COLUMNS)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *rows))
+
+
 def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.fit", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", type=int, nargs="*", help="numbers of points, from 0")
+    parser.add_argument("--table", action="store_true", help="the README's table, from the model alone")
     parser.add_argument("--point", help=argparse.SUPPRESS)
     options = parser.parse_args(args)
     if options.point is not None:
         print(json.dumps(measure(Point(**json.loads(options.point)))))
+        return 0
+    if options.table:
+        print(table())
         return 0
     print("| side | batch | R | formulation | checkpointing | precision | accumulate | model | allocator | resident |")
     print("|---|---|---|---|---|---|---|---|---|---|")

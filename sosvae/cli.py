@@ -104,8 +104,9 @@ class ReconstructOptions:
 class FitOptions:
     """The largest square images, and the most images of the preset's size, that train within a memory budget.
 
-    The preset is celeba, the paper's network in colour, where none is given. One row for each formulation of the likelihood, precision and kind of checkpointing, so that those options of the
-    configuration are left aside. From a model of a training step's memory, in which nothing is computed.
+    The preset is celeba, the paper's network in colour, where none is given. One row for each formulation of the
+    likelihood, precision and kind of checkpointing, so that those options of the configuration are left aside. From a
+    model of a training step's memory, in which nothing is computed.
     """
 
     config: Settings = field(default_factory=Config)

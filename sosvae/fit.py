@@ -117,10 +117,10 @@ def table(fits: list[Fit], config: Config, budget: float) -> str:
         lines.append(f"{name:<24}{f.precision:<11}{f.checkpointing:<15}" + "".join(f"{cell:<27}" for cell in shown))
     lines += [
         "",
-        "weights: with gradients and Adam's states (those of the decoder's first layer grow with the image); network: what",
-        "encoder and decoder keep and write; likelihood: P and its temporaries. accumulate: one image at a time.",
-        "With accumulation, batches are any multiple of the last column. Sides are multiples of 8.",
-        "A model (sosvae.memory): tensors as torch allocates them, without a GPU's context, workspaces or fragmentation.",
+        "weights: with gradients and Adam's states (those of the decoder's first layer grow with the image);",
+        "network: what encoder and decoder keep and write; likelihood: P and its temporaries.",
+        "accumulate: one image at a time; batches are then any multiple of the last column. Sides: multiples of 8.",
+        "A model (sosvae.memory): tensors as torch allocates them, without what libraries allocate past it.",
     ]
     return "\n".join(line.rstrip() for line in lines)
 

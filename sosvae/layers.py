@@ -140,7 +140,7 @@ class Spread(nn.ConvTranspose2d):
 
 
 class Pick(nn.Conv2d):
-    """[B, K, H, W] → [B, K', h, w]: a convolution of one pixel and stride 2, as one without stride on every other pixel.
+    """[B, K, H, W] → [B, K', h, w]: a convolution of one pixel and stride 2, as one without stride of fewer pixels.
 
     What is kept for its backward pass is a quarter of `x`. (oneDNN's own, as of torch 2.13, writes past its memory in
     the backward pass for some small numbers of channels; so does the transposed one.)

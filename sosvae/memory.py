@@ -15,7 +15,6 @@ GPU's context and workspaces, fragmentation) is not; `python -m bench.fit` measu
 import dataclasses
 import functools
 import gc
-import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,7 +36,7 @@ from .model import VAE, PixelwiseNormal
 from .objective import Multipliers, limits
 from .trainer import differentiate
 
-__all__ = ["FORMULATIONS", "Peak", "StepMemory", "formulated", "measure", "with_images"]
+__all__ = ["FORMULATIONS", "Peak", "StepMemory", "formulated", "with_images"]
 
 FORMULATIONS = {
     "reference": "P made, torch's class",
@@ -129,11 +128,16 @@ class _Record:
         self.events.append(~number)
 
     def sort(self) -> None:
-        """Brings what is let go at once (autocast's copies of weights, in the order of their addresses) into one order."""
+        """Brings what is let go at once (autocast's copies of weights, ordered by their addresses) into one order."""
         ordered: list[int] = []
-        for makes, group in itertools.groupby(self.events, lambda event: event >= 0):
-            ordered += group if makes else sorted(group)
-        self.events = ordered
+        let_go: list[int] = []
+        for event in self.events:
+            if event >= 0:
+                ordered += [*sorted(let_go), event]
+                let_go = []
+            else:
+                let_go.append(event)
+        self.events = ordered + sorted(let_go)
 
 
 class _Recorder(TorchDispatchMode):
@@ -271,7 +275,11 @@ class StepMemory:
             self.phases.append(_sizes(config, "linear", True))
 
     def peak(self, side: int | None = None, batch: int = 1, accumulate: int = 1) -> Peak:
-        """Of `batch` images in `accumulate` micro-batches: the configuration's, or squares of `side`, a multiple of 8."""
+        """Of `batch` images in `accumulate` micro-batches: the configuration's, or squares of `side`.
+
+        Args:
+            side: a multiple of 8, at which every resolution is half of the one before.
+        """
         return max((sizes.peak(side, batch, accumulate) for sizes in self.phases), key=lambda peak: peak.total)
 
 
@@ -307,14 +315,15 @@ class _Sizes:
         micro = batch // accumulate
         sizes = self.own if side is None else self.square * np.where(self.in_pixels, (side / 64) ** 2, 1)
         sizes = np.minimum(sizes * np.where(self.in_batch, micro / 2, 1), self.caps)
-        changes = self.sign * sizes[self.number]
+        changes = np.append(self.sign * sizes[self.number], 0)  # and the end
         if accumulate > 1:
             # From the second micro-batch on gradients are there, and one that is made is gone once it is added.
             made = np.flatnonzero(self.is_gradient[self.number] & (self.sign > 0))
-            changes[made + 1] -= changes[made]
-            changes[0] += changes[made].sum()
-            changes[0] += (accumulate - 1) * sizes[self.images]
+            gradients = changes[made]
+            changes[made + 1] -= gradients
+            changes[0] += gradients.sum() + (accumulate - 1) * sizes[self.images]
         alive = np.cumsum(changes)
         moment = int(alive.argmax())
-        now = [changes[: moment + 1][self.kinds[self.number[: moment + 1]] == kind].sum() for kind in KINDS]
-        return Peak(int(alive[moment]), *map(int, now))
+        kinds = np.append(self.kinds[self.number], WEIGHTS)[: moment + 1]
+        network, likelihood = (int(changes[: moment + 1][kinds == kind].sum()) for kind in (NETWORK, LIKELIHOOD))
+        return Peak(total := int(alive[moment]), total - network - likelihood, network, likelihood)
