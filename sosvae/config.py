@@ -151,8 +151,19 @@ class TrainingConfig:
     """Checkpoints kept, the newest (count)."""
     tensorboard: bool = True
     """Write scalars and pictures for TensorBoard into the run's folder."""
-    checkpointing: bool = False
-    """Make the inside of residual blocks again in the backward pass: less memory, more time, the same weights."""
+    accumulate: int = 1
+    """Micro-batches that a step's images go through the network in, one after the other: the memory of one, the
+    gradient of all. Batch norm sees a micro-batch at a time, which is the one difference; damping, which needs the
+    whole batch, is had from a pass without gradients before, at a third more time. Divides the batch (count)."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of encoder and decoder while training, by autocast: bfloat16 halves what they keep. Weights, likelihood, KL,
+    multipliers and all evaluation stay in float32."""
+    memory_format: Literal["channels_last", "channels_first"] = "channels_last"
+    """How images lie in memory inside encoder and decoder: the same numbers to rounding. Convolutions are mostly
+    faster with channels last."""
+    checkpointing: Literal["none", "blocks", "stages"] = "none"
+    """Make again in the backward pass, for less memory and more time and the same weights: nothing; the inside of
+    each residual block; that of each resolution, and of its blocks once more."""
     device: str = "auto"
     """`auto` (a GPU where there is one), or any name that torch knows."""
 
@@ -160,6 +171,7 @@ class TrainingConfig:
         for name in (
             "steps",
             "batch",
+            "accumulate",
             "log_every",
             "evaluate_every",
             "evaluate_batches",
@@ -167,10 +179,19 @@ class TrainingConfig:
             "keep",
         ):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, expected at least 1")
+        _require(
+            self.batch % self.accumulate == 0,
+            f"accumulate is {self.accumulate} and does not divide the batch of {self.batch} images",
+        )
         _require(self.mean_only_steps >= 0, f"mean_only_steps is {self.mean_only_steps}, expected at least 0")
         _require(self.skip_limit >= 0, f"skip_limit is {self.skip_limit}, expected at least 0")
         _require(0 <= self.decay <= 1, f"decay is {self.decay}, expected a fraction between 0 and 1")
         _require(self.lr > 0, f"lr is {self.lr}, expected a positive step size")
+
+    @property
+    def micro_batch(self) -> int:
+        """Images that go through the network at once."""
+        return self.batch // self.accumulate
 
 
 @dataclass(frozen=True)
@@ -256,7 +277,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
-    """The inverse of `to_dict`; a key that is left out takes its default.
+    """The inverse of `to_dict`; a key that is left out takes its default. Reads what earlier versions wrote.
 
     Raises:
         ValueError: an unknown key (all of them are named), or a value of the wrong type or out of range.
@@ -275,6 +296,10 @@ def differences(a: Config, b: Config, *sections: str) -> list[str]:
     ]
 
 
+# What was written by earlier versions, and what it is called now.
+_FORMER = {"training.checkpointing": {False: "none", True: "blocks"}}
+
+
 def _build(kind: Any, values: Mapping[str, Any], path: str) -> Any:
     if not isinstance(values, Mapping):
         raise ValueError(f"{path or 'the configuration'} is {values!r}, expected an object")
@@ -285,6 +310,8 @@ def _build(kind: Any, values: Mapping[str, Any], path: str) -> Any:
     arguments = {}
     for key, value in values.items():
         hint = hints[key]
+        if isinstance(value, bool):
+            value = _FORMER.get(path + key, {}).get(value, value)
         if dataclasses.is_dataclass(hint):
             arguments[key] = _build(hint, value, f"{path}{key}.")
         elif _fits(value, hint):

@@ -1,5 +1,6 @@
 """Numbers that say what samples look like: smooth or speckled, and as spread out as the data or not."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 from .model import VAE
 
 __all__ = ["Quality", "neighbour_correlation", "quality"]
+
+SAMPLE_VALUES = 1 << 26  # that are made at once: 256 MiB in float32
 
 
 class Quality(NamedTuple):
@@ -47,7 +50,8 @@ def quality(vae: VAE, data_deviation: float, codes: int = 64, samples: int = 64,
     correlations, total, squares = [], torch.zeros((), device=device), torch.zeros((), device=device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for z in torch.randn(codes, vae.latents, device=device).split(8):  # 8: the samples of all may not fit
+        at_once = max(1, min(8, SAMPLE_VALUES // (samples * math.prod(vae.image_shape))))
+        for z in torch.randn(codes, vae.latents, device=device).split(at_once):  # the samples of all may not fit
             p = vae.decode(z)
             y = p.rsample((samples,))
             correlations.append(neighbour_correlation(vae.unflatten(y - p.loc)) * len(z))

@@ -38,11 +38,15 @@ class Terms(NamedTuple):
 
 
 def evaluate_terms(
-    vae: VAE, x: Tensor, mean_only: bool = False
+    vae: VAE, x: Tensor, mean_only: bool = False, noise: Tensor | None = None
 ) -> tuple[Terms, LowRankMultivariateNormal | PixelwiseNormal]:
-    """The terms of images `x` [B, C, H, W] (0 to 1) with one draw of z, and p(x|z) [B, N]."""
+    """The terms of images `x` [B, C, H, W] (0 to 1) with one draw of z, and p(x|z) [B, N].
+
+    Args:
+        noise: standard normal, [B, latents], in place of a draw.
+    """
     q = vae.encode(x)
-    p = vae.decode(q.rsample(), mean_only)
+    p = vae.decode(q.rsample() if noise is None else q.loc + q.scale * noise, mean_only)
     log_prob, entropy = p.log_prob_and_entropy(x.flatten(1))
     standard = td.Normal(torch.zeros_like(q.loc), torch.ones_like(q.scale), validate_args=False)
     return Terms(log_prob, td.kl_divergence(q, standard).sum(-1), entropy), p
@@ -64,13 +68,24 @@ def violations(terms: Terms, limits: dict[str, float]) -> dict[str, Tensor]:
     return {name: means[name] - limit for name, limit in limits.items()}
 
 
-def objective(terms: Terms, g: dict[str, Tensor], multipliers: "Multipliers", config: ObjectiveConfig) -> Tensor:
-    """The loss in nats per image, a 0-d tensor whose gradient moves the network (never the multipliers)."""
+def objective(
+    terms: Terms,
+    g: dict[str, Tensor],
+    multipliers: "Multipliers",
+    config: ObjectiveConfig,
+    damped: dict[str, Tensor] | None = None,
+) -> Tensor:
+    """The loss in nats per image, a 0-d tensor whose gradient moves the network (never the multipliers).
+
+    Args:
+        damped: [g], where `terms` and `g` are of a part of the batch: damping follows the whole of it, and the losses
+            of equal parts, averaged, have the gradient of the whole one.
+    """
     loss = -terms.log_prob.mean()
     if config.kl_slack is None:
         loss = loss + config.beta * terms.kl.mean()
     for name, violation in g.items():
-        loss = loss + (multipliers[name] + config.damping * violation.detach()) * violation
+        loss = loss + (multipliers[name] + config.damping * (damped or g)[name].detach()) * violation
     return loss
 
 

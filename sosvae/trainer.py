@@ -39,7 +39,7 @@ class State:
         torch.manual_seed(config.training.seed)
         self.step = 0  # optimiser steps taken
         self.skipped = 0  # of them left out for a loss or gradient that was not finite
-        self.model = VAE(config).to(device).checkpointing(config.training.checkpointing)
+        self.model = VAE(config).to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.training.lr, fused=True)
         self.multipliers = Multipliers(limits(config), device)
 
@@ -127,19 +127,53 @@ def train_step(state: State, x: Tensor, xi: dict[str, float], config: Config) ->
         group["lr"] = t.lr * _step_size(state.step, t)
     buffers = list(state.model.buffers())
     before = torch._foreach_add(buffers, 0)
-    terms, _ = evaluate_terms(state.model, x, mean_only=state.step < t.mean_only_steps)
-    g = violations(terms, xi)
-    loss = objective(terms, g, state.multipliers, config.objective)
     state.optimizer.zero_grad()
-    loss.backward()
+    terms, loss = differentiate(state.model, x, xi, state.multipliers, config, state.step < t.mean_only_steps)
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), math.inf if t.clip is None else t.clip)
     fault = _fault(terms, loss, norm)
     if fault is None:
         state.optimizer.step()
-        state.multipliers.ascend(g, config.objective.multiplier_lr)
+        state.multipliers.ascend(violations(terms, xi), config.objective.multiplier_lr)
     else:
         torch._foreach_copy_(buffers, before)
     return terms, fault
+
+
+def differentiate(
+    model: VAE, x: Tensor, xi: dict[str, float], multipliers: Multipliers, config: Config, mean_only: bool
+) -> tuple[Terms, Tensor]:
+    """Adds the gradient of the loss on images `x` to the parameters'; the terms and the loss, without gradients.
+
+    The noise of z is drawn for all images at once, so that what a step draws does not depend on `accumulate`. The
+    coefficient λ + c·[g] of a constraint takes no gradient but is of the whole batch: where that goes through the
+    network in parts, a first pass without gradients finds g, and leaves the batch statistics alone.
+    """
+    t, whole = config.training, None
+    parts = x.split(t.micro_batch)
+    noise = torch.randn(len(x), model.latents, device=x.device, dtype=x.dtype).split(t.micro_batch)
+
+    def terms_of(i: int) -> Terms:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=t.precision == "bfloat16"):
+            return evaluate_terms(model, parts[i], mean_only, noise[i])[0]
+
+    if len(parts) > 1 and xi and config.objective.damping:
+        buffers = list(model.buffers())
+        before = torch._foreach_add(buffers, 0)
+        with torch.no_grad():
+            whole = violations(_joined([terms_of(i) for i in range(len(parts))]), xi)
+        torch._foreach_copy_(buffers, before)
+    found, loss = [], x.new_zeros(())
+    for i in range(len(parts)):
+        terms = terms_of(i)
+        part = objective(terms, violations(terms, xi), multipliers, config.objective, whole) / len(parts)
+        part.backward()
+        loss = loss + part.detach()
+        found.append(Terms(*(term.detach() for term in terms)))
+    return _joined(found), loss
+
+
+def _joined(terms: list[Terms]) -> Terms:
+    return Terms(*map(torch.cat, zip(*terms, strict=True)))
 
 
 @torch.no_grad()
@@ -152,7 +186,7 @@ def evaluate(model: VAE, images: data.Dataset, config: Config, device: torch.dev
     t = config.training
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(t.seed)
-        batches = images.first("validation", t.evaluate_batches * t.batch).split(t.batch)
+        batches = images.first("validation", t.evaluate_batches * t.batch).split(t.micro_batch)
         rows = [evaluate_terms(model, x.to(device))[0].mean() for x in batches]
     values = {
         name: float(sum(row[name] * len(x) for row, x in zip(rows, batches, strict=True)) / sum(map(len, batches)))
@@ -188,7 +222,7 @@ def _device(name: str) -> torch.device:
 def _resumable(folder: str | Path, config: Config) -> Run:
     run = Run.open(folder)
     changed = differences(run.config, config, "data", "model", "objective")
-    moving = {"mean_only_steps", "batch", "lr", "decay", "clip", "seed"}
+    moving = {"mean_only_steps", "batch", "lr", "decay", "clip", "seed", "accumulate", "precision", "memory_format"}
     if config.training.decay:
         moving.add("steps")  # the step size follows from how far away the end is
     changed += [

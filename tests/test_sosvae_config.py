@@ -31,6 +31,13 @@ def test_what_is_not_a_configuration_is_named(values, named):
         from_dict(values)
 
 
+@pytest.mark.parametrize(("written", "read"), [(False, "none"), (True, "blocks"), ("stages", "stages")])
+def test_checkpointing_of_earlier_versions_is_read(written, read):
+    assert from_dict({"training": {"checkpointing": written}}).training.checkpointing == read
+    with pytest.raises(ValueError, match=r"training\.accumulate"):
+        from_dict({"training": {"accumulate": written}})
+
+
 def test_all_unknown_keys_are_named_at_once():
     with pytest.raises(ValueError, match=r"model\.a, model\.b"):
         from_dict({"model": {"a": 1, "b": 2}})
@@ -52,6 +59,8 @@ def test_all_unknown_keys_are_named_at_once():
         (TrainingConfig, {"skip_limit": -1}, "skip_limit"),
         (TrainingConfig, {"decay": 2.0}, "decay"),
         (TrainingConfig, {"lr": 0.0}, "lr"),
+        (TrainingConfig, {"accumulate": 0}, "accumulate"),
+        (TrainingConfig, {"batch": 8, "accumulate": 3}, "accumulate is 3 and does not divide the batch of 8"),
     ],
 )
 def test_values_out_of_range_are_named(kind, values, named):

@@ -6,9 +6,11 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 from lowrank_mvn import LowRankMultivariateNormal
 from sosvae import VAE, Config, DataConfig, ModelConfig, PixelwiseNormal, condition, interpolate, scale_components
+from sosvae.layers import Insert, Pick, Spread
 from sosvae.tools import draw_noise, slerp
 
 
@@ -17,6 +19,10 @@ def small(**model) -> Config:
     data = DataConfig(height=size.get("height", 17), width=size.get("width_", 19), channels=size.get("channels", 1))
     defaults = {"rank": 3, "latents": 4, "width": 0.07, "depth": 1}
     return Config(data=data, model=ModelConfig(**(defaults | model)))
+
+
+def trained(config, **training) -> Config:
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, **training))
 
 
 @pytest.mark.parametrize("head", ["structured", "pixelwise"])
@@ -48,6 +54,40 @@ def test_width_and_depth_follow_from_the_configuration():
     assert sorted(set(features)) == [64, 128, 256, 512]
     half = VAE(small(width=0.5)).encoder
     assert [m.out_channels for m in half.modules() if isinstance(m, torch.nn.Conv2d)] == [f // 2 for f in features]
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=["last", "first"])
+@pytest.mark.parametrize(
+    ("ours", "theirs", "shape"),
+    [
+        (lambda: Spread(5, (3, 2)), lambda: nn.ConvTranspose2d(5, 5, (3, 2)), (4, 5)),
+        (lambda: Insert(9, 4, (7, 8)), lambda: nn.ConvTranspose2d(9, 4, 1, 2, output_padding=(0, 1)), (2, 9, 4, 4)),
+        (lambda: Pick(4, 9), lambda: nn.Conv2d(4, 9, 1, stride=2), (2, 4, 7, 8)),
+    ],
+    ids=["Spread", "Insert", "Pick"],
+)
+def test_special_convolutions_are_convolutions(ours, theirs, shape, memory_format):
+    torch.manual_seed(0)
+    ours, theirs = ours().double(), theirs().double()
+    theirs.load_state_dict(ours.state_dict())
+    ours.weight.data = ours.weight.data.contiguous(memory_format=memory_format)
+    x = torch.randn(shape, dtype=torch.float64)
+    if len(shape) == 4:
+        x = x.contiguous(memory_format=memory_format)
+    a, b = x.requires_grad_(), x.detach().clone().requires_grad_()
+    y, expected = ours(a), theirs(b if len(shape) == 4 else b[:, :, None, None])
+    assert y.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda t: ours(t).square(), a, atol=1e-5)
+    weights = torch.randn_like(y)
+    (y * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for name, got, wanted in (
+        ("x", a.grad, b.grad),
+        ("weight", ours.weight.grad, theirs.weight.grad),
+        ("bias", ours.bias.grad, theirs.bias.grad),
+    ):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def both_ways(dtype, **model):
@@ -87,11 +127,12 @@ def test_factor_that_is_never_made_trains_the_same_network(channels, fixed, dtyp
         assert (ours.grad - theirs.grad).norm() <= tolerance * theirs.grad.norm(), name
 
 
+@pytest.mark.parametrize("checkpointing", ["blocks", "stages"])
 @pytest.mark.parametrize("upsampling", ["transposed", "bilinear"])
-def test_checkpointing_changes_no_gradient_and_no_statistics(upsampling):
+def test_checkpointing_changes_no_gradient_and_no_statistics(upsampling, checkpointing):
     torch.manual_seed(0)
-    kept = VAE(small(upsampling=upsampling))
-    again = VAE(small(upsampling=upsampling)).checkpointing()
+    kept = VAE(small(upsampling=upsampling, depth=2))
+    again = VAE(trained(small(upsampling=upsampling, depth=2), checkpointing=checkpointing))
     again.load_state_dict(kept.state_dict())
     x = torch.rand(3, 1, 17, 19)
     saved = []
@@ -110,7 +151,43 @@ def test_checkpointing_changes_no_gradient_and_no_statistics(upsampling):
         assert torch.equal(ours.grad, theirs.grad), name
     for (name, ours), theirs in zip(again.named_buffers(), kept.buffers(), strict=True):
         assert torch.equal(ours, theirs), name
-    assert saved[1] < 0.8 * saved[0]
+    assert saved[1] < {"blocks": 0.7, "stages": 0.5}[checkpointing] * saved[0]
+
+
+@pytest.mark.parametrize("head", [{}, {"factor": "materialised"}, {"head": "pixelwise"}], ids=lambda head: str(head))
+def test_memory_format_changes_layouts_and_no_gradient(head):
+    config = small(channels=3, **head)
+    torch.manual_seed(0)
+    last = VAE(config).double()
+    first = VAE(trained(config, memory_format="channels_first")).double()
+    first.load_state_dict(last.state_dict())
+    x, noise = torch.rand(3, 3, 17, 19, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    seen = []
+    for vae in (last, first):
+        vae.decoder.register_forward_hook(lambda module, args, features: seen.append(features))
+        q = vae.encode(x)
+        log_prob, entropy = vae.decode(q.loc + q.scale * noise).log_prob_and_entropy(x.flatten(1))
+        (0.3 * entropy - log_prob).sum().backward()
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert seen[1].is_contiguous()
+    assert last.encoder[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert first.encoder[0].weight.is_contiguous()
+    for module in ("encoder", "posterior", "decoder", "head"):
+        theirs = dict(getattr(first, module).named_parameters())
+        scale = max(float(p.grad.norm()) for p in theirs.values())
+        for name, p in getattr(last, module).named_parameters():
+            # A bias before batch norm has no gradient but rounding: held against all of them.
+            error = float((p.grad - theirs[name].grad).norm())
+            assert error <= 1e-10 * max(float(theirs[name].grad.norm()), 0.01 * scale), f"{module}.{name}"
+
+
+def test_channels_last_features_meet_the_likelihood_without_a_copy(monkeypatch):
+    vae = VAE(small(channels=3))
+    features = []
+    vae.decoder.register_forward_hook(lambda module, args, output: features.append(output))
+    p = vae.decode(torch.randn(2, 4))
+    assert p._P.features.data_ptr() == features[0].data_ptr()
+    p.log_prob(torch.rand(2, 3 * 17 * 19)).sum().backward()
 
 
 def test_twenty_steps_end_with_the_same_weights():

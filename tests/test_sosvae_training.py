@@ -263,8 +263,8 @@ def test_metrics_drop_what_is_beyond_the_checkpoint(tmp_path):
 def test_non_finite_terms_stop_the_run_after_the_limit_and_are_named(config, tmp_path, monkeypatch, term):
     original = trainer.evaluate_terms
 
-    def broken(vae, x, mean_only=False):
-        terms, p = original(vae, x, mean_only)
+    def broken(vae, x, *args):
+        terms, p = original(vae, x, *args)
         if vae.training and len(seen) >= 4:
             terms = terms._replace(**{term: getattr(terms, term) * float("nan")})
         if vae.training:
@@ -285,12 +285,12 @@ def test_skipped_step_moves_nothing_and_training_goes_on(config, tmp_path, monke
     original = trainer.evaluate_terms
     seen: list[int] = []
 
-    def broken(vae, x, mean_only=False):
+    def broken(vae, x, *args):
         if vae.training:
             seen.append(1)
             if len(seen) == 3:
                 x = x * float("nan")  # goes through batch norm into its running statistics
-        return original(vae, x, mean_only)
+        return original(vae, x, *args)
 
     monkeypatch.setattr(trainer, "evaluate_terms", broken)
     run = train(set_training(config, skip_limit=1, save_every=1, keep=20), tmp_path / "run", progress=False)

@@ -1,0 +1,329 @@
+r"""How much memory a training step takes, from a dry run of the step that allocates nothing.
+
+The step itself (`trainer.differentiate`) runs on fake tensors, which have shapes and no values, under a mode that notes
+when each piece of memory is made and when it is let go: everything that autograd keeps, makes again and writes is
+counted as it happens. To that come the weights, Adam's two states and the operators' own blocks of memory, which a dry
+run does not show (`SCRATCH`).
+
+All sizes are products of powers of two quantities, the pixels of an image and the images of a micro-batch, with a
+constant: two dry runs tell which, and the peak of any other size is had by adding up again.
+
+Counted are tensors as torch's allocator sees them. What a library allocates past it (oneDNN's reordered weights, a
+GPU's context and workspaces, fragmentation) is not; `python -m bench.fit` measures how much that is on a CPU.
+"""
+
+import dataclasses
+import functools
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+import torch.distributions as td
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from lowrank_mvn import aten, aten_linear
+
+from .config import Config
+from .model import VAE, PixelwiseNormal
+from .objective import Multipliers, limits
+from .trainer import differentiate
+
+__all__ = ["FORMULATIONS", "Peak", "StepMemory", "formulated", "with_images"]
+
+FORMULATIONS = {
+    "reference": "P made, torch's class",
+    "kernels": "P made, lowrank_mvn",
+    "linear": "from the features",
+}
+"""How the structured likelihood is had, by name."""
+
+# What is alive at the peak, by what it belongs to.
+KINDS = WEIGHTS, NETWORK, LIKELIHOOD = "weights", "network", "likelihood"
+
+
+class Peak(NamedTuple):
+    """The largest amount of memory alive at once in a training step, in bytes, and what it is made of."""
+
+    total: int
+    weights: int  # with their gradients and Adam's states: all that does not grow with the batch
+    network: int  # images, what encoder and decoder keep, and their gradients
+    likelihood: int  # P, its gradient, and temporaries
+
+    @property
+    def binds(self) -> str:
+        """The largest of the three."""
+        parts = self._asdict()
+        return max(KINDS, key=parts.__getitem__)
+
+
+class _TorchNormal(td.LowRankMultivariateNormal):
+    """torch's class with what the objective asks for."""
+
+    def log_prob_and_entropy(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(value.device.type, enabled=False):
+            return self.log_prob(value), self.entropy()
+
+
+class _ReferenceHead(nn.Module):
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, features: Tensor, mean_only: bool = False) -> Any:
+        p = self.head(features, mean_only)
+        if isinstance(p, PixelwiseNormal):
+            return p
+        with torch.autocast(features.device.type, enabled=False):
+            return _TorchNormal(p.loc, p.cov_factor, p.cov_diag, validate_args=False)
+
+
+def formulated(config: Config, formulation: str) -> VAE:
+    """The network of `config` with the structured likelihood had in one of `FORMULATIONS`."""
+    factor = "linear" if formulation == "linear" else "materialised"
+    vae = VAE(dataclasses.replace(config, model=dataclasses.replace(config.model, factor=factor)))
+    if formulation == "reference":
+        vae.head = cast(Any, _ReferenceHead(vae.head))
+    return vae
+
+
+def with_images(config: Config, height: int, width: int, batch: int, accumulate: int = 1) -> Config:
+    """`config` for images of this size, `batch` to a step in `accumulate` micro-batches."""
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, height=height, width=width),
+        training=dataclasses.replace(config.training, batch=batch, accumulate=accumulate),
+    )
+
+
+# --- The dry run ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Record:
+    """Pieces of memory and, in order, when each is made (its number) and let go (the complement of its number)."""
+
+    sizes: list[int] = dataclasses.field(default_factory=list)
+    kinds: list[str] = dataclasses.field(default_factory=list)
+    caps: list[float] = dataclasses.field(default_factory=list)  # no size of images makes it larger
+    events: list[int] = dataclasses.field(default_factory=list)
+    gradients: list[int] = dataclasses.field(default_factory=list)  # numbers of the weights' gradients
+    images: int = 0  # number of the images
+
+    def made(self, size: int, kind: str, cap: float = np.inf) -> int:
+        self.sizes.append(size)
+        self.kinds.append(kind)
+        self.caps.append(cap)
+        self.events.append(len(self.sizes) - 1)
+        return self.events[-1]
+
+    def gone(self, number: int) -> None:
+        self.events.append(~number)
+
+    def sort(self) -> None:
+        """Brings what is let go at once (autocast's copies of weights, ordered by their addresses) into one order."""
+        ordered: list[int] = []
+        let_go: list[int] = []
+        for event in self.events:
+            if event >= 0:
+                ordered += [*sorted(let_go), event]
+                let_go = []
+            else:
+                let_go.append(event)
+        self.events = ordered + sorted(let_go)
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes every storage that an operator returns for the first time, and its end."""
+
+    def __init__(self, record: _Record) -> None:
+        super().__init__()
+        self.record, self.kind = record, NETWORK
+        self.numbers: dict[int, int | None] = {}  # of storages alive, by identity; None: there before
+
+    def known(self, *tensors: Tensor) -> None:
+        for t in tensors:
+            self._note(t, None)
+
+    def number(self, t: Tensor) -> int | None:
+        return self.numbers[id(t.untyped_storage())]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        scratch = SCRATCH.get(getattr(func, "_opname", ""))
+        if scratch is not None:
+            self.record.gone(self.record.made(*scratch(*args)))
+        out = func(*args, **(kwargs or {}))
+        if func.namespace != "prim":
+            tree_map_only(Tensor, self._returned, out)
+        return out
+
+    def _returned(self, t: Tensor) -> None:
+        storage = t.untyped_storage()
+        if id(storage) not in self.numbers and storage.nbytes():
+            self._note(t, self.record.made(storage.nbytes(), self.kind))
+
+    def _note(self, t: Tensor, number: int | None) -> None:
+        storage = t.untyped_storage()
+        self.numbers[id(storage)] = number
+        weakref.finalize(storage, self._ended, id(storage)).atexit = False
+
+    def _ended(self, key: int) -> None:
+        number = self.numbers.pop(key)
+        if number is not None:
+            self.record.gone(number)
+
+
+def _scratch(block_values: int, bytes_per_value: int) -> Callable[..., tuple[int, str, float]]:
+    def scratch(*args: Any) -> tuple[int, str, float]:
+        largest = max((t for t in args if isinstance(t, Tensor)), key=Tensor.numel)  # P or F
+        return bytes_per_value * largest.numel(), LIKELIHOOD, bytes_per_value * block_values
+
+    return scratch
+
+
+# What an operator of `lowrank_mvn` allocates and frees inside, and the most that it ever does: blocks, of which
+# bytes per value of P or F are counted (kernels/LOG.md).
+SCRATCH: dict[str, Callable[..., tuple[int, str, float]]] = {
+    "mahalanobis_and_logdet": _scratch(aten.BLOCK_VALUES, 16),
+    "mahalanobis_and_logdet_backward": _scratch(aten.BLOCK_VALUES, 16),
+    "linear_mahalanobis_and_logdet": _scratch(aten_linear.BLOCK_VALUES, 16),
+    "linear_mahalanobis_and_logdet_backward": _scratch(aten_linear.BLOCK_VALUES, 16),
+}
+
+
+@contextmanager
+def _phases(vae: VAE, recorder: _Recorder) -> Iterator[None]:
+    """What is made between the decoder's end and the gradient of its features belongs to the likelihood."""
+
+    def decoder_begins(*_: Any) -> None:
+        recorder.kind = NETWORK
+
+    def decoder_ends(module: nn.Module, args: Any, features: Tensor) -> None:
+        recorder.kind = LIKELIHOOD
+        if features.requires_grad:
+            features.register_hook(decoder_begins)
+
+    handles = [vae.decoder.register_forward_pre_hook(decoder_begins), vae.decoder.register_forward_hook(decoder_ends)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _on_cpu(t: Tensor) -> Any:
+    empty = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
+    return nn.Parameter(empty) if isinstance(t, nn.Parameter) else empty
+
+
+def _dry_run(config: Config, formulation: str, mean_only: bool) -> _Record:
+    record = _Record()
+    collecting = gc.isenabled()
+    gc.disable()  # what is let go is noted at once or, where objects form a cycle, never: not at some other time
+    try:
+        with torch.device("meta"):  # where a start for the weights costs nothing
+            vae = formulated(config, formulation)
+        with FakeTensorMode():
+            for module in vae.modules():
+                for tensors in (module._parameters, module._buffers):
+                    tensors.update({name: _on_cpu(t) for name, t in tensors.items() if t is not None})
+            x = torch.empty(config.training.batch, *config.image_shape)
+            xi = limits(config)
+            multipliers = Multipliers(xi)
+            parameters, buffers = list(vae.parameters()), list(vae.buffers())
+            for p in parameters:
+                record.made(3 * p.nbytes, WEIGHTS)  # and Adam's two states
+            record.made(2 * sum(b.nbytes for b in buffers), WEIGHTS)  # and copies, in case the step is not finite
+            record.images = record.made(x.nbytes, NETWORK)
+            recorder = _Recorder(record)
+            recorder.known(x, *parameters, *buffers, *multipliers.values())
+            with recorder, _phases(vae, recorder):
+                differentiate(vae, x, xi, multipliers, config, mean_only)
+            recorder.record = _Record()  # the step has ended
+            grads = [p.grad for p in parameters if p.grad is not None]
+            record.gradients = [n for n in map(recorder.number, grads) if n is not None]
+            record.sort()
+    finally:
+        if collecting:
+            gc.enable()
+    return record
+
+
+# --- The model -----------------------------------------------------------------------------------------------------
+
+
+class StepMemory:
+    """The peak of a training step of `config`, for any number of images of its size or of squares.
+
+    Args:
+        config: precision, checkpointing and memory format are followed; batch and accumulation are asked for later.
+        formulation: one of `FORMULATIONS`; of no consequence where the head is pixel-wise.
+    """
+
+    def __init__(self, config: Config, formulation: str = "linear") -> None:
+        self.pixels = config.data.height * config.data.width
+        self.phases = [_sizes(config, formulation, False)]
+        if config.training.mean_only_steps:
+            # Of no formulation: the covariance head is left out.
+            self.phases.append(_sizes(config, "linear", True))
+
+    def peak(self, side: int | None = None, batch: int = 1, accumulate: int = 1) -> Peak:
+        """Of `batch` images in `accumulate` micro-batches: the configuration's, or squares of `side`.
+
+        Args:
+            side: a multiple of 8, at which every resolution is half of the one before.
+        """
+        return max((sizes.peak(side, batch, accumulate) for sizes in self.phases), key=lambda peak: peak.total)
+
+
+@functools.lru_cache(maxsize=64)
+def _sizes(config: Config, formulation: str, mean_only: bool) -> "_Sizes":
+    _, height, width = config.image_shape
+    runs = [
+        _dry_run(with_images(config, *shape), formulation, mean_only)
+        for shape in ((64, 64, 2), (96, 96, 3), (height, width, 2))
+    ]
+    return _Sizes(*runs)
+
+
+class _Sizes:
+    """The pieces of memory of a step: products of powers of pixels and of images."""
+
+    def __init__(self, small: _Record, large: _Record, own: _Record) -> None:
+        assert small.events == large.events == own.events, "a step of another size takes another course"
+        growth = np.array(large.sizes) / np.array(small.sizes)
+        in_pixels, in_batch = (96 / 64) ** 2, 3 / 2
+        self.in_pixels = np.isclose(growth, in_pixels) | np.isclose(growth, in_pixels * in_batch)
+        self.in_batch = np.isclose(growth, in_batch) | np.isclose(growth, in_pixels * in_batch)
+        assert np.all(self.in_pixels | self.in_batch | np.isclose(growth, 1)), "a size that is no product of powers"
+        self.square, self.own = (np.array(record.sizes, float) for record in (small, own))
+        self.caps, self.images = np.array(small.caps), small.images
+        self.kinds = np.where(self.in_batch, np.array(small.kinds), WEIGHTS)
+        self.is_gradient = np.zeros(len(growth), bool)
+        self.is_gradient[small.gradients] = True
+        events = np.array(small.events)
+        self.sign, self.number = np.where(events >= 0, 1, -1), np.where(events >= 0, events, ~events)
+
+    def peak(self, side: int | None, batch: int, accumulate: int) -> Peak:
+        micro = batch // accumulate
+        sizes = self.own if side is None else self.square * np.where(self.in_pixels, (side / 64) ** 2, 1)
+        sizes = np.minimum(sizes * np.where(self.in_batch, micro / 2, 1), self.caps)
+        changes = np.append(self.sign * sizes[self.number], 0)  # and the end
+        if accumulate > 1:
+            # From the second micro-batch on gradients are there, and one that is made is gone once it is added.
+            made = np.flatnonzero(self.is_gradient[self.number] & (self.sign > 0))
+            gradients = changes[made]
+            changes[made + 1] -= gradients
+            changes[0] += gradients.sum() + (accumulate - 1) * sizes[self.images]
+        alive = np.cumsum(changes)
+        moment = int(alive.argmax())
+        kinds = np.append(self.kinds[self.number], WEIGHTS)[: moment + 1]
+        network, likelihood = (int(changes[: moment + 1][kinds == kind].sum()) for kind in (NETWORK, LIKELIHOOD))
+        return Peak(total := int(alive[moment]), total - network - likelihood, network, likelihood)
