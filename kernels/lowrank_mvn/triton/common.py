@@ -122,20 +122,35 @@ def narrow_offsets(P: Tensor, block_n: int) -> bool:
     return abs(P.stride(1)) * block_n + abs(P.stride(2)) * 2 * P.shape[2] < 2**31
 
 
+def target(device: torch.device) -> str:
+    """The newest target that kernels are tuned for and that the device is not older than; "gfx" for any of AMD's."""
+    if device.type != "cuda":
+        return "sm_90"  # the interpreter: what is tested is what runs
+    if torch.version.hip:
+        return "gfx"
+    capability = torch.cuda.get_device_capability(device)
+    return next((f"sm_{a}{b}" for a, b in ((10, 0), (9, 0), (8, 0)) if capability >= (a, b)), "sm_75")
+
+
+def block(kernel: str, table: dict, block_r: int, by_column: bool, device: torch.device) -> Block:
+    """The launch of `kernel` for a padded rank, where `by_column` says that neighbouring columns of P are neighbours.
+
+    `table` holds under (block_r, by_column) what suits sm_90, and under (block_r, by_column, target) what differs.
+    """
+    own = table.get((block_r, by_column, target(device)))
+    return own if own is not None else table[block_r, by_column]
+
+
 def products(*tensors: Tensor) -> str:
     """How products are made: "float64", in split "tf32" where there are tensor cores for it, else "float32"."""
     if any(t.dtype == torch.float64 for t in tensors):
         return "float64"
-    if not tensors[0].is_cuda:
-        return "tf32"  # the interpreter: what is tested is what runs
-    if torch.version.hip or torch.cuda.get_device_capability(tensors[0].device)[0] < 8:
-        return "float32"
-    return "tf32"
+    return "float32" if target(tensors[0].device) in ("sm_75", "gfx") else "tf32"
 
 
 def matrix_float64(device: torch.device) -> bool:
     """Whether `tl.dot` takes float64: Triton 3.7 compiles it for NVIDIA's targets, not for AMD's."""
-    return device.type != "cuda" or not torch.version.hip
+    return target(device) != "gfx"
 
 
 def launch(kernel, grid: tuple[int, ...], num_warps: int, num_stages: int = 1, **arguments) -> None:
