@@ -134,7 +134,7 @@ def compile_all(
                     continue
                 if time.monotonic() - child.since < seconds:
                     continue
-                reason = f"given up after {seconds:.0f} s"
+                reason = f"given up after {seconds:g} s"
             except EOFError:
                 reason = "the compiler died"
             case, target, skip = child.task or (None, "", 0)

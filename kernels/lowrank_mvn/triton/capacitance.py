@@ -7,8 +7,10 @@ and the rest, and in tensor cores
     QᵀQ ≈ highᵀhigh + lowᵀhigh + (lowᵀhigh)ᵀ
 
 where what is dropped, lowᵀlow, is at most 2⁻²² of what is kept, and the transpose is added once, after the loop.
-Only the lower triangle is stored. With few rows, and P as [B, N, R], δ stands in a row that the padding of R leaves
-free, and w comes out as a row of the same product; elsewhere that costs more shared memory traffic than it saves.
+Only the lower triangle is stored. Where the padding of R leaves two rows free and P is [B, R, N] in memory, x and loc
+stand in them (STACKED), copied like rows of P, and w is the difference of two rows of the same product. What rounding
+costs there, 2⁻²² of |loc|/|δ|, pass 2 takes back: it makes the residual in float64 and corrects v by it, whatever v
+was. With few rows, and P as [B, N, R], δ stands in a free row (AUGMENTED). Elsewhere w is summed beside the product.
 log|D| is a sum of exponents, exact, and the logarithm of a product of mantissas in float64: the same rounding error at
 each of N pixels would add up to N errors.
 
@@ -40,9 +42,8 @@ BLOCKS = {
     (64, False): Block(num_warps=2, columns=16),
     (64, False, "sm_80"): Block(num_warps=4, columns=32),
     (128, True): Block(num_warps=8, columns=32),
-    (128, True, "sm_80"): Block(num_warps=16, columns=32),
+    (128, True, "sm_80"): Block(num_warps=8, columns=16),
     (128, False): Block(num_warps=8, columns=16),
-    (128, False, "sm_80"): Block(num_warps=16, columns=32),
 }
 
 # With float64 products; rarely run. At most 32 rows: from 64 on, Triton 3.7 takes a float64 product for sm_100 to that

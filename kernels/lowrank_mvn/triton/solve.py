@@ -219,8 +219,8 @@ def refine_kernel(
 # The widest padded rank that is swept in registers, 32 float64 values of C in each of 128 lanes: with 128 rows they
 # spill at 8 and at 16 warps.
 REGISTERS_R = 64
-# Values of C that a program has in hand at a time where it sweeps in memory.
-IN_HAND = 2048
+# Values of C that a program has in hand at a time where it sweeps in memory: four per lane; eight spill on some targets.
+IN_HAND = 1024
 
 
 def solve(
@@ -299,7 +299,7 @@ def refine(g: Tensor, q_part: Tensor, C_inv: Tensor, v: Tensor, q: Tensor, first
         R=R,
         FIRST=first,
         BLOCK_R=block_r,
-        BLOCK_ROWS=max(1, min(16, IN_HAND // block_r)),
+        BLOCK_ROWS=max(1, min(16, 2 * IN_HAND // block_r)),
     )
 
 
