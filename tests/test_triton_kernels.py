@@ -58,6 +58,16 @@ def test_density_and_every_gradient(kernels, case):
         assert grads[2].stride() == args[2].stride()
 
 
+def test_mean_that_is_large_beside_the_deviation(kernels):
+    """w is a difference of two products in pass 1; pass 2 corrects v."""
+    x, loc, P, d = inputs(F32, 1, 2, 63, 3, "BRN", "pixel", True)
+    args = (x + 3000, loc + 3000, P, d)
+    expected = oracle(*args)[0]
+    out = kernels.mahalanobis_and_logdet(*args)
+    assert relative(out[0], expected[0]) < 2e-6
+    assert relative(out[3], expected[3]) < 2e-6
+
+
 @pytest.mark.parametrize("needs", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 0, 0, 0), (1, 0, 0, 1)])
 @pytest.mark.parametrize("diagonal", ["pixel", "item"])
 def test_only_what_is_asked_for(kernels, needs, diagonal):

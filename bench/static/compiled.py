@@ -13,7 +13,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .banks import conflicts
 from .launches import Launch
+from .machine_code import amd_loop, nvidia_loop, unrolled
 
 _BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 _TYPES = {
@@ -33,13 +35,15 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # Registers, warps, programs and bytes of shared memory of one multiprocessor (CUDA programming guide, table of
-# technical specifications).
+# technical specifications), and bytes of it that every program takes for the system.
 _LIMITS = {
-    "sm_75": (65536, 32, 16, 65536),
-    "sm_80": (65536, 64, 32, 167936),
-    "sm_90": (65536, 64, 32, 233472),
-    "sm_100": (65536, 64, 32, 233472),
+    "sm_75": (65536, 32, 16, 65536, 0),
+    "sm_80": (65536, 64, 32, 167936, 1024),
+    "sm_90": (65536, 64, 32, 233472, 1024),
+    "sm_100": (65536, 64, 32, 233472, 1024),
 }
+# One SIMD of gfx942: 512 registers of 64 lanes, at most 8 waves; four SIMDs share 64 KiB (CDNA3 ISA guide).
+_AMD_REGISTERS, _AMD_WAVES, _AMD_SHARED = 512, 8, 65536
 
 
 @dataclass
@@ -47,25 +51,11 @@ class Compiled:
     registers: int
     spills: int  # bytes of stack per thread; on AMD, spilled registers
     shared: int
-    programs: int | None = None  # resident on one multiprocessor
-    occupancy: float | None = None
+    programs: int  # resident on one multiprocessor
+    occupancy: float
     loop: Counter = field(default_factory=Counter)  # instructions of the main loop, with their suffixes
-
-    def widths(self, *names: str) -> dict[int, int]:
-        """Bytes per lane -> how many, of the loop's instructions of these names."""
-        out: Counter[int] = Counter()
-        for instruction, count in self.loop.items():
-            if instruction.split(".")[0] in names:
-                out[width(instruction)] += count
-        return dict(sorted(out.items()))
-
-
-def width(instruction: str) -> int:
-    """Bytes per lane that a load or store moves."""
-    if instruction.startswith(("LDSM", "STSM")):
-        return 4 * int(instruction.rsplit(".", 1)[-1]) if instruction[-1] in "124" else 4
-    found = re.search(r"\.(?:U|S)?(8|16|64|128)\b", instruction)
-    return int(found.group(1)) // 8 if found else 4
+    steps: int = 1  # of the kernel's loop in one turn of it
+    conflicts: dict[str, float] = field(default_factory=dict)  # clocks of accesses to shared memory over the least
 
 
 def compile_launch(launch: Launch, target: str) -> Compiled:
@@ -90,16 +80,23 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
     source = ASTSource(kernel, signature, constants, attributes)
     binary = triton.compile(source, target=TARGETS[target], options=options)
     if target == "gfx942":
-        return _read_amd(binary.asm["amdgcn"])
+        return _read_amd(binary, launch.num_warps)
     return _read_nvidia(binary, target, launch.num_warps)
 
 
-def _read_amd(text: str) -> Compiled:
+def _read_amd(binary, num_warps: int) -> Compiled:
+    text = binary.asm["amdgcn"]
+
     def number(name: str) -> int:
         found = re.search(rf"\.{name}:\s*(\d+)", text)
         return int(found.group(1)) if found else 0
 
-    return Compiled(number("vgpr_count"), number("vgpr_spill_count"), number("group_segment_fixed_size"))
+    registers, shared = number("vgpr_count"), number("group_segment_fixed_size")
+    waves = min(_AMD_WAVES, _AMD_REGISTERS // max(8, -(-registers // 8) * 8)) * 4
+    programs = min(waves // num_warps, _AMD_SHARED // max(1, shared))
+    occupancy = programs * num_warps / (4 * _AMD_WAVES)
+    spills = number("vgpr_spill_count")
+    return Compiled(registers, spills, shared, programs, occupancy, amd_loop(text))
 
 
 def _read_nvidia(binary, target: str, num_warps: int) -> Compiled:
@@ -112,32 +109,14 @@ def _read_nvidia(binary, target: str, num_warps: int) -> Compiled:
     if found is None:
         raise RuntimeError(f"cuobjdump said nothing about registers: {usage}")
     registers, stack = (int(text) for text in found.groups())
-    file_size, max_warps, max_programs, max_shared = _LIMITS[target]
+    file_size, max_warps, max_programs, max_shared, reserved = _LIMITS[target]
     warps = file_size // (-(-registers // 8) * 8 * 32)
     shared = binary.metadata.shared
-    reserved = 1024 if target != "sm_75" else 0
     programs = min(warps // num_warps, max_programs, max_warps // num_warps, max_shared // max(1, shared + reserved))
-    return Compiled(registers, stack, shared, programs, programs * num_warps / max_warps, _main_loop(code))
+    occupancy = programs * num_warps / max_warps
+    loop, ptx = nvidia_loop(code), binary.asm["ptx"]
+    return Compiled(registers, stack, shared, programs, occupancy, loop, unrolled(loop, ptx), conflicts(ptx))
 
 
 def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([_BIN / name, *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def _main_loop(code: str) -> Counter:
-    """The longest stretch that ends with a jump back to its own start and reads or writes global memory."""
-    instructions: list[str] = []
-    labels: dict[str, int] = {}
-    best: list[str] = []
-    for line in code.splitlines():
-        if label := re.match(r"^(\.L\S+):", line):
-            labels[label.group(1)] = len(instructions)
-        if found := re.match(r"\s+/\*[0-9a-f]+\*/\s+([^/].*?);", line):
-            text = re.sub(r"^@!?U?P\w+\s+", "", found.group(1).strip())
-            instructions.append(text.split()[0])
-            jump = re.search(r"BRA.*?`\((\.L\S+)\)", found.group(1))
-            if jump and jump.group(1) in labels:
-                body = instructions[labels[jump.group(1)] :]
-                if len(body) > len(best) and any(i.startswith(("LDG", "STG")) for i in body):
-                    best = body
-    return Counter(best)

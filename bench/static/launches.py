@@ -1,7 +1,6 @@
 """The launches of a step, captured with their arguments: every configuration that dispatch can choose."""
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -21,10 +20,13 @@ class Case(NamedTuple):
     B: int = 8
     N: int = 12288
     S: int = 1
+    given: bool = False  # the noise of the sample
+    gram: bool = False  # what conditioning asks for, beside the step
 
     @property
     def name(self) -> str:
-        return f"R={self.R} {self.layout} {str(self.dtype).removeprefix('torch.')} {self.diagonal}"
+        several = f" S={self.S}" if self.S != 1 else ""
+        return f"R={self.R} {self.layout} {str(self.dtype).removeprefix('torch.')} {self.diagonal}{several}"
 
 
 class Launch(NamedTuple):
@@ -40,6 +42,30 @@ class Launch(NamedTuple):
         flags = self.arguments
         wide = flags.get("WIDE") or (name == "solve" and flags["FINAL"])
         return f"{name} (float64)" if wide else name
+
+    @property
+    def configuration(self) -> tuple:
+        """What the compiler sees of the launch."""
+
+        def seen(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value.dtype
+            return (value, isinstance(value, bool))
+
+        constants = {p.name for p in self.kernel.params if p.is_constexpr}
+        arguments = tuple(
+            (name, seen(value))
+            for name, value in self.arguments.items()
+            if name in constants or isinstance(value, torch.Tensor)
+        )
+        return self.kernel.fn.__name__, self.num_warps, self.num_stages, arguments
+
+    @property
+    def tile(self) -> torch.Tensor | None:
+        """P, or the gradient of P, if the main loop walks over it: the kernels whose bandwidth counts."""
+        if "BLOCK_N" not in self.arguments:
+            return None
+        return self.arguments.get("P_ptr", self.arguments.get("grad_P_ptr"))
 
 
 def inputs(case: Case, make: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -57,32 +83,34 @@ def step(case: Case, make: Callable[..., torch.Tensor]) -> None:
     kernels.mahalanobis_and_logdet_backward(q, logdet, x, loc, P, d, *rest, [True] * 4)
     seed = torch.zeros(case.B, dtype=torch.int64)
     omega_p = make(case.S, case.B, case.R).to(case.dtype)
-    y = kernels.rsample(loc, P, d, omega_p, None, seed)
-    kernels.rsample_backward(y, P, d, omega_p, None, seed, [True, True, False])
+    omega_d = make(case.S, case.B, case.N).to(case.dtype) if case.given else None
+    y = kernels.rsample(loc, P, d, omega_p, omega_d, seed)
+    kernels.rsample_backward(y, P, d, omega_p, omega_d, seed, [True, True, False])
+    if case.gram:
+        kernels.gram(x, loc, P, d)
 
 
-@contextmanager
-def dispatching(tensor_cores: bool, matrix_float64: bool):
-    """Dispatch as it would on a device of that kind."""
-
-    def products(*tensors):
-        if any(t.dtype == torch.float64 for t in tensors):
-            return "float64"
-        return "tf32" if tensor_cores else "float32"
-
-    with (
-        patch.object(common, "products", products),
-        patch.object(common, "matrix_float64", lambda device: matrix_float64),
-    ):
-        yield
-
-
-def captured(case: Case, tensor_cores: bool = True, matrix_float64: bool = True) -> list[Launch]:
-    seen: list[Launch] = []
+def captured(case: Case, target: str) -> list[Launch]:
+    """What a step launches on a device of `target`, each configuration once."""
+    seen: dict[tuple, Launch] = {}
 
     def launch(kernel, grid, num_warps, num_stages=1, **arguments):
-        seen.append(Launch(kernel, grid, num_warps, num_stages, arguments))
+        found = Launch(kernel, grid, num_warps, num_stages, arguments)
+        seen.setdefault(found.configuration, found)
 
-    with dispatching(tensor_cores, matrix_float64), patch.object(common, "launch", launch):
+    name = "gfx" if target.startswith("gfx") else target
+    with patch.object(common, "target", lambda device: name), patch.object(common, "launch", launch):
         step(case, torch.empty)
-    return seen
+    return list(seen.values())
+
+
+def all_cases(ranks: list[int], layouts: list[str]) -> list[Case]:
+    """Every configuration that dispatch can choose for these ranks: dtypes, diagonals, several samples, given noise."""
+    cases = []
+    for R in ranks:
+        for layout in layouts:
+            for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+                for diagonal in ("pixel", "item"):
+                    cases.append(Case(R, layout, dtype, diagonal))
+                    cases.append(Case(R, layout, dtype, diagonal, S=2, given=True, gram=True))
+    return cases

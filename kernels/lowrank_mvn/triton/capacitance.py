@@ -7,8 +7,10 @@ and the rest, and in tensor cores
     QᵀQ ≈ highᵀhigh + lowᵀhigh + (lowᵀhigh)ᵀ
 
 where what is dropped, lowᵀlow, is at most 2⁻²² of what is kept, and the transpose is added once, after the loop.
-Only the lower triangle is stored. With few rows, and P as [B, N, R], δ stands in a row that the padding of R leaves
-free, and w comes out as a row of the same product; elsewhere that costs more shared memory traffic than it saves.
+Only the lower triangle is stored. Where the padding of R leaves two rows free and P is [B, R, N] in memory, x and loc
+stand in them (STACKED), copied like rows of P, and w is the difference of two rows of the same product. What rounding
+costs there, 2⁻²² of |loc|/|δ|, pass 2 takes back: it makes the residual in float64 and corrects v by it, whatever v
+was. With few rows, and P as [B, N, R], δ stands in a free row (AUGMENTED). Elsewhere w is summed beside the product.
 log|D| is a sum of exponents, exact, and the logarithm of a product of mantissas in float64: the same rounding error at
 each of N pixels would add up to N errors.
 
@@ -21,20 +23,27 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common
-from .common import Block, fold, load_tile, split
+from .common import Block, fold, load_tile, split, tile_offsets
 
 # By padded rank, and whether neighbouring columns of P are neighbours in memory. A single warp multiplies every column
-# of its tile with itself, so that neither operand goes through another warp; from 64 rows on four warps are one
-# tensor-core group. With three stages the tile waits in shared memory, whence both operands are read and split.
+# of its tile with itself, so that neither operand goes through another warp. With two stages the tile is copied to
+# shared memory by the memory system, and both operands are read and split from there: one write and two reads of it,
+# without bank conflicts as long as nothing but the operands reads it (STACKED, or no w). From 64 rows on four warps are
+# a tensor-core group of sm_90, which wants columns that are neighbours in shared memory; writing them there from
+# [B, N, R] costs four times the clocks, and two warps are faster.
 BLOCKS = {
-    (16, True): Block(num_warps=1, columns=64, num_stages=3),
+    (16, True): Block(num_warps=1, columns=64, num_stages=2),
     (16, False): Block(num_warps=1, columns=64),
-    (32, True): Block(num_warps=1, columns=32, num_stages=3),
+    (32, True): Block(num_warps=1, columns=32, num_stages=2),
     (32, False): Block(num_warps=1, columns=16),
+    (32, False, "sm_75"): Block(num_warps=1, columns=32),
     (64, True): Block(num_warps=4, columns=32),
-    (64, False): Block(num_warps=4, columns=32),
+    (64, True, "sm_80"): Block(num_warps=2, columns=16),
+    (64, False): Block(num_warps=2, columns=16),
+    (64, False, "sm_80"): Block(num_warps=4, columns=32),
     (128, True): Block(num_warps=8, columns=32),
-    (128, False): Block(num_warps=8, columns=32),
+    (128, True, "sm_80"): Block(num_warps=8, columns=16),
+    (128, False): Block(num_warps=8, columns=16),
 }
 
 # With float64 products; rarely run. At most 32 rows: from 64 on, Triton 3.7 takes a float64 product for sm_100 to that
@@ -52,11 +61,46 @@ def _square(a, b, OUTER: tl.constexpr):
 
 
 @triton.jit
+def _fold_far(a, FAR: tl.constexpr):
+    """Sums over FAR columns that lie as far apart as can be: [R, n] -> [R, n / FAR]."""
+    if FAR == 1:
+        return a
+    else:
+        return tl.sum(tl.reshape(a, (a.shape[0], FAR, a.shape[1] // FAR)), 1)
+
+
+@triton.jit
 def _log_of_product(exponents, mantissas, valid):
     """Σ log d from Σ exponents and Π mantissas, NaN unless every value was positive and normal."""
     log2 = tl.full((), 0.6931471805599453, tl.float64)  # a bare number would be a float32
     total = tl.sum(exponents.to(tl.float64) * log2 + tl.log(mantissas), 0)
     return tl.where(tl.min(valid, 0) > 0, total, float("nan"))
+
+
+@triton.jit
+def _load_stacked(
+    x_ptr,
+    loc_ptr,
+    P_ptr,
+    offs_r,
+    n,
+    N,
+    stride_xn,
+    stride_ln,
+    stride_pr,
+    stride_pn,
+    R: tl.constexpr,
+    NARROW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """As `load_tile`, with x in row R and loc in row R + 1."""
+    offs_n = n + tl.arange(0, BLOCK_N)
+    tile = P_ptr + tl.full((), 1, tl.int64) * n * stride_pn
+    tile += tile_offsets(offs_r, stride_pr, stride_pn, NARROW, BLOCK_N)
+    x = (x_ptr + offs_n.to(tl.int64) * stride_xn)[None, :]
+    loc = (loc_ptr + offs_n.to(tl.int64) * stride_ln)[None, :]
+    tile = tl.where((offs_r == R)[:, None], x, tl.where((offs_r == R + 1)[:, None], loc, tile))
+    return tl.load(tile, mask=(offs_r < R + 2)[:, None] & (offs_n < N)[None, :], other=0.0)
 
 
 @triton.jit
@@ -90,6 +134,7 @@ def capacitance_kernel(
     SPLIT_TF32: tl.constexpr,
     OUTER: tl.constexpr,
     TILES: tl.constexpr,
+    STACKED: tl.constexpr,
     AUGMENTED: tl.constexpr,
     ALIGN: tl.constexpr,
     NARROW: tl.constexpr,
@@ -114,7 +159,9 @@ def capacitance_kernel(
         stride_lb = tl.multiple_of(stride_lb, ALIGN)
         if not SCALAR_D:
             stride_db = tl.multiple_of(stride_db, ALIGN)
-    VEC: tl.constexpr = 4 if ALIGN >= 4 and not WIDE else 1
+    # Sums of w within a thread: over neighbouring columns where it holds some, over distant ones where it does not.
+    NEAR: tl.constexpr = 4 if ALIGN >= 4 and not WIDE else 1
+    FAR: tl.constexpr = 4 if ALIGN == 1 and not WIDE and BLOCK_N >= 16 else 1
     x_ptr += b * stride_xb
     loc_ptr += b * stride_lb
     P_ptr += b * stride_pb
@@ -124,21 +171,26 @@ def capacitance_kernel(
     offs_j = pid_j * BLOCK_R + tl.arange(0, BLOCK_R)
     first = tl.zeros((BLOCK_R, BLOCK_R), kind)
     second = tl.zeros((BLOCK_R, BLOCK_R), kind)
-    w = tl.zeros((BLOCK_R, BLOCK_N // VEC), kind)
+    w = tl.zeros((BLOCK_R, BLOCK_N // (NEAR * FAR)), kind)
     exponents = tl.zeros((BLOCK_N,), tl.int32)
     mantissas = tl.full((BLOCK_N,), 1.0, tl.float64)
     logs = tl.zeros((BLOCK_N,), tl.float64)
     valid = tl.full((BLOCK_N,), 1, tl.int32)
     if SCALAR_D:
-        d_one = tl.load(d_ptr).to(kind)
+        # One value in every column, loaded as such: Triton moves the conversion to the layout of an operand above
+        # elementwise operations only as far as a load.
+        d = tl.load(d_ptr + tl.zeros((BLOCK_N,), tl.int32)).to(kind)
     start = pid_s * COLUMNS
     for n in range(start, min(start + COLUMNS, N), BLOCK_N):
         offs_n = n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < N
-        P = load_tile(P_ptr, offs_i, n, N, stride_pr, stride_pn, R, NARROW, BLOCK_N).to(kind)
-        if SCALAR_D:
-            d = tl.full((BLOCK_N,), 1.0, kind) * d_one
+        if STACKED:
+            P = _load_stacked(
+                x_ptr, loc_ptr, P_ptr, offs_i, n, N, stride_xn, stride_ln, stride_pr, stride_pn, R, NARROW, BLOCK_N
+            ).to(kind)
         else:
+            P = load_tile(P_ptr, offs_i, n, N, stride_pr, stride_pn, R, NARROW, BLOCK_N).to(kind)
+        if not SCALAR_D:
             d = tl.load(d_ptr + offs_n.to(tl.int64) * stride_dn, mask=mask_n, other=1.0).to(kind)
             if not INVERTED and WIDE:
                 logs += tl.log(d)
@@ -151,15 +203,15 @@ def capacitance_kernel(
             scale = tl.sqrt(d) if INVERTED else 1.0 / tl.sqrt(d)
         else:  # fast instructions: an error of 2⁻²² of C, the same for C and w
             scale = tl.sqrt(d) if INVERTED else tl.rsqrt(d)
-        if WITH_W:
+        if WITH_W and not STACKED:
             x = tl.load(x_ptr + offs_n.to(tl.int64) * stride_xn, mask=mask_n, other=0.0)
             loc = tl.load(loc_ptr + offs_n.to(tl.int64) * stride_ln, mask=mask_n, other=0.0)
             delta = x.to(kind) - loc.to(kind)
         if AUGMENTED:
             P = tl.where((offs_i == R)[:, None], delta[None, :], P)
         Q = P * scale[None, :]
-        if WITH_W and not AUGMENTED:
-            w += fold(Q * (delta * scale)[None, :], VEC)
+        if WITH_W and not AUGMENTED and not STACKED:
+            w += fold(_fold_far(Q * (delta * scale)[None, :], FAR), NEAR)
         if TILES > 1:
             Q_j = load_tile(P_ptr, offs_j, n, N, stride_pr, stride_pn, R, NARROW, BLOCK_N).to(kind) * scale[None, :]
         else:
@@ -186,7 +238,10 @@ def capacitance_kernel(
     mask = (offs_i < R)[:, None] & (offs_j < R)[None, :] & (offs_j[None, :] <= offs_i[:, None])
     tl.store(C_ptr + out * R * R + offs_i[:, None] * R + offs_j[None, :], C, mask=mask)
     if pid_j == 0:
-        if AUGMENTED:
+        if STACKED:
+            sign = (offs_i == R).to(tl.float32) - (offs_i == R + 1).to(tl.float32)
+            tl.store(w_ptr + out * R + offs_j, tl.sum(C * sign[:, None], 0), mask=offs_j < R)
+        elif AUGMENTED:
             w_row = (offs_i == R)[:, None] & (offs_j < R)[None, :]
             tl.store(w_ptr + out * R + offs_i[:, None] * 0 + offs_j[None, :], C, mask=w_row)
         elif WITH_W:
@@ -222,12 +277,15 @@ def partial_sums(
     w = P.new_empty(B, splits, R, dtype=work)
     logdet = P.new_empty(B, splits, dtype=torch.float64)
     with_w = x.shape[0] == 1
+    by_column = P.stride(1) == 1
+    stacked = with_w and by_column and not wide and R + 2 <= block_r and x.dtype == loc.dtype == P.dtype
+    stages = block.num_stages if stacked or not with_w else 1
     x, loc = (x[0], loc[0]) if with_w else (d, d)
     common.launch(
         capacitance_kernel,
         (B * splits, tiles * tiles),
         block.num_warps,
-        block.num_stages,
+        stages,
         x_ptr=x,
         loc_ptr=loc,
         P_ptr=P,
@@ -257,6 +315,7 @@ def partial_sums(
         SPLIT_TF32=kind == "tf32",
         OUTER=wide and not common.matrix_float64(P.device),
         TILES=tiles,
+        STACKED=with_w and not wide and kind == "tf32" and R + 2 <= block_r and P.stride(1) == 1 and x.dtype == loc.dtype == P.dtype,
         AUGMENTED=with_w and not wide and block_r == 16 and R < 16 and P.stride(1) != 1,
         ALIGN=align,
         NARROW=common.narrow_offsets(P, block.columns),

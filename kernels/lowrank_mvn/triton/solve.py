@@ -7,7 +7,7 @@ The partial sums of `capacitance` are added in their order and C is swept: step 
 which is Gauss–Jordan elimination of a symmetric matrix: the pivots are the squared diagonal of the Cholesky factor,
 so that log|C| = Σ log p and a pivot that is not positive says what it says there; and after R steps C is −C⁻¹, in the
 registers that held C. A triangular factor would need a second matrix for the same inverse. C ⪰ I, so that no pivoting
-is needed. For R > 128 the matrix lies in the output buffer and is swept there.
+is needed. For R > 64 the matrix lies in the output buffer and is swept there.
 
 `wide` marks the items whose C is to be made again with float64 products: a pivot failed, or rounding in float32 may
 have moved log|C| by more than LOG_DET_TOLERANCE. With |ΔCᵢⱼ| ≤ ε √(Cᵢᵢ Cⱼⱼ), |tr C⁻¹ΔC| ≤ ε (Σⱼ √(Cⱼⱼ C⁻¹ⱼⱼ))².
@@ -81,22 +81,20 @@ def solve_kernel(
         tl.debug_barrier()
         diagonal = tl.load(C_inv_ptr + offs * R + offs, mask=offs < R, other=0.0)
         for k in range(R):
-            c = tl.load(C_inv_ptr + k * R + offs, mask=offs < R, other=0.0)
-            tl.debug_barrier()
-            p = tl.sum(tl.where(offs == k, c, 0.0), 0)
+            p = tl.load(C_inv_ptr + k * R + k)
             positive = tl.where((p > 0) & (p < float("inf")), positive, 0)
             log_det += tl.log(p)
-            root = 1.0 / tl.sqrt(p)
-            c = c * root
-            pivot_row = tl.where(offs == k, -1.0 / p, c * root)
+            root = tl.rsqrt(p)
+            c = tl.load(C_inv_ptr + k * R + offs, mask=offs < R, other=0.0) * root
             for i in range(0, R, BLOCK_ROWS):
                 rows = (i + tl.arange(0, BLOCK_ROWS))[:, None]
                 mask = (rows < R) & (columns < R)
-                c_i = tl.sum(tl.where(rows == columns, c[None, :], 0.0), 1)[:, None]
+                c_i = tl.load(C_inv_ptr + k * R + rows, mask=rows < R, other=0.0) * root
                 C = tl.load(C_inv_ptr + rows * R + columns, mask=mask, other=0.0) - c_i * c[None, :]
                 C = tl.where(columns == k, c_i * root, C)
-                C = tl.where(rows == k, pivot_row[None, :], C)
-                tl.store(C_inv_ptr + rows * R + columns, C, mask=mask)
+                tl.store(C_inv_ptr + rows * R + columns, C, mask=mask & (rows != k))
+            tl.debug_barrier()  # row k, which every row above was made with, comes last
+            tl.store(C_inv_ptr + k * R + offs, tl.where(offs == k, -root * root, c * root), mask=offs < R)
             tl.debug_barrier()
         ok = positive > 0
         inverse = -tl.load(C_inv_ptr + offs * R + offs, mask=offs < R, other=0.0)
@@ -123,13 +121,13 @@ def solve_kernel(
             p = tl.sum(tl.where(offs == k, c, 0.0), 0)
             positive = tl.where((p > 0) & (p < float("inf")), positive, 0)
             log_det += tl.log(p)
-            root = 1.0 / tl.sqrt(p)
+            root = tl.rsqrt(p)
             c = c * root
             c_row = c_row * root
             C = C - c[:, None] * c_row[None, :]
             C = tl.where(columns == k, (c * root)[:, None], C)
             C = tl.where(rows == k, (c_row * root)[None, :], C)
-            C = tl.where((rows == k) & (columns == k), -1.0 / p, C)
+            C = tl.where((rows == k) & (columns == k), -root * root, C)
         ok = positive > 0
         C = -C
         inverse = tl.sum(tl.where(rows == columns, C, 0.0), 1)
@@ -218,9 +216,11 @@ def refine_kernel(
         tl.store(q_ptr + pid, q)
 
 
-def _warps(R: int) -> int:
-    """At most 64 float64 values of C per lane: half of its registers, without spills (`bench.static`)."""
-    return 4 if R <= 64 else 8
+# The widest padded rank that is swept in registers, 32 float64 values of C in each of 128 lanes: with 128 rows they
+# spill at 8 and at 16 warps.
+REGISTERS_R = 64
+# Values of C that a program has in hand at a time where it sweeps in memory: four per lane; eight spill on some targets.
+IN_HAND = 1024
 
 
 def solve(
@@ -235,10 +235,12 @@ def solve(
     """Fills `out` = C⁻¹ [B, R, R], v [1, B, R], log|Σ| [B], wide [B], from the partial sums of `capacitance`."""
     (C, w, logdet_D), (C_inv, v, logdet, wide) = parts, out
     R = C.shape[-1]
+    block_r = common.padded_rank(R)
+    in_memory = block_r > REGISTERS_R
     common.launch(
         solve_kernel,
         (C.shape[0],),
-        _warps(R),
+        8 if in_memory else 4,
         C_ptr=C,
         w_ptr=w,
         logdet_D_ptr=logdet_D,
@@ -256,9 +258,9 @@ def solve(
         WITH_W=with_w,
         FINAL=final,
         FLAGGED=flagged,
-        IN_MEMORY=R > common.FUSED_R,
-        BLOCK_R=common.padded_rank(R),
-        BLOCK_ROWS=16,
+        IN_MEMORY=in_memory,
+        BLOCK_R=block_r,
+        BLOCK_ROWS=max(1, IN_HAND // block_r) if in_memory else 16,
     )
 
 
@@ -282,10 +284,11 @@ def whole(C_part: Tensor, C: Tensor, flags: Tensor | None) -> None:
 def refine(g: Tensor, q_part: Tensor, C_inv: Tensor, v: Tensor, q: Tensor, first: bool) -> None:
     """v = C⁻¹w [S, B, R] if `first`, else q [S, B] and the refined v, in place."""
     S, B, splits, R = g.shape
+    block_r = common.padded_rank(R)
     common.launch(
         refine_kernel,
         (S * B,),
-        4,
+        1 if block_r <= 32 else 4,
         g_ptr=g,
         q_part_ptr=q_part,
         C_inv_ptr=C_inv,
@@ -295,8 +298,8 @@ def refine(g: Tensor, q_part: Tensor, C_inv: Tensor, v: Tensor, q: Tensor, first
         SPLITS=splits,
         R=R,
         FIRST=first,
-        BLOCK_R=common.padded_rank(R),
-        BLOCK_ROWS=16,
+        BLOCK_R=block_r,
+        BLOCK_ROWS=max(1, min(16, 2 * IN_HAND // block_r)),
     )
 
 
