@@ -1,0 +1,447 @@
+r"""The backward pass of a linear factor: read F, write its gradient, and grad_x, grad_d and F̃z on the way.
+
+With a = ∂loss/∂q [S, B], b = ∂loss/∂log|Σ| [B], and the residual r that `linear_residual` stored before the last step
+of v, whose share in u is `step`:
+
+    z = D⁻¹(r − F̃ᵀ step)          grad_x = 2az                    F̃z, from which the gradients of W and m follow
+    one d:        grad_F = A F̃ − 2 Σ a u zᵀ                        A = 2b/d Σ_c M_c, made beforehand
+    per pixel:    grad_F = Σ_c 2b M_c F̃D_c⁻¹ − 2 Σ a u zᵀ           grad_d = bπ − Σₛ az²,  πₙ = 1/d − f̃ₙᵀM_c f̃ₙ/d²
+
+M_c F̃ is a product K × K with a tile of F, in three tf32 products of high and low parts; it is made once for a tile, and
+1/d scales its columns afterwards, so that the tile is split and laid out for the tensor cores once for all channels.
+Operations for a pixel: 2K² with one d, 2CK² per pixel, beside 6K for each of S·C columns in float32. WIDE is for the items
+that needed float64 for C: every product in it, and each of the two kernels leaves the other's items alone.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import common
+from .backward import _product
+from .common import Block, load_tile, narrow, split, tile_offsets
+from .linear_common import MAX_RIDERS, channels_last, columns_per_program, fold, nothing, one_value, width
+
+# By padded number of features.
+BLOCKS = {16: Block(1, 64), 32: Block(1, 32), 64: Block(4, 64), 128: Block(8, 32)}
+WIDE_COLUMNS = 16
+
+
+@triton.jit
+def _tile(features, offs, K: tl.constexpr, NARROW: tl.constexpr, BLOCK_N: tl.constexpr, KIND: tl.constexpr):
+    """F[offs, n : n + BLOCK_N] of `features` = (pointer, n, M, strides)."""
+    F_ptr, n, M, stride_fk, stride_fn = features
+    return load_tile(F_ptr, offs, n, M, stride_fk, stride_fn, K, NARROW, BLOCK_N).to(KIND)
+
+
+@triton.jit
+def _rows(
+    A_ptr,
+    kept,  # A, its high and its low part, if KEPT
+    F,
+    features,
+    offs_t,
+    K: tl.constexpr,
+    KEPT: tl.constexpr,
+    SPLIT_TF32: tl.constexpr,
+    TILES: tl.constexpr,
+    NARROW: tl.constexpr,
+):
+    """Rows offs_t of AF̃, and the column of A that meets the row of ones; F is the tile, if there is only one."""
+    KT: tl.constexpr = K + 1
+    BLOCK_K: tl.constexpr = F.shape[0]
+    BLOCK_N: tl.constexpr = F.shape[1]
+    T = tl.zeros((BLOCK_K, BLOCK_N), F.dtype)
+    if F.dtype == tl.float64:
+        F_ptr, n, M, stride_fk, stride_fn = features
+        offs_n = n + tl.arange(0, BLOCK_N)
+        for k in range(K):
+            A_k = tl.load(A_ptr + k * KT + offs_t, mask=offs_t < K, other=0.0)
+            row = F_ptr + tl.full((), 1, tl.int64) * k * stride_fk
+            F_k = tl.load(row + offs_n.to(tl.int64) * stride_fn, mask=offs_n < M, other=0.0).to(tl.float64)
+            T += A_k[:, None] * F_k[None, :]
+    elif KEPT:
+        T = _product(kept[1], kept[2], kept[0], F, SPLIT_TF32)
+    else:
+        for other in range(TILES):
+            offs_o = other * BLOCK_K + tl.arange(0, BLOCK_K)
+            inside = (offs_t < K)[:, None] & (offs_o < K)[None, :]
+            A_t = tl.load(A_ptr + offs_t[:, None] * KT + offs_o[None, :], mask=inside, other=0.0)
+            high, low = split(A_t)
+            F_o = _tile(features, offs_o, K, NARROW, BLOCK_N, tl.float32) if TILES > 1 else F
+            T += _product(high, low, A_t, F_o, SPLIT_TF32)
+    constant = tl.load(A_ptr + K * KT + offs_t, mask=offs_t < K, other=0.0)
+    return T + constant[:, None], constant
+
+
+@triton.jit
+def _quadratic(
+    A_ptr,
+    features,
+    F,
+    K: tl.constexpr,
+    SPLIT_TF32: tl.constexpr,
+    TILES: tl.constexpr,
+    NARROW: tl.constexpr,
+):
+    """f̃ᵀAf̃ of every pixel, less the corner of A, where a pixel's features are several tiles."""
+    total = tl.zeros((F.shape[1],), F.dtype)
+    for tile in range(TILES):
+        offs_t = tile * F.shape[0] + tl.arange(0, F.shape[0])
+        F_t = _tile(features, offs_t, K, NARROW, F.shape[1], F.dtype)
+        T, constant = _rows(A_ptr, (), F_t, features, offs_t, K, False, SPLIT_TF32, TILES, NARROW)
+        total += tl.sum((T + constant[:, None]) * F_t, 0)
+    return total
+
+
+@triton.jit
+def _score(
+    r_ptr,
+    step_ptr,
+    step,  # its rows, if KEPT
+    d_inv,
+    F,
+    features,
+    K: tl.constexpr,
+    KEPT: tl.constexpr,
+    TILES: tl.constexpr,
+    NARROW: tl.constexpr,
+):
+    """z = D⁻¹(r − F̃ᵀ step) of one column."""
+    offs_n = features[1] + tl.arange(0, F.shape[1])
+    mask_n = offs_n < features[2]
+    r = tl.load(r_ptr + offs_n, mask=mask_n, other=0.0).to(F.dtype) - tl.load(step_ptr + K)
+    if KEPT:
+        r -= tl.sum(F * step[:, None], 0)
+    else:
+        for tile in range(TILES):
+            offs_t = tile * F.shape[0] + tl.arange(0, F.shape[0])
+            step_t = tl.load(step_ptr + offs_t, mask=offs_t < K, other=0.0)
+            F_t = _tile(features, offs_t, K, NARROW, F.shape[1], F.dtype) if TILES > 1 else F
+            r -= tl.sum(F_t * step_t[:, None], 0)
+    return tl.where(mask_n, r * d_inv, 0.0)
+
+
+@triton.jit
+def _channel(
+    grad_F,
+    az2_sum,
+    c,
+    b,
+    item,
+    vectors,  # pointers to a, r, step, −2au and grad_x
+    matrices,  # pointers to A, d, grad_d; strides of d; 1/d if it is one value
+    kept,  # A, and the rows of step and −2au of each sample, if KEPT
+    F,
+    features,
+    offs_t,
+    S,
+    B,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    RIDERS: tl.constexpr,
+    FIRST: tl.constexpr,
+    NEED_X: tl.constexpr,
+    SCALAR_D: tl.constexpr,
+    SPLIT_TF32: tl.constexpr,
+    KEPT: tl.constexpr,
+    TILES: tl.constexpr,
+    NARROW: tl.constexpr,
+):
+    """What one channel adds to a tile of grad_F; FIRST, the first tile of a pixel, writes grad_x and grad_d."""
+    a_ptr, r_ptr, step_ptr, u_ptr, grad_x_ptr = vectors
+    A_ptr, d_ptr, grad_d_ptr, stride_dc, stride_dn, d_inv = matrices
+    KT: tl.constexpr = K + 1
+    VECTORS: tl.constexpr = KEPT and RIDERS > 0
+    M = features[2]
+    offs_n = features[1] + tl.arange(0, F.shape[1])
+    mask_n = offs_n < M
+    at = tl.full((), 1, tl.int64) * c
+    if not SCALAR_D:
+        d_row = d_ptr + at * stride_dc
+        d_inv = 1.0 / tl.load(d_row + offs_n.to(tl.int64) * stride_dn, mask=mask_n, other=1.0).to(F.dtype)
+    az2 = tl.zeros((F.shape[1],), F.dtype)
+    scores = ()
+    if RIDERS > 0:
+        for s in tl.static_range(RIDERS):
+            row = ((tl.full((), s, tl.int64) * B + item) * C + c) * M
+            where = (s * C + c) * KT
+            z = _score(r_ptr + row, step_ptr + where, kept[1][s] if VECTORS else None, d_inv, F, features, K, VECTORS, TILES, NARROW)
+            u = kept[2][s] if VECTORS else tl.load(u_ptr + where + offs_t, mask=offs_t < K, other=0.0)
+            az = tl.load(a_ptr + s).to(F.dtype) * z
+            grad_F += u[:, None] * z[None, :]
+            az2 += az * z
+            if FIRST and NEED_X:
+                tl.store(grad_x_ptr + row + offs_n, narrow(2.0 * az, grad_x_ptr), mask=mask_n)
+            scores = scores + (z,)  # noqa: RUF005
+    else:
+        for s in range(S):
+            row = ((tl.full((), 1, tl.int64) * s * B + item) * C + c) * M
+            where = (s * C + c) * KT
+            z = _score(r_ptr + row, step_ptr + where, None, d_inv, F, features, K, False, TILES, NARROW)
+            u = tl.load(u_ptr + where + offs_t, mask=offs_t < K, other=0.0)
+            az = tl.load(a_ptr + s).to(F.dtype) * z
+            grad_F += u[:, None] * z[None, :]
+            az2 += az * z
+            if FIRST and NEED_X:
+                tl.store(grad_x_ptr + row + offs_n, narrow(2.0 * az, grad_x_ptr), mask=mask_n)
+    if SCALAR_D:
+        az2_sum += az2.to(tl.float64)
+    else:
+        A_ptr += at * KT * KT
+        T, constant = _rows(A_ptr, kept[0] if KEPT else None, F, features, offs_t, K, KEPT, SPLIT_TF32, TILES, NARROW)
+        grad_F += T * (2.0 * b * d_inv)[None, :]
+        if FIRST:
+            if TILES > 1:
+                form = _quadratic(A_ptr, features, F, K, SPLIT_TF32, TILES, NARROW)
+            else:
+                form = tl.sum((T + constant[:, None]) * F, 0)
+            pi = d_inv - (form + tl.load(A_ptr + K * KT + K)) * d_inv * d_inv
+            where = (item * C + c) * M + offs_n
+            tl.store(grad_d_ptr + where, narrow(b * pi - az2, grad_d_ptr), mask=mask_n)
+    return grad_F, az2_sum, scores
+
+
+@triton.jit
+def linear_backward_kernel(
+    a_ptr,  # [B, S]
+    b_ptr,  # [B]
+    r_ptr,  # [S, B, C, M]
+    F_ptr,  # [B, K, M]
+    d_ptr,  # [B, C, M], or [B, 1, 1] if SCALAR_D
+    A_ptr,  # [B, GROUPS, K+1, K+1]: A if SCALAR_D, else M_c
+    step_ptr,  # [B, S, C, K+1]
+    u_ptr,  # [B, S, C, K+1]: −2au
+    wide_ptr,  # [B]
+    grad_x_ptr,  # [S, B, C, M]
+    grad_F_ptr,  # [B, K, M]
+    grad_d_ptr,  # [B, C, M], or [B, SPLITS] of −Σ az² if SCALAR_D
+    zF_ptr,  # [B, SPLITS, S, C, K+1], written if RIDERS
+    S,
+    B,
+    M,
+    SPLITS,
+    COLUMNS,
+    stride_fb,
+    stride_fk,
+    stride_fn,
+    stride_db,
+    stride_dc,
+    stride_dn,
+    stride_gb,
+    stride_gk,
+    stride_gn,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    RIDERS: tl.constexpr,  # S, if each of the S·C columns has sums in registers, else 0
+    NEED_X: tl.constexpr,
+    SCALAR_D: tl.constexpr,
+    WIDE: tl.constexpr,
+    FLAGGED: tl.constexpr,
+    SPLIT_TF32: tl.constexpr,
+    KEPT: tl.constexpr,
+    TILES: tl.constexpr,
+    ALIGN: tl.constexpr,
+    NARROW: tl.constexpr,
+    LAST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    item = (pid // SPLITS).to(tl.int64)
+    pid_s = pid % SPLITS
+    if FLAGGED:  # noqa: SIM102  (decided when compiling)
+        if (tl.load(wide_ptr + item) != 0) != WIDE:
+            return
+    if ALIGN > 1:
+        M = tl.multiple_of(M, ALIGN)
+        stride_fb = tl.multiple_of(stride_fb, ALIGN)
+        stride_fk = tl.multiple_of(stride_fk, ALIGN)
+        stride_gb = tl.multiple_of(stride_gb, ALIGN)
+        stride_gk = tl.multiple_of(stride_gk, ALIGN)
+        if not SCALAR_D:
+            stride_db = tl.multiple_of(stride_db, ALIGN)
+            stride_dc = tl.multiple_of(stride_dc, ALIGN)
+    KT: tl.constexpr = K + 1
+    GROUPS: tl.constexpr = 1 if SCALAR_D else C
+    KEPT_A: tl.constexpr = KEPT and not WIDE
+    kind: tl.constexpr = tl.float64 if WIDE else tl.float32
+    F_ptr += item * stride_fb
+    grad_F_ptr += item * stride_gb
+    A_ptr += item * GROUPS * KT * KT
+    step_ptr += item * S * C * KT
+    u_ptr += item * S * C * KT
+    offs_k = tl.arange(0, BLOCK_K)
+    b = tl.load(b_ptr + item).to(kind)
+    d_inv = 0.0
+    if SCALAR_D:
+        d_inv = 1.0 / tl.load(d_ptr + item * stride_db).to(kind)
+    # What every tile needs again stays in registers, where it fits: for each channel A and the vectors of each sample.
+    kept = ()
+    for c in tl.static_range(C if KEPT else 0):
+        A = ()
+        if KEPT_A and c < GROUPS:
+            inside = (offs_k < K)[:, None] & (offs_k < K)[None, :]
+            whole = tl.load(A_ptr + c * KT * KT + offs_k[:, None] * KT + offs_k[None, :], mask=inside, other=0.0)
+            high, low = split(whole)
+            A = (whole, high, low)
+        step = ()
+        u = ()
+        for s in tl.static_range(RIDERS):
+            where = (s * C + c) * KT + offs_k
+            step = step + (tl.load(step_ptr + where, mask=offs_k < K, other=0.0),)  # noqa: RUF005
+            u = u + (tl.load(u_ptr + where, mask=offs_k < K, other=0.0),)  # noqa: RUF005
+        kept = kept + ((A, step, u),)  # noqa: RUF005
+    zF = nothing(RIDERS * C * TILES, BLOCK_K, BLOCK_N // WIDTH, kind)
+    z_ones = nothing(RIDERS * C, 1, BLOCK_N // WIDTH, kind)
+    az2_sum = tl.zeros((BLOCK_N,), tl.float64)
+    vectors = (a_ptr + item * S, r_ptr, step_ptr, u_ptr, grad_x_ptr)
+    matrices = (A_ptr, d_ptr + item * stride_db, grad_d_ptr, stride_dc, stride_dn, d_inv)
+    start = pid_s * COLUMNS
+    for n in range(start, min(start + COLUMNS, M), BLOCK_N):
+        features = (F_ptr, n, M, stride_fk, stride_fn)
+        mask_n = (n + tl.arange(0, BLOCK_N)) < M
+        added = ()
+        added_ones = ()
+        for tile in tl.static_range(TILES):
+            offs_t = tile * BLOCK_K + offs_k
+            F = _tile(features, offs_t, K, NARROW, BLOCK_N, kind)
+            if SCALAR_D:
+                grad_F, _ = _rows(
+                    A_ptr, kept[0][0] if KEPT_A else None, F, features, offs_t, K, KEPT_A, SPLIT_TF32, TILES, NARROW
+                )
+            else:
+                grad_F = tl.zeros((BLOCK_K, BLOCK_N), kind)
+            az2 = tl.zeros((BLOCK_N,), tl.float64)
+            if RIDERS > 0:
+                for c in tl.static_range(C):
+                    grad_F, az2, scores = _channel(
+                        grad_F, az2, c, b, item, vectors, matrices, kept[c] if KEPT else None, F, features, offs_t,
+                        S, B, K, C, RIDERS, tile == 0, NEED_X, SCALAR_D, SPLIT_TF32, KEPT, TILES, NARROW,
+                    )  # fmt: skip
+                    for s in tl.static_range(RIDERS):
+                        z = scores[s][None, :]
+                        added = added + (zF[(tile * C + c) * RIDERS + s] + fold(F * z, WIDTH, LAST),)  # noqa: RUF005
+                        if tile == 0:
+                            added_ones = added_ones + (z_ones[c * RIDERS + s] + fold(z, WIDTH, LAST),)  # noqa: RUF005
+            else:
+                for c in range(C):
+                    grad_F, az2, scores = _channel(
+                        grad_F, az2, c, b, item, vectors, matrices, None, F, features, offs_t,
+                        S, B, K, C, 0, tile == 0, NEED_X, SCALAR_D, SPLIT_TF32, False, TILES, NARROW,
+                    )  # fmt: skip
+            if tile == 0:
+                az2_sum += az2
+            offsets = tile_offsets(offs_t, stride_gk, stride_gn, NARROW, BLOCK_N)
+            tile_ptr = grad_F_ptr + tl.full((), 1, tl.int64) * n * stride_gn
+            tl.store(tile_ptr + offsets, narrow(grad_F, grad_F_ptr), mask=(offs_t < K)[:, None] & mask_n[None, :])
+        zF = added
+        z_ones = added_ones
+    out = item * SPLITS + pid_s
+    if SCALAR_D:
+        tl.store(grad_d_ptr + out, -tl.sum(az2_sum, 0))
+    one = tl.arange(0, 1)
+    for c in tl.static_range(C if RIDERS > 0 else 0):
+        for s in tl.static_range(RIDERS):
+            zF_row = zF_ptr + ((out * RIDERS + s) * C + c) * KT
+            tl.store(zF_row + K + one, tl.sum(z_ones[c * RIDERS + s], 1))
+            for tile in tl.static_range(TILES):
+                offs_t = tile * BLOCK_K + offs_k
+                tl.store(zF_row + offs_t, tl.sum(zF[(tile * C + c) * RIDERS + s], 1), mask=offs_t < K)
+
+
+def gradients(
+    a: Tensor,
+    b: Tensor,
+    r: Tensor,
+    F: Tensor,
+    d: Tensor,
+    A: Tensor,
+    step: Tensor,
+    u: Tensor,
+    wide: Tensor,
+    grads: tuple[Tensor | None, Tensor, Tensor],
+    zF: Tensor,
+    columns: int,
+    kind: str,
+    flagged: bool,
+) -> None:
+    """Fills `grads` of x, F and d (−Σ az² [B, SPLITS], if d is one value), and zF [B, SPLITS, S, C, K+1] if it rides.
+
+    A, step and u (−2au) are of the kind of the products, everything else as the kernel has it.
+    """
+    (S, B, C, M), K, P = r.shape, F.shape[1], F.mT
+    grad_x, grad_F, grad_d = grads
+    is_wide, scalar_d = kind == "float64", one_value(d)
+    block_k = common.padded_rank(K) if K <= common.FUSED_R else common.TILED_R
+    block = BLOCKS[block_k]
+    block_n = WIDE_COLUMNS if is_wide else block.columns
+    tiles = common.ceil_div(K, block_k)
+    align = min(common.alignment(P, r, d), common.alignment(grad_F.mT, r))
+    last = channels_last(F)
+    common.launch(
+        linear_backward_kernel,
+        (B * zF.shape[1],),
+        block.num_warps,
+        a_ptr=a,
+        b_ptr=b,
+        r_ptr=r,
+        F_ptr=F,
+        d_ptr=d,
+        A_ptr=A,
+        step_ptr=step,
+        u_ptr=u,
+        wide_ptr=wide.view(torch.uint8),
+        grad_x_ptr=grad_x if grad_x is not None else r,
+        grad_F_ptr=grad_F,
+        grad_d_ptr=grad_d,
+        zF_ptr=zF,
+        S=S,
+        B=B,
+        M=M,
+        SPLITS=zF.shape[1],
+        COLUMNS=columns,
+        stride_fb=F.stride(0),
+        stride_fk=F.stride(1),
+        stride_fn=F.stride(2),
+        stride_db=d.stride(0),
+        stride_dc=d.stride(1),
+        stride_dn=d.stride(2),
+        stride_gb=grad_F.stride(0),
+        stride_gk=grad_F.stride(1),
+        stride_gn=grad_F.stride(2),
+        K=K,
+        C=C,
+        RIDERS=S if rides(S, C) else 0,
+        NEED_X=grad_x is not None,
+        SCALAR_D=scalar_d,
+        WIDE=is_wide,
+        FLAGGED=flagged,
+        SPLIT_TF32=kind == "tf32",
+        KEPT=tiles == 1 and (scalar_d or rides(S, C)),
+        TILES=tiles,
+        ALIGN=align,
+        NARROW=common.narrow_offsets(P, block_n) and common.narrow_offsets(grad_F.mT, block_n),
+        LAST=last,
+        WIDTH=width(align, last, block_n, min(block_n, 32 * block.num_warps // max(1, block_k // 4))),
+        BLOCK_K=block_k,
+        BLOCK_N=block_n,
+    )
+
+
+def rides(S: int, C: int) -> bool:
+    """Whether F̃z of every column is added up on the way."""
+    return 0 < S * C <= MAX_RIDERS
+
+
+def splits(F: Tensor) -> tuple[int, int]:
+    """Programs for one item, and the columns of each, the same with products of any kind."""
+    B, K, M = F.shape
+    block_k = common.padded_rank(K) if K <= common.FUSED_R else common.TILED_R
+    columns = columns_per_program(M, B, 16 * K, BLOCKS[block_k].columns)
+    return max(1, common.ceil_div(M, columns)), columns
+
+
+__all__ = ["gradients", "rides", "splits"]
