@@ -19,17 +19,21 @@ from .linear_common import channels_last, columns_per_program, fold, nothing, on
 # By padded number of features: one warp and at most 32 values of F in the registers of a lane, in float64.
 BLOCKS = {16: Block(1, 64), 32: Block(1, 32), 64: Block(1, 16), 128: Block(2, 16)}
 
+# Rows of one piece of a tile where features are neighbours in memory. Triton lays a warp out along them first: a tile of
+# 64 rows would have 16 lanes for each sum over features, a piece of 32 has 8, and pieces are added before lanes are.
+PIECE = 32
+
 
 @triton.jit
 def linear_residual_kernel(
     x_ptr,  # [S, B, C, M]
     loc_ptr,  # [S or 1, B, C, M], read if WITH_LOC
     F_ptr,  # [B, K, M]
-    d_ptr,  # [B, C, M], or [B, 1, 1] if SCALAR_D; the diagonal of D⁻¹ if INVERTED
+    d_ptr,  # [B, C, M], not read if SCALAR_D; the diagonal of D⁻¹ if INVERTED
     u_ptr,  # [B, S·C, K+1], read if WITH_U
     r_ptr,  # [S, B, C, M], written if WITH_R
-    g_ptr,  # [B, SPLITS, S·C, K+1], F̃D⁻¹r
-    q_ptr,  # [B, SPLITS, S·C], rᵀD⁻¹r
+    g_ptr,  # [B, SPLITS, S·C, K+1], F̃D⁻¹r; F̃r if SCALAR_D
+    q_ptr,  # [B, SPLITS, S·C], or ROUNDS if ONE_SAMPLE, rᵀD⁻¹r; rᵀr if SCALAR_D
     B,
     C,
     M,
@@ -53,6 +57,8 @@ def linear_residual_kernel(
     stride_dn,
     K: tl.constexpr,
     RIDERS: tl.constexpr,
+    RAGGED: tl.constexpr,  # whether the last round has fewer columns
+    ONE_SAMPLE: tl.constexpr,
     WITH_LOC: tl.constexpr,
     WITH_U: tl.constexpr,
     WITH_R: tl.constexpr,
@@ -63,7 +69,8 @@ def linear_residual_kernel(
     NARROW: tl.constexpr,
     LAST: tl.constexpr,
     WIDTH: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    PIECES: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # of a piece
     BLOCK_N: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -88,32 +95,33 @@ def linear_residual_kernel(
     F_ptr += b * stride_fb
     d_ptr += b * stride_db
     offs_k = tl.arange(0, BLOCK_K)
-    offs_g = pid_g * BLOCK_K + offs_k
+    offs_g = pid_g * PIECES * BLOCK_K + offs_k
     u_ptr += (b * COUNT + first) * KT
-    if SCALAR_D:
-        d_one = tl.load(d_ptr).to(tl.float64)
-        d_inv = d_one if INVERTED else 1.0 / d_one
     u = ()
     if WITH_U and TILES == 1:
-        for j in tl.static_range(RIDERS):
-            inside = (offs_k < K) & (first + j < COUNT)
-            u = u + (tl.load(u_ptr + j * KT + offs_k, mask=inside, other=0.0),)  # noqa: RUF005
-    g = nothing(RIDERS, BLOCK_K, BLOCK_N // WIDTH, tl.float64)
+        for at in tl.static_range(RIDERS * PIECES):
+            offs = at % PIECES * BLOCK_K + offs_k
+            inside = (offs < K) & (first + at // PIECES < COUNT) if RAGGED else offs < K
+            u = u + (tl.load(u_ptr + at // PIECES * KT + offs, mask=inside, other=0.0),)  # noqa: RUF005
+    g = nothing(RIDERS * PIECES, BLOCK_K, BLOCK_N // WIDTH, tl.float64)
     g_ones = nothing(RIDERS, 1, BLOCK_N // WIDTH, tl.float64)
-    q = nothing(RIDERS, 1, BLOCK_N // WIDTH, tl.float64)
+    q = nothing(1 if ONE_SAMPLE else RIDERS, 1, BLOCK_N // WIDTH, tl.float64)
     start = pid_s * COLUMNS
     for n in range(start, min(start + COLUMNS, M), BLOCK_N):
         offs_n = n + tl.arange(0, BLOCK_N)
         columns = offs_n.to(tl.int64)
-        F = load_tile(F_ptr, offs_g, n, M, stride_fk, stride_fn, K, NARROW, BLOCK_N).to(tl.float64)
+        F = ()
+        for p in tl.static_range(PIECES):
+            piece = load_tile(F_ptr, offs_g + p * BLOCK_K, n, M, stride_fk, stride_fn, K, NARROW, BLOCK_N)
+            F = F + (piece.to(tl.float64),)  # noqa: RUF005
         added = ()
         added_ones = ()
         added_q = ()
         for j in tl.static_range(RIDERS):
             column = first + j
-            s = (column // C).to(tl.int64)
-            c = (column % C).to(tl.int64)
-            mask = (offs_n < M) & (column < COUNT)
+            s = (column * 0 if ONE_SAMPLE else column // C).to(tl.int64)
+            c = (column if ONE_SAMPLE else column % C).to(tl.int64)
+            mask = (offs_n < M) & (column < COUNT) if RAGGED else offs_n < M
             x_row = x_ptr + s * stride_xs + b * stride_xb + c * stride_xc
             r = tl.load(x_row + columns * stride_xn, mask=mask, other=0.0).to(tl.float64)
             if WITH_LOC:
@@ -122,38 +130,52 @@ def linear_residual_kernel(
             if WITH_U:
                 r -= tl.load(u_ptr + j * KT + K, mask=column < COUNT, other=0.0)
                 if TILES == 1:
-                    r -= tl.sum(F * u[j][:, None], 0)
+                    Fu = F[0] * u[j * PIECES][:, None]
+                    for p in tl.static_range(1, PIECES):
+                        Fu += F[p] * u[j * PIECES + p][:, None]
                 else:
-                    for tile in range(TILES):
+                    Fu = tl.zeros((BLOCK_K, BLOCK_N), tl.float64)
+                    for tile in range(TILES * PIECES):
                         offs_t = tile * BLOCK_K + offs_k
                         inside = (offs_t < K) & (column < COUNT)
                         u_t = tl.load(u_ptr + j * KT + offs_t, mask=inside, other=0.0)
-                        F_t = load_tile(F_ptr, offs_t, n, M, stride_fk, stride_fn, K, NARROW, BLOCK_N).to(tl.float64)
-                        r -= tl.sum(F_t * u_t[:, None], 0)
+                        F_t = load_tile(F_ptr, offs_t, n, M, stride_fk, stride_fn, K, NARROW, BLOCK_N)
+                        Fu += F_t.to(tl.float64) * u_t[:, None]
+                r -= tl.sum(Fu, 0)
             r = tl.where(mask, r, 0.0)
             if WITH_R:
-                if pid_g == 0:
-                    r_row = r_ptr + ((s * B + b) * C + c) * M
-                    tl.store(r_row + columns, narrow(r, r_ptr), mask=mask)
+                r_row = r_ptr + ((s * B + b) * C + c) * M
+                tl.store(r_row + columns, narrow(r, r_ptr), mask=mask if TILES == 1 else mask & (pid_g == 0))
             if SCALAR_D:
-                z = r * d_inv
+                z = r
             else:
                 d = tl.load(d_ptr + c * stride_dc + columns * stride_dn, mask=mask, other=1.0)
                 z = r * (d.to(tl.float64) if INVERTED else reciprocal(d))
-            added = added + (g[j] + fold(F * z[None, :], WIDTH, LAST),)  # noqa: RUF005
+            for p in tl.static_range(PIECES):
+                added = added + (g[j * PIECES + p] + fold(F[p] * z[None, :], WIDTH, LAST),)  # noqa: RUF005
             added_ones = added_ones + (g_ones[j] + fold(z[None, :], WIDTH, LAST),)  # noqa: RUF005
-            added_q = added_q + (q[j] + fold((r * z)[None, :], WIDTH, LAST),)  # noqa: RUF005
+            if ONE_SAMPLE:
+                q = (q[0] + fold((r * z)[None, :], WIDTH, LAST),)
+            else:
+                added_q = added_q + (q[j] + fold((r * z)[None, :], WIDTH, LAST),)  # noqa: RUF005
         g = added
         g_ones = added_ones
-        q = added_q
+        if not ONE_SAMPLE:
+            q = added_q
     out = (b * SPLITS + pid_s) * COUNT + first
     one = tl.arange(0, 1)
     for j in tl.static_range(RIDERS):
         valid = first + j < COUNT
-        tl.store(g_ptr + (out + j) * KT + offs_g, tl.sum(g[j], 1), mask=(offs_g < K) & valid)
+        for p in tl.static_range(PIECES):
+            offs = offs_g + p * BLOCK_K
+            tl.store(g_ptr + (out + j) * KT + offs, tl.sum(g[j * PIECES + p], 1), mask=(offs < K) & valid)
         if pid_g == 0:
             tl.store(g_ptr + (out + j) * KT + K + one, tl.sum(g_ones[j], 1), mask=valid)
-            tl.store(q_ptr + out + j + one, tl.sum(q[j], 1), mask=valid)
+            if ONE_SAMPLE:
+                if j == 0:
+                    tl.store(q_ptr + pid + one, tl.sum(q[0], 1))
+            else:
+                tl.store(q_ptr + out + j + one, tl.sum(q[j], 1), mask=valid)
 
 
 def sums(
@@ -166,15 +188,15 @@ def sums(
     (S, B, C, M), K, P = x.shape, F.shape[1], F.mT
     block_k = min(common.padded_rank(K), common.FUSED_R)
     block = BLOCKS[block_k]
+    tiles, last = common.ceil_div(K, block_k), channels_last(F)
+    piece = min(block_k, PIECE) if last else block_k
     count, rounds = riders(S * C)
     align = common.alignment(P, x, *([] if loc is None else [loc]), d)
-    last = channels_last(F)
-    lanes = min(block.columns, 32 * block.num_warps // max(1, block_k // 4))
+    lanes = min(block.columns, 32 * block.num_warps // (piece // 4))
     columns = columns_per_program(M, B, 128 * S * C, block.columns)
     splits = max(1, common.ceil_div(M, columns))
     g = F.new_empty(B, splits, S * C, K + 1, dtype=torch.float64)
-    q = F.new_empty(B, splits, S * C, dtype=torch.float64)
-    tiles = common.ceil_div(K, block_k)
+    q = F.new_empty(B, splits, rounds if S == 1 else S * C, dtype=torch.float64)
     shift = x if loc is None else loc
     common.launch(
         linear_residual_kernel,
@@ -211,6 +233,8 @@ def sums(
         stride_dn=d.stride(2),
         K=K,
         RIDERS=count,
+        RAGGED=count * rounds != S * C,
+        ONE_SAMPLE=S == 1,
         WITH_LOC=loc is not None,
         WITH_U=u is not None,
         WITH_R=r is not None,
@@ -221,10 +245,15 @@ def sums(
         NARROW=common.narrow_offsets(P, block.columns),
         LAST=last,
         WIDTH=width(align, last, block.columns, lanes),
-        BLOCK_K=block_k,
+        PIECES=block_k // piece,
+        BLOCK_K=piece,
         BLOCK_N=block.columns,
     )
-    return g.sum(1).unflatten(1, (S, C)), q.sum(1).unflatten(1, (S, C)).sum(2)
+    g, q = g.sum(1).unflatten(1, (S, C)), q.sum(1).unflatten(1, (S, rounds if S == 1 else C)).sum(2)
+    if one_value(d):
+        precision = d[:, :, 0].double() if inverted else d[:, :, 0].double().reciprocal()
+        g, q = g * precision[:, :, None, None], q * precision
+    return g, q
 
 
 __all__ = ["sums"]
