@@ -128,13 +128,14 @@ def linear_mahalanobis_and_logdet_backward(
     A = torch.matmul(W64.mT, C_inv_W)  # M_c
     if scalar_d:
         A = 2 * b[:, None, None, None] / d.double().unsqueeze(-1) * A.sum(1, keepdim=True)
-    splits, columns = linear_backward.splits(F)
+    splits, columns = linear_backward.splits(F, d)
     rides = linear_backward.rides(S, C)
     grad_x = torch.empty_like(residual, memory_format=torch.contiguous_format) if need_x else residual.new_empty(0)
     grad_F = torch.empty_like(F)
     sums = F.new_empty(B, splits, dtype=torch.float64)
     grad_d = torch.empty_like(d, memory_format=torch.contiguous_format)
     zF = F.new_empty(B, splits, S if rides else 0, C, K + 1, dtype=torch.float64)
+    A = torch.nn.functional.pad(A, (0, -(K + 1) % 4))  # rows that can be read four values at a time
     small = A.contiguous(), u_step.contiguous(), minus_2au.contiguous()
     grads = grad_x if need_x else None, grad_F, sums if scalar_d else grad_d
     rest = wide, grads, zF, columns

@@ -23,8 +23,18 @@ from .backward import _product
 from .common import Block, load_tile, narrow, split, tile_offsets
 from .linear_common import MAX_RIDERS, channels_last, columns_per_program, fold, nothing, one_value, width
 
-# By padded number of features.
-BLOCKS = {16: Block(1, 64), 32: Block(1, 32), 64: Block(4, 64), 128: Block(8, 32)}
+# By padded number of features, and whether d is one value: M_c of each channel is loaded for every tile then, and needs
+# registers that the columns of a wider one would have.
+BLOCKS = {
+    (16, True): Block(1, 64),
+    (16, False): Block(1, 64),
+    (32, True): Block(1, 32),
+    (32, False): Block(1, 32),
+    (64, True): Block(4, 64),
+    (64, False): Block(4, 32),
+    (128, True): Block(8, 32),
+    (128, False): Block(8, 32),
+}
 WIDE_COLUMNS = 16
 
 
@@ -43,13 +53,13 @@ def _rows(
     features,
     offs_t,
     K: tl.constexpr,
+    LD: tl.constexpr,
     KEPT: tl.constexpr,
     SPLIT_TF32: tl.constexpr,
     TILES: tl.constexpr,
     NARROW: tl.constexpr,
 ):
     """Rows offs_t of AF̃, and the column of A that meets the row of ones; F is the tile, if there is only one."""
-    KT: tl.constexpr = K + 1
     BLOCK_K: tl.constexpr = F.shape[0]
     BLOCK_N: tl.constexpr = F.shape[1]
     T = tl.zeros((BLOCK_K, BLOCK_N), F.dtype)
@@ -57,7 +67,7 @@ def _rows(
         F_ptr, n, M, stride_fk, stride_fn = features
         offs_n = n + tl.arange(0, BLOCK_N)
         for k in range(K):
-            A_k = tl.load(A_ptr + k * KT + offs_t, mask=offs_t < K, other=0.0)
+            A_k = tl.load(A_ptr + k * LD + offs_t, mask=offs_t < K, other=0.0)
             row = F_ptr + tl.full((), 1, tl.int64) * k * stride_fk
             F_k = tl.load(row + offs_n.to(tl.int64) * stride_fn, mask=offs_n < M, other=0.0).to(tl.float64)
             T += A_k[:, None] * F_k[None, :]
@@ -67,11 +77,11 @@ def _rows(
         for other in range(TILES):
             offs_o = other * BLOCK_K + tl.arange(0, BLOCK_K)
             inside = (offs_t < K)[:, None] & (offs_o < K)[None, :]
-            A_t = tl.load(A_ptr + offs_t[:, None] * KT + offs_o[None, :], mask=inside, other=0.0)
+            A_t = tl.load(A_ptr + offs_t[:, None] * LD + offs_o[None, :], mask=inside, other=0.0)
             high, low = split(A_t)
             F_o = _tile(features, offs_o, K, NARROW, BLOCK_N, tl.float32) if TILES > 1 else F
             T += _product(high, low, A_t, F_o, SPLIT_TF32)
-    constant = tl.load(A_ptr + K * KT + offs_t, mask=offs_t < K, other=0.0)
+    constant = tl.load(A_ptr + K * LD + offs_t, mask=offs_t < K, other=0.0)
     return T + constant[:, None], constant
 
 
@@ -81,6 +91,7 @@ def _quadratic(
     features,
     F,
     K: tl.constexpr,
+    LD: tl.constexpr,
     SPLIT_TF32: tl.constexpr,
     TILES: tl.constexpr,
     NARROW: tl.constexpr,
@@ -90,7 +101,7 @@ def _quadratic(
     for tile in range(TILES):
         offs_t = tile * F.shape[0] + tl.arange(0, F.shape[0])
         F_t = _tile(features, offs_t, K, NARROW, F.shape[1], F.dtype)
-        T, constant = _rows(A_ptr, (), F_t, features, offs_t, K, False, SPLIT_TF32, TILES, NARROW)
+        T, constant = _rows(A_ptr, (), F_t, features, offs_t, K, LD, False, SPLIT_TF32, TILES, NARROW)
         total += tl.sum((T + constant[:, None]) * F_t, 0)
     return total
 
@@ -124,83 +135,82 @@ def _score(
 
 
 @triton.jit
-def _channel(
+def _column(
     grad_F,
-    az2_sum,
+    az2,
+    s,
     c,
-    b,
     item,
     vectors,  # pointers to a, r, step, −2au and grad_x
-    matrices,  # pointers to A, d, grad_d; strides of d; 1/d if it is one value
-    kept,  # A, and the rows of step and −2au of each sample, if KEPT
+    kept,  # the rows of step and −2au, if KEPT
+    d_inv,
     F,
     features,
     offs_t,
-    S,
     B,
     K: tl.constexpr,
     C: tl.constexpr,
-    RIDERS: tl.constexpr,
     FIRST: tl.constexpr,
     NEED_X: tl.constexpr,
-    SCALAR_D: tl.constexpr,
-    SPLIT_TF32: tl.constexpr,
     KEPT: tl.constexpr,
     TILES: tl.constexpr,
     NARROW: tl.constexpr,
 ):
-    """What one channel adds to a tile of grad_F; FIRST, the first tile of a pixel, writes grad_x and grad_d."""
+    """What one column adds to a tile of grad_F and to az², and its z; FIRST, the first tile of a pixel, writes grad_x."""
     a_ptr, r_ptr, step_ptr, u_ptr, grad_x_ptr = vectors
-    A_ptr, d_ptr, grad_d_ptr, stride_dc, stride_dn, d_inv = matrices
-    KT: tl.constexpr = K + 1
-    VECTORS: tl.constexpr = KEPT and RIDERS > 0
-    M = features[2]
     offs_n = features[1] + tl.arange(0, F.shape[1])
-    mask_n = offs_n < M
-    at = tl.full((), 1, tl.int64) * c
-    if not SCALAR_D:
-        d_row = d_ptr + at * stride_dc
-        d_inv = 1.0 / tl.load(d_row + offs_n.to(tl.int64) * stride_dn, mask=mask_n, other=1.0).to(F.dtype)
-    az2 = tl.zeros((F.shape[1],), F.dtype)
-    scores = ()
-    if RIDERS > 0:
-        for s in tl.static_range(RIDERS):
-            row = ((tl.full((), s, tl.int64) * B + item) * C + c) * M
-            where = (s * C + c) * KT
-            z = _score(r_ptr + row, step_ptr + where, kept[1][s] if VECTORS else None, d_inv, F, features, K, VECTORS, TILES, NARROW)
-            u = kept[2][s] if VECTORS else tl.load(u_ptr + where + offs_t, mask=offs_t < K, other=0.0)
-            az = tl.load(a_ptr + s).to(F.dtype) * z
-            grad_F += u[:, None] * z[None, :]
-            az2 += az * z
-            if FIRST and NEED_X:
-                tl.store(grad_x_ptr + row + offs_n, narrow(2.0 * az, grad_x_ptr), mask=mask_n)
-            scores = scores + (z,)  # noqa: RUF005
-    else:
-        for s in range(S):
-            row = ((tl.full((), 1, tl.int64) * s * B + item) * C + c) * M
-            where = (s * C + c) * KT
-            z = _score(r_ptr + row, step_ptr + where, None, d_inv, F, features, K, False, TILES, NARROW)
-            u = tl.load(u_ptr + where + offs_t, mask=offs_t < K, other=0.0)
-            az = tl.load(a_ptr + s).to(F.dtype) * z
-            grad_F += u[:, None] * z[None, :]
-            az2 += az * z
-            if FIRST and NEED_X:
-                tl.store(grad_x_ptr + row + offs_n, narrow(2.0 * az, grad_x_ptr), mask=mask_n)
-    if SCALAR_D:
-        az2_sum += az2.to(tl.float64)
-    else:
-        A_ptr += at * KT * KT
-        T, constant = _rows(A_ptr, kept[0] if KEPT else None, F, features, offs_t, K, KEPT, SPLIT_TF32, TILES, NARROW)
-        grad_F += T * (2.0 * b * d_inv)[None, :]
-        if FIRST:
-            if TILES > 1:
-                form = _quadratic(A_ptr, features, F, K, SPLIT_TF32, TILES, NARROW)
-            else:
-                form = tl.sum((T + constant[:, None]) * F, 0)
-            pi = d_inv - (form + tl.load(A_ptr + K * KT + K)) * d_inv * d_inv
-            where = (item * C + c) * M + offs_n
-            tl.store(grad_d_ptr + where, narrow(b * pi - az2, grad_d_ptr), mask=mask_n)
-    return grad_F, az2_sum, scores
+    row = ((tl.full((), 1, tl.int64) * s * B + item) * C + c) * features[2]
+    where = (s * C + c) * (K + 1)
+    step = kept[0] if KEPT else None
+    z = _score(r_ptr + row, step_ptr + where, step, d_inv, F, features, K, KEPT, TILES, NARROW)
+    u = kept[1] if KEPT else tl.load(u_ptr + where + offs_t, mask=offs_t < K, other=0.0)
+    az = tl.load(a_ptr + s).to(F.dtype) * z
+    if FIRST and NEED_X:
+        tl.store(grad_x_ptr + row + offs_n, narrow(2.0 * az, grad_x_ptr), mask=offs_n < features[2])
+    return grad_F + u[:, None] * z[None, :], az2 + az * z, z
+
+
+@triton.jit
+def _precision(diagonal, c, F, features):
+    """1/d of a tile's pixels in channel c."""
+    d_ptr, stride_dc, stride_dn = diagonal
+    offs_n = features[1] + tl.arange(0, F.shape[1])
+    where = tl.full((), 1, tl.int64) * c * stride_dc + offs_n.to(tl.int64) * stride_dn
+    return 1.0 / tl.load(d_ptr + where, mask=offs_n < features[2], other=1.0).to(F.dtype)
+
+
+@triton.jit
+def _curvature(
+    grad_F,
+    az2,
+    c,
+    b,
+    A_ptr,
+    grad_d_ptr,  # of the item
+    d_inv,
+    F,
+    features,
+    offs_t,
+    K: tl.constexpr,
+    LD: tl.constexpr,
+    FIRST: tl.constexpr,
+    SPLIT_TF32: tl.constexpr,
+    TILES: tl.constexpr,
+    NARROW: tl.constexpr,
+):
+    """grad_F + 2b M_cF̃D_c⁻¹; FIRST writes grad_d of channel c."""
+    A_ptr += tl.full((), 1, tl.int64) * c * (K + 1) * LD
+    T, constant = _rows(A_ptr, (), F, features, offs_t, K, LD, False, SPLIT_TF32, TILES, NARROW)
+    if FIRST:
+        if TILES > 1:
+            form = _quadratic(A_ptr, features, F, K, LD, SPLIT_TF32, TILES, NARROW)
+        else:
+            form = tl.sum((T + constant[:, None]) * F, 0)
+        pi = d_inv - (form + tl.load(A_ptr + K * LD + K)) * d_inv * d_inv
+        offs_n = features[1] + tl.arange(0, F.shape[1])
+        where = tl.full((), 1, tl.int64) * c * features[2] + offs_n
+        tl.store(grad_d_ptr + where, narrow(b * pi - az2, grad_d_ptr), mask=offs_n < features[2])
+    return grad_F + T * (2.0 * b * d_inv)[None, :]
 
 
 @triton.jit
@@ -210,7 +220,7 @@ def linear_backward_kernel(
     r_ptr,  # [S, B, C, M]
     F_ptr,  # [B, K, M]
     d_ptr,  # [B, C, M], or [B, 1, 1] if SCALAR_D
-    A_ptr,  # [B, GROUPS, K+1, K+1]: A if SCALAR_D, else M_c
+    A_ptr,  # [B, GROUPS, K+1, LD]: A if SCALAR_D, else M_c
     step_ptr,  # [B, S, C, K+1]
     u_ptr,  # [B, S, C, K+1]: −2au
     wide_ptr,  # [B]
@@ -234,6 +244,7 @@ def linear_backward_kernel(
     stride_gn,
     K: tl.constexpr,
     C: tl.constexpr,
+    LD: tl.constexpr,
     RIDERS: tl.constexpr,  # S, if each of the S·C columns has sums in registers, else 0
     NEED_X: tl.constexpr,
     SCALAR_D: tl.constexpr,
@@ -266,43 +277,37 @@ def linear_backward_kernel(
             stride_dc = tl.multiple_of(stride_dc, ALIGN)
     KT: tl.constexpr = K + 1
     GROUPS: tl.constexpr = 1 if SCALAR_D else C
-    KEPT_A: tl.constexpr = KEPT and not WIDE
     kind: tl.constexpr = tl.float64 if WIDE else tl.float32
     F_ptr += item * stride_fb
     grad_F_ptr += item * stride_gb
-    A_ptr += item * GROUPS * KT * KT
+    A_ptr += item * GROUPS * KT * LD
     step_ptr += item * S * C * KT
     u_ptr += item * S * C * KT
     offs_k = tl.arange(0, BLOCK_K)
     b = tl.load(b_ptr + item).to(kind)
-    d_inv = 0.0
     if SCALAR_D:
-        d_inv = 1.0 / tl.load(d_ptr + item * stride_db).to(kind)
-    # What every tile needs again stays in registers, where it fits: for each channel A and the vectors of each sample.
+        d_inv_one = 1.0 / tl.load(d_ptr + item * stride_db).to(kind)
+    # What every tile needs again stays in registers: A if there is one, and the vectors of the columns that ride along.
+    kept_A = ()
+    if KEPT and SCALAR_D and not WIDE:
+        inside = (offs_k < K)[:, None] & (offs_k < K)[None, :]
+        whole = tl.load(A_ptr + offs_k[:, None] * LD + offs_k[None, :], mask=inside, other=0.0)
+        high, low = split(whole)
+        kept_A = (whole, high, low)
     kept = ()
-    for c in tl.static_range(C if KEPT else 0):
-        A = ()
-        if KEPT_A and c < GROUPS:
-            inside = (offs_k < K)[:, None] & (offs_k < K)[None, :]
-            whole = tl.load(A_ptr + c * KT * KT + offs_k[:, None] * KT + offs_k[None, :], mask=inside, other=0.0)
-            high, low = split(whole)
-            A = (whole, high, low)
-        step = ()
-        u = ()
-        for s in tl.static_range(RIDERS):
-            where = (s * C + c) * KT + offs_k
-            step = step + (tl.load(step_ptr + where, mask=offs_k < K, other=0.0),)  # noqa: RUF005
-            u = u + (tl.load(u_ptr + where, mask=offs_k < K, other=0.0),)  # noqa: RUF005
-        kept = kept + ((A, step, u),)  # noqa: RUF005
+    for j in tl.static_range(RIDERS * C if KEPT else 0):
+        step = tl.load(step_ptr + j * KT + offs_k, mask=offs_k < K, other=0.0)
+        kept = kept + ((step, tl.load(u_ptr + j * KT + offs_k, mask=offs_k < K, other=0.0)),)  # noqa: RUF005
     zF = nothing(RIDERS * C * TILES, BLOCK_K, BLOCK_N // WIDTH, kind)
     z_ones = nothing(RIDERS * C, 1, BLOCK_N // WIDTH, kind)
-    az2_sum = tl.zeros((BLOCK_N,), tl.float64)
+    az2_sum = tl.zeros((1, BLOCK_N // WIDTH), tl.float64)
     vectors = (a_ptr + item * S, r_ptr, step_ptr, u_ptr, grad_x_ptr)
-    matrices = (A_ptr, d_ptr + item * stride_db, grad_d_ptr, stride_dc, stride_dn, d_inv)
+    diagonal = (d_ptr + item * stride_db, stride_dc, stride_dn)
+    if not SCALAR_D:
+        grad_d_ptr += item * C * M
     start = pid_s * COLUMNS
     for n in range(start, min(start + COLUMNS, M), BLOCK_N):
         features = (F_ptr, n, M, stride_fk, stride_fn)
-        mask_n = (n + tl.arange(0, BLOCK_N)) < M
         added = ()
         added_ones = ()
         for tile in tl.static_range(TILES):
@@ -310,30 +315,51 @@ def linear_backward_kernel(
             F = _tile(features, offs_t, K, NARROW, BLOCK_N, kind)
             if SCALAR_D:
                 grad_F, _ = _rows(
-                    A_ptr, kept[0][0] if KEPT_A else None, F, features, offs_t, K, KEPT_A, SPLIT_TF32, TILES, NARROW
+                    A_ptr, kept_A, F, features, offs_t, K, LD, KEPT and not WIDE, SPLIT_TF32, TILES, NARROW
                 )
             else:
                 grad_F = tl.zeros((BLOCK_K, BLOCK_N), kind)
-            az2 = tl.zeros((BLOCK_N,), tl.float64)
-            if RIDERS > 0:
-                for c in tl.static_range(C):
-                    grad_F, az2, scores = _channel(
-                        grad_F, az2, c, b, item, vectors, matrices, kept[c] if KEPT else None, F, features, offs_t,
-                        S, B, K, C, RIDERS, tile == 0, NEED_X, SCALAR_D, SPLIT_TF32, KEPT, TILES, NARROW,
+            none = tl.zeros((BLOCK_N,), kind)
+            az2 = none
+            squares = ()
+            for c in tl.static_range(C if RIDERS > 0 else 0):
+                d_inv = d_inv_one if SCALAR_D else _precision(diagonal, c, F, features)
+                if not SCALAR_D:
+                    az2 = none
+                for s in tl.static_range(RIDERS):
+                    grad_F, az2, z = _column(
+                        grad_F, az2, s, c, item, vectors, kept[s * C + c] if KEPT else None, d_inv, F, features, offs_t,
+                        B, K, C, tile == 0, NEED_X, KEPT, TILES, NARROW,
                     )  # fmt: skip
-                    for s in tl.static_range(RIDERS):
-                        z = scores[s][None, :]
-                        added = added + (zF[(tile * C + c) * RIDERS + s] + fold(F * z, WIDTH, LAST),)  # noqa: RUF005
-                        if tile == 0:
-                            added_ones = added_ones + (z_ones[c * RIDERS + s] + fold(z, WIDTH, LAST),)  # noqa: RUF005
-            else:
+                    Fz = fold(F * z[None, :], WIDTH, LAST)
+                    added = added + (zF[(tile * C + c) * RIDERS + s] + Fz,)  # noqa: RUF005
+                    if tile == 0:
+                        total = fold(z[None, :], WIDTH, LAST)
+                        added_ones = added_ones + (z_ones[c * RIDERS + s] + total,)  # noqa: RUF005
+                if not SCALAR_D:
+                    squares = squares + (az2,)  # noqa: RUF005
+            if RIDERS == 0 or not SCALAR_D:
                 for c in range(C):
-                    grad_F, az2, scores = _channel(
-                        grad_F, az2, c, b, item, vectors, matrices, None, F, features, offs_t,
-                        S, B, K, C, 0, tile == 0, NEED_X, SCALAR_D, SPLIT_TF32, False, TILES, NARROW,
-                    )  # fmt: skip
-            if tile == 0:
-                az2_sum += az2
+                    d_inv = d_inv_one if SCALAR_D else _precision(diagonal, c, F, features)
+                    if not SCALAR_D:
+                        az2 = none
+                    if RIDERS > 0:
+                        for i in tl.static_range(C):
+                            az2 = tl.where(c == i, squares[i], az2)
+                    else:
+                        for s in range(S):
+                            grad_F, az2, z = _column(
+                                grad_F, az2, s, c, item, vectors, None, d_inv, F, features, offs_t,
+                                B, K, C, tile == 0, NEED_X, False, TILES, NARROW,
+                            )  # fmt: skip
+                    if not SCALAR_D:
+                        grad_F = _curvature(
+                            grad_F, az2, c, b, A_ptr, grad_d_ptr, d_inv, F, features, offs_t,
+                            K, LD, tile == 0, SPLIT_TF32, TILES, NARROW,
+                        )  # fmt: skip
+            if SCALAR_D and tile == 0:
+                az2_sum += fold(az2[None, :], WIDTH, LAST).to(tl.float64)
+            mask_n = (n + tl.arange(0, BLOCK_N)) < M
             offsets = tile_offsets(offs_t, stride_gk, stride_gn, NARROW, BLOCK_N)
             tile_ptr = grad_F_ptr + tl.full((), 1, tl.int64) * n * stride_gn
             tl.store(tile_ptr + offsets, narrow(grad_F, grad_F_ptr), mask=(offs_t < K)[:, None] & mask_n[None, :])
@@ -341,7 +367,7 @@ def linear_backward_kernel(
         z_ones = added_ones
     out = item * SPLITS + pid_s
     if SCALAR_D:
-        tl.store(grad_d_ptr + out, -tl.sum(az2_sum, 0))
+        tl.store(grad_d_ptr + out + tl.arange(0, 1), -tl.sum(az2_sum, 1))
     one = tl.arange(0, 1)
     for c in tl.static_range(C if RIDERS > 0 else 0):
         for s in tl.static_range(RIDERS):
@@ -370,13 +396,13 @@ def gradients(
 ) -> None:
     """Fills `grads` of x, F and d (−Σ az² [B, SPLITS], if d is one value), and zF [B, SPLITS, S, C, K+1] if it rides.
 
-    A, step and u (−2au) are of the kind of the products, everything else as the kernel has it.
+    A is [B, C or 1, K+1, K+1] with rows of any length beyond; it, step and u (−2au) are of the kind of the products, everything else as the kernel has it.
     """
     (S, B, C, M), K, P = r.shape, F.shape[1], F.mT
     grad_x, grad_F, grad_d = grads
     is_wide, scalar_d = kind == "float64", one_value(d)
     block_k = common.padded_rank(K) if K <= common.FUSED_R else common.TILED_R
-    block = BLOCKS[block_k]
+    block = BLOCKS[block_k, scalar_d]
     block_n = WIDE_COLUMNS if is_wide else block.columns
     tiles = common.ceil_div(K, block_k)
     align = min(common.alignment(P, r, d), common.alignment(grad_F.mT, r))
@@ -414,13 +440,14 @@ def gradients(
         stride_gn=grad_F.stride(2),
         K=K,
         C=C,
+        LD=A.shape[-1],
         RIDERS=S if rides(S, C) else 0,
         NEED_X=grad_x is not None,
         SCALAR_D=scalar_d,
         WIDE=is_wide,
         FLAGGED=flagged,
         SPLIT_TF32=kind == "tf32",
-        KEPT=tiles == 1 and (scalar_d or rides(S, C)),
+        KEPT=tiles == 1 and scalar_d,
         TILES=tiles,
         ALIGN=align,
         NARROW=common.narrow_offsets(P, block_n) and common.narrow_offsets(grad_F.mT, block_n),
@@ -436,11 +463,11 @@ def rides(S: int, C: int) -> bool:
     return 0 < S * C <= MAX_RIDERS
 
 
-def splits(F: Tensor) -> tuple[int, int]:
+def splits(F: Tensor, d: Tensor) -> tuple[int, int]:
     """Programs for one item, and the columns of each, the same with products of any kind."""
     B, K, M = F.shape
     block_k = common.padded_rank(K) if K <= common.FUSED_R else common.TILED_R
-    columns = columns_per_program(M, B, 16 * K, BLOCKS[block_k].columns)
+    columns = columns_per_program(M, B, 16 * K, BLOCKS[block_k, one_value(d)].columns)
     return max(1, common.ceil_div(M, columns)), columns
 
 
