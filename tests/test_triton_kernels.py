@@ -4,8 +4,7 @@ Triton decides when it is imported whether kernels are interpreted (TRITON_INTER
 both. `test_triton_session.py` runs this file a second time in a process of its own with the interpreter on; in an
 ordinary session the same tests are marked `gpu`.
 
-The interpreter multiplies in full precision where tensor cores read 11 significant bits: `_tensor_cores` cuts the
-operands of every tf32 product, so that the split products are tested with the error that they have.
+The fixtures `poisoned` and `tensor_cores` are in conftest.py.
 """
 
 import os
@@ -21,6 +20,7 @@ pytestmark = [
     *([] if INTERPRET else [pytest.mark.gpu]),
     # The interpreter is numpy: NaN and infinity, which some tests are about, warn there.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.usefixtures("poisoned", "tensor_cores"),
 ]
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -49,35 +49,6 @@ IDS = ["-".join(str(v).removeprefix("torch.") for v in case) for case in MATRIX]
 
 # Rounding of the outputs, and of float32 inside: C is summed from products with an error of 2⁻²¹.
 TOLERANCE = {F32: 2e-6, F64: 1e-12, BF16: 8e-3, F16: 1e-3}
-
-
-@pytest.fixture(autouse=True)
-def _poisoned():
-    """New memory is NaN: what a kernel forgets to write shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True)
-def _tensor_cores(monkeypatch):
-    if not INTERPRET:
-        return
-    import numpy as np
-    from triton.runtime import interpreter
-
-    plain = interpreter.InterpreterBuilder.create_dot
-
-    def cut(handle):
-        bits = np.ascontiguousarray(handle.data).view(np.uint32) & np.uint32(0xFFFFE000)
-        return interpreter.TensorHandle(bits.view(np.float32), handle.dtype)
-
-    def create_dot(self, a, b, d, input_precision, *rest):
-        if getattr(input_precision, "name", "") == "TF32" and a.data.dtype == np.float32:
-            a, b = cut(a), cut(b)
-        return plain(self, a, b, d, input_precision, *rest)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,10 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["test_triton_kernels.py", "test_triton_sampling.py", "test_triton_operators.py"])
+@pytest.mark.parametrize(
+    "name",
+    ["test_triton_kernels.py", "test_triton_sampling.py", "test_triton_operators.py", "test_triton_linear.py"],
+)
 def test_in_the_interpreter(name):
     # In float32 as ever, on one thread: the interpreter is numpy on small arrays.
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

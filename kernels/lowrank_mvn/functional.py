@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import linear, ops, ops_rsample, reference
+from . import linear, linear_rsample, ops, ops_rsample, reference
 from .linear import LinearFactor, LinearMean
 
 __all__ = ["Conditional", "condition", "entropy", "log_prob", "log_prob_and_entropy", "rsample"]
@@ -118,10 +118,11 @@ def rsample(
     impl = check_impl(impl, cov_factor)
     shape = torch.Size(sample_shape) + check_shapes(None, loc, cov_factor, d)
     N, R = cov_factor.shape[-2:]
-    fused = impl == "triton" and isinstance(cov_factor, Tensor) and not forward_mode()
+    # A LinearFactor has no batching rule of its own: under a transform of torch.func its samples are torch's operators.
+    fused = impl == "triton" and not (forward_mode() or (isinstance(cov_factor, LinearFactor) and ops.transformed()))
     if noise is None and fused:
         omega_p = torch.randn(*shape, R, dtype=loc.dtype, device=loc.device)
-        return _rsample_fused(materialised(loc), materialised(cov_factor), d, shape, omega_p, None, impl)
+        return _rsample_fused(loc, cov_factor, d, shape, omega_p, None, impl)
     if noise is None:
         omega_p, omega_d = (torch.randn(*shape, size, dtype=loc.dtype, device=loc.device) for size in (R, N))
     else:
@@ -132,7 +133,7 @@ def rsample(
                 raise ValueError(f"{name} has shape {_shape(omega)}, expected one that broadcasts to {[*shape, size]}")
         omega_p = omega_p.expand(*shape, R)
     if fused:
-        return _rsample_fused(materialised(loc), materialised(cov_factor), d, shape, omega_p, omega_d, impl)
+        return _rsample_fused(loc, cov_factor, d, shape, omega_p, omega_d, impl)
     dtype = torch.promote_types(loc.dtype, cov_factor.dtype)
     with torch.autocast(cov_factor.device.type, enabled=False):
         loc = materialised(loc)
@@ -152,14 +153,25 @@ def rsample(
 
 
 def _rsample_fused(
-    loc: Tensor, P: Tensor, d: Tensor, shape: torch.Size, omega_p: Tensor, omega_d: Tensor | None, impl: str
+    loc: Mean, P: Factor, d: Tensor, shape: torch.Size, omega_p: Tensor, omega_d: Tensor | None, impl: str
 ) -> Tensor:
-    """The operator of `ops_rsample`: ω_d, where it is not given, comes from one seed per item."""
-    layout = _Layout(shape, broadcast(P.shape[:-2], d.shape[:-1]))
+    """The operators of `ops_rsample` and `linear_rsample`: ω_d, where it is not given, comes from one seed per item."""
+    items_shape = broadcast(P.shape[:-2], d.shape[:-1])
+    layout = _Layout(shape, items_shape)
+    if isinstance(P, LinearFactor) and not _stays_linear(P, items_shape, impl):
+        P = P.materialise()
+    mean = None
+    if isinstance(loc, LinearMean):
+        joins = isinstance(P, LinearFactor) and loc.features is P.features
+        loc, mean = (None, loc) if joins else (loc.materialise(), None)
     seed = torch.randint(2**62, (layout.B,), device=P.device) if omega_d is None else None
     noise = None if omega_d is None else layout.samples(omega_d.expand(*shape, P.shape[-2]), everything=True)
-    omega = layout.samples(omega_p, everything=True)
-    y = ops_rsample.rsample(layout.samples(loc), layout.items(P, 2), layout.items(d, 1), omega, noise, seed, impl)
+    omega, diag = layout.samples(omega_p, everything=True), layout.items(d, 1)
+    shift = None if loc is None else layout.samples(loc)
+    if isinstance(P, LinearFactor):
+        return layout.restore(linear_rsample.rsample(shift, P, mean, diag, omega, noise, seed, impl))
+    assert loc is not None and shift is not None
+    y = ops_rsample.rsample(shift, layout.items(P, 2), diag, omega, noise, seed, impl)
     return layout.restore(y).to(torch.promote_types(loc.dtype, P.dtype))
 
 

@@ -216,6 +216,8 @@ def mahalanobis_and_logdet(
 # --- Registration -------------------------------------------------------------------------------------------------
 
 IMPLEMENTATIONS: dict[str, Any] = {"aten": aten_linear}
+if "triton" in ops.IMPLEMENTATIONS:
+    IMPLEMENTATIONS["triton"] = ops._WhenUsed(f"{__package__}.triton.linear")
 
 
 def _forward(x, loc, F, W, m, d, impl):

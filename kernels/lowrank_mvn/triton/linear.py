@@ -4,6 +4,7 @@ r"""The Triton implementation of a linear factor: the functions of `aten_linear`
     linear_gram       pass 1: G, F̃D⁻¹(x − loc), log|D|
     linear_residual   pass 2: the residual, the quadratic form as a sum of squares, and F̃D⁻¹r
     linear_backward   every gradient in one pass
+    linear_sampling   samples
 
 What is of the size of G or smaller is made in float64 between the passes; C is factorised by `solve`. As for a full
 factor nothing waits for the host: items that need float64 are found and made again on the device.
@@ -18,6 +19,7 @@ from . import common, linear_backward, solve
 from .linear_common import one_value
 from .linear_gram import sums as gram_sums
 from .linear_residual import sums as residual_sums
+from .linear_sampling import linear_rsample
 
 
 def _per_item(W: Tensor, B: int) -> Tensor:
@@ -28,9 +30,8 @@ def _per_item(W: Tensor, B: int) -> Tensor:
 
 def _assemble(G: Tensor, W: Tensor) -> Tensor:
     """C − I = Σ_c W_c G_c W_cᵀ [B, R, R]."""
-    B, C, R, _ = W.shape
     WG = torch.matmul(W, G)  # [B, C, R, K+1]
-    return torch.bmm(WG.transpose(1, 2).reshape(B, R, -1), W.transpose(1, 2).reshape(B, R, -1).mT).contiguous()
+    return torch.bmm(WG.transpose(1, 2).flatten(2), W.transpose(1, 2).flatten(2).mT).contiguous()
 
 
 def _factorised(x: Tensor, loc: Tensor | None, F: Tensor, W: Tensor, d: Tensor, inverted: bool):
@@ -159,4 +160,9 @@ def linear_mahalanobis_and_logdet_backward(
     return grad_x, grad_F, grad_W.to(W.dtype), grad_m, grad_d
 
 
-__all__ = ["linear_gram", "linear_mahalanobis_and_logdet", "linear_mahalanobis_and_logdet_backward"]
+__all__ = [
+    "linear_gram",
+    "linear_mahalanobis_and_logdet",
+    "linear_mahalanobis_and_logdet_backward",
+    "linear_rsample",
+]
