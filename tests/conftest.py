@@ -29,8 +29,8 @@ def poisoned():
 
 @pytest.fixture
 def tensor_cores(monkeypatch):
-    """The interpreter multiplies in full precision where tensor cores read 11 significant bits: here the operands of every
-    tf32 product are cut to these, so that split products are tested with the error that they have."""
+    """The interpreter multiplies in full precision where tensor cores read 11 significant bits: here the operands of
+    every tf32 product are cut to these, so that split products are tested with the error that they have."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
     import numpy as np

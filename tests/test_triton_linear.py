@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-# (dtype, S, B, K, R, C, M, layout of F, diagonal, loc, linear mean, W per item): every value of every column, ragged first.
+# (dtype, S, B, K, R, C, M, layout of F, diagonal, loc, linear mean, W per item), ragged first.
 MATRIX = [
     (F32, 1, 1, 1, 1, 1, 1, "BKM", "pixel", True, False, False),
     (F32, 1, 2, 5, 3, 3, 5, "BMK", "item", True, True, False),

@@ -42,9 +42,7 @@ def linear_step(case: LinearCase, make: Callable[..., torch.Tensor]) -> None:
     d = make(B, C, M) if case.diagonal == "pixel" else make(B, 1, 1)
     x = make(S, B, C, M).to(dtype)
     q, logdet, C_inv, v, step, G, residual, wide = linear.linear_mahalanobis_and_logdet(x, None, F, W, m, d)
-    linear.linear_mahalanobis_and_logdet_backward(
-        q, logdet, residual, F, W, m, d, C_inv, v, step, G, wide, True
-    )
+    linear.linear_mahalanobis_and_logdet_backward(q, logdet, residual, F, W, m, d, C_inv, v, step, G, wide, True)
 
 
 def captured(case: LinearCase, tensor_cores: bool = True, matrix_float64: bool = True) -> list[Launch]:

@@ -170,7 +170,8 @@ def _rsample_fused(
     shift = None if loc is None else layout.samples(loc)
     if isinstance(P, LinearFactor):
         return layout.restore(linear_rsample.rsample(shift, P, mean, diag, omega, noise, seed, impl))
-    assert loc is not None and shift is not None
+    assert loc is not None
+    assert shift is not None
     y = ops_rsample.rsample(shift, layout.items(P, 2), diag, omega, noise, seed, impl)
     return layout.restore(y).to(torch.promote_types(loc.dtype, P.dtype))
 

@@ -3,8 +3,8 @@
 loc  [S or 1, B, C, M] or none    F  [B, K, M]    u  [B, S, C, K+1]    d  [B, C, M] or [B, 1, 1]
 ω_d  [S, B, C, M], or a seed per item [B]
 
-The gradients are products of grad_y, u and F, in torch's operators, so that further derivatives follow by themselves; that
-of d draws the noise again, by the operator for a full factor.
+The gradients are products of grad_y, u and F, in torch's operators, so that further derivatives follow by themselves;
+that of d draws the noise again, by the operator for a full factor.
 """
 
 import torch
@@ -71,10 +71,8 @@ def _differentiate(ctx, grad_y):
         columns = grad_y.transpose(0, 1).flatten(1, 2)
         if need_F:
             coefficients = u[..., :K].flatten(1, 2).to(grad_y.dtype)
-            if F.stride(1) == 1:
-                grad_F = torch.bmm(columns.mT, coefficients).mT
-            else:
-                grad_F = torch.bmm(coefficients.mT, columns)
+            last = F.stride(1) == 1  # the gradient in the layout of F
+            grad_F = torch.bmm(columns.mT, coefficients).mT if last else torch.bmm(coefficients.mT, columns)
             grad_F = grad_F.to(F.dtype)
         if need_u:
             work = torch.promote_types(grad_y.dtype, F.dtype)

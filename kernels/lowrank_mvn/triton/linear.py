@@ -3,7 +3,7 @@ r"""The Triton implementation of a linear factor: the functions of `aten_linear`
     linear_common     sums over columns in either layout, and how work is cut
     linear_gram       pass 1: G, F̃D⁻¹(x − loc), log|D|
     linear_residual   pass 2: the residual, the quadratic form as a sum of squares, and F̃D⁻¹r
-    linear_backward   every gradient in one pass
+    linear_backward   every gradient in one pass; `linear_tile` has its parts
     linear_sampling   samples
 
 What is of the size of G or smaller is made in float64 between the passes; C is factorised by `solve`. As for a full
@@ -71,7 +71,7 @@ def _factorised(x: Tensor, loc: Tensor | None, F: Tensor, W: Tensor, d: Tensor, 
 def linear_gram(
     x: Tensor, loc: Tensor | None, F: Tensor, W: Tensor, m: Tensor | None, precision: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """C = I + Σ_c W_c F̃ diag(precision_c) F̃ᵀ W_cᵀ [B, R, R] and w = Σ_c W_c F̃ diag(precision_c) δ_c [S, B, R], float64."""
+    """C = I + Σ_c W_cF̃D_c⁻¹F̃ᵀW_cᵀ [B, R, R] and w = Σ_c W_cF̃D_c⁻¹δ_c [S, B, R], float64; precision is diag D⁻¹."""
     W64 = _per_item(W, F.shape[0])
     whole = _factorised(x[:0], loc, F, W64, precision, True)[2]
     u = None if m is None else m.double().expand(F.shape[0], x.shape[0], -1, -1)
@@ -85,7 +85,7 @@ def linear_mahalanobis_and_logdet(x: Tensor, loc: Tensor | None, F: Tensor, W: T
 
     As `aten_linear`'s.
     """
-    (S, B, C, _), W64 = x.shape, _per_item(W, F.shape[0])
+    S, W64 = x.shape[0], _per_item(W, F.shape[0])
     G, wF, _, C_inv, logdet, wide = _factorised(x, loc, F, W64, d, False)
     residual = x.new_empty(x.shape, dtype=product_dtype(x, F, d))
     if S and not wF.shape[1]:

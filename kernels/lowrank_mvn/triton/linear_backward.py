@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005  (Triton's tuples are concatenated)
 r"""The backward pass of a linear factor: read F, write its gradient, and grad_x, grad_d and F̃z on the way.
 
 With a = ∂loss/∂q [S, B], b = ∂loss/∂log|Σ| [B], and the residual r that `linear_residual` stored before the last step
@@ -7,10 +8,13 @@ of v, whose share in u is `step`:
     one d:        grad_F = A F̃ − 2 Σ a u zᵀ                        A = 2b/d Σ_c M_c, made beforehand
     per pixel:    grad_F = Σ_c 2b M_c F̃D_c⁻¹ − 2 Σ a u zᵀ           grad_d = bπ − Σₛ az²,  πₙ = 1/d − f̃ₙᵀM_c f̃ₙ/d²
 
-M_c F̃ is a product K × K with a tile of F, in three tf32 products of high and low parts; it is made once for a tile, and
-1/d scales its columns afterwards, so that the tile is split and laid out for the tensor cores once for all channels.
-Operations for a pixel: 2K² with one d, 2CK² per pixel, beside 6K for each of S·C columns in float32. WIDE is for the items
-that needed float64 for C: every product in it, and each of the two kernels leaves the other's items alone.
+AF̃ and M_cF̃ are products of a K × K matrix with a tile of F, in three tf32 products of high and low parts; 1/d scales
+the columns of M_cF̃ afterwards, so that a tile is split once for all channels. Operations for a pixel: 2K² with one d,
+2CK² with a d per pixel, each three times over, beside 6K for each of S·C columns in float32. A stays in registers; M_c
+is loaded for every tile, from the first-level cache.
+
+WIDE is for the items that needed float64 for C: every product in it, and each of the two kernels leaves the other's
+items alone. F̃z is added up on the way if S·C ≤ MAX_RIDERS; beyond, `linear_residual` makes it.
 """
 
 import torch
@@ -19,9 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common
-from .backward import _product
-from .common import Block, load_tile, narrow, split, tile_offsets
+from .common import Block, narrow, split, tile_offsets
 from .linear_common import MAX_RIDERS, channels_last, columns_per_program, fold, nothing, one_value, width
+from .linear_tile import column, curvature, precision, rows, tile_of
 
 # By padded number of features, and whether d is one value: M_c of each channel is loaded for every tile then, and needs
 # registers that the columns of a wider one would have.
@@ -36,181 +40,6 @@ BLOCKS = {
     (128, False): Block(8, 32),
 }
 WIDE_COLUMNS = 16
-
-
-@triton.jit
-def _tile(features, offs, K: tl.constexpr, NARROW: tl.constexpr, BLOCK_N: tl.constexpr, KIND: tl.constexpr):
-    """F[offs, n : n + BLOCK_N] of `features` = (pointer, n, M, strides)."""
-    F_ptr, n, M, stride_fk, stride_fn = features
-    return load_tile(F_ptr, offs, n, M, stride_fk, stride_fn, K, NARROW, BLOCK_N).to(KIND)
-
-
-@triton.jit
-def _rows(
-    A_ptr,
-    kept,  # A, its high and its low part, if KEPT
-    F,
-    features,
-    offs_t,
-    K: tl.constexpr,
-    LD: tl.constexpr,
-    KEPT: tl.constexpr,
-    SPLIT_TF32: tl.constexpr,
-    TILES: tl.constexpr,
-    NARROW: tl.constexpr,
-):
-    """Rows offs_t of AF̃, and the column of A that meets the row of ones; F is the tile, if there is only one."""
-    BLOCK_K: tl.constexpr = F.shape[0]
-    BLOCK_N: tl.constexpr = F.shape[1]
-    T = tl.zeros((BLOCK_K, BLOCK_N), F.dtype)
-    if F.dtype == tl.float64:
-        F_ptr, n, M, stride_fk, stride_fn = features
-        offs_n = n + tl.arange(0, BLOCK_N)
-        for k in range(K):
-            A_k = tl.load(A_ptr + k * LD + offs_t, mask=offs_t < K, other=0.0)
-            row = F_ptr + tl.full((), 1, tl.int64) * k * stride_fk
-            F_k = tl.load(row + offs_n.to(tl.int64) * stride_fn, mask=offs_n < M, other=0.0).to(tl.float64)
-            T += A_k[:, None] * F_k[None, :]
-    elif KEPT:
-        T = _product(kept[1], kept[2], kept[0], F, SPLIT_TF32)
-    else:
-        for other in range(TILES):
-            offs_o = other * BLOCK_K + tl.arange(0, BLOCK_K)
-            inside = (offs_t < K)[:, None] & (offs_o < K)[None, :]
-            A_t = tl.load(A_ptr + offs_t[:, None] * LD + offs_o[None, :], mask=inside, other=0.0)
-            high, low = split(A_t)
-            F_o = _tile(features, offs_o, K, NARROW, BLOCK_N, tl.float32) if TILES > 1 else F
-            T += _product(high, low, A_t, F_o, SPLIT_TF32)
-    constant = tl.load(A_ptr + K * LD + offs_t, mask=offs_t < K, other=0.0)
-    return T + constant[:, None], constant
-
-
-@triton.jit
-def _quadratic(
-    A_ptr,
-    features,
-    F,
-    K: tl.constexpr,
-    LD: tl.constexpr,
-    SPLIT_TF32: tl.constexpr,
-    TILES: tl.constexpr,
-    NARROW: tl.constexpr,
-):
-    """f̃ᵀAf̃ of every pixel, less the corner of A, where a pixel's features are several tiles."""
-    total = tl.zeros((F.shape[1],), F.dtype)
-    for tile in range(TILES):
-        offs_t = tile * F.shape[0] + tl.arange(0, F.shape[0])
-        F_t = _tile(features, offs_t, K, NARROW, F.shape[1], F.dtype)
-        T, constant = _rows(A_ptr, (), F_t, features, offs_t, K, LD, False, SPLIT_TF32, TILES, NARROW)
-        total += tl.sum((T + constant[:, None]) * F_t, 0)
-    return total
-
-
-@triton.jit
-def _score(
-    r_ptr,
-    step_ptr,
-    step,  # its rows, if KEPT
-    d_inv,
-    F,
-    features,
-    K: tl.constexpr,
-    KEPT: tl.constexpr,
-    TILES: tl.constexpr,
-    NARROW: tl.constexpr,
-):
-    """z = D⁻¹(r − F̃ᵀ step) of one column."""
-    offs_n = features[1] + tl.arange(0, F.shape[1])
-    mask_n = offs_n < features[2]
-    r = tl.load(r_ptr + offs_n, mask=mask_n, other=0.0).to(F.dtype) - tl.load(step_ptr + K)
-    if KEPT:
-        r -= tl.sum(F * step[:, None], 0)
-    else:
-        for tile in range(TILES):
-            offs_t = tile * F.shape[0] + tl.arange(0, F.shape[0])
-            step_t = tl.load(step_ptr + offs_t, mask=offs_t < K, other=0.0)
-            F_t = _tile(features, offs_t, K, NARROW, F.shape[1], F.dtype) if TILES > 1 else F
-            r -= tl.sum(F_t * step_t[:, None], 0)
-    return tl.where(mask_n, r * d_inv, 0.0)
-
-
-@triton.jit
-def _column(
-    grad_F,
-    az2,
-    s,
-    c,
-    item,
-    vectors,  # pointers to a, r, step, −2au and grad_x
-    kept,  # the rows of step and −2au, if KEPT
-    d_inv,
-    F,
-    features,
-    offs_t,
-    B,
-    K: tl.constexpr,
-    C: tl.constexpr,
-    FIRST: tl.constexpr,
-    NEED_X: tl.constexpr,
-    KEPT: tl.constexpr,
-    TILES: tl.constexpr,
-    NARROW: tl.constexpr,
-):
-    """What one column adds to a tile of grad_F and to az², and its z; FIRST, the first tile of a pixel, writes grad_x."""
-    a_ptr, r_ptr, step_ptr, u_ptr, grad_x_ptr = vectors
-    offs_n = features[1] + tl.arange(0, F.shape[1])
-    row = ((tl.full((), 1, tl.int64) * s * B + item) * C + c) * features[2]
-    where = (s * C + c) * (K + 1)
-    step = kept[0] if KEPT else None
-    z = _score(r_ptr + row, step_ptr + where, step, d_inv, F, features, K, KEPT, TILES, NARROW)
-    u = kept[1] if KEPT else tl.load(u_ptr + where + offs_t, mask=offs_t < K, other=0.0)
-    az = tl.load(a_ptr + s).to(F.dtype) * z
-    if FIRST and NEED_X:
-        tl.store(grad_x_ptr + row + offs_n, narrow(2.0 * az, grad_x_ptr), mask=offs_n < features[2])
-    return grad_F + u[:, None] * z[None, :], az2 + az * z, z
-
-
-@triton.jit
-def _precision(diagonal, c, F, features):
-    """1/d of a tile's pixels in channel c."""
-    d_ptr, stride_dc, stride_dn = diagonal
-    offs_n = features[1] + tl.arange(0, F.shape[1])
-    where = tl.full((), 1, tl.int64) * c * stride_dc + offs_n.to(tl.int64) * stride_dn
-    return 1.0 / tl.load(d_ptr + where, mask=offs_n < features[2], other=1.0).to(F.dtype)
-
-
-@triton.jit
-def _curvature(
-    grad_F,
-    az2,
-    c,
-    b,
-    A_ptr,
-    grad_d_ptr,  # of the item
-    d_inv,
-    F,
-    features,
-    offs_t,
-    K: tl.constexpr,
-    LD: tl.constexpr,
-    FIRST: tl.constexpr,
-    SPLIT_TF32: tl.constexpr,
-    TILES: tl.constexpr,
-    NARROW: tl.constexpr,
-):
-    """grad_F + 2b M_cF̃D_c⁻¹; FIRST writes grad_d of channel c."""
-    A_ptr += tl.full((), 1, tl.int64) * c * (K + 1) * LD
-    T, constant = _rows(A_ptr, (), F, features, offs_t, K, LD, False, SPLIT_TF32, TILES, NARROW)
-    if FIRST:
-        if TILES > 1:
-            form = _quadratic(A_ptr, features, F, K, LD, SPLIT_TF32, TILES, NARROW)
-        else:
-            form = tl.sum((T + constant[:, None]) * F, 0)
-        pi = d_inv - (form + tl.load(A_ptr + K * LD + K)) * d_inv * d_inv
-        offs_n = features[1] + tl.arange(0, F.shape[1])
-        where = tl.full((), 1, tl.int64) * c * features[2] + offs_n
-        tl.store(grad_d_ptr + where, narrow(b * pi - az2, grad_d_ptr), mask=offs_n < features[2])
-    return grad_F + T * (2.0 * b * d_inv)[None, :]
 
 
 @triton.jit
@@ -297,7 +126,7 @@ def linear_backward_kernel(
     kept = ()
     for j in tl.static_range(RIDERS * C if KEPT else 0):
         step = tl.load(step_ptr + j * KT + offs_k, mask=offs_k < K, other=0.0)
-        kept = kept + ((step, tl.load(u_ptr + j * KT + offs_k, mask=offs_k < K, other=0.0)),)  # noqa: RUF005
+        kept = kept + ((step, tl.load(u_ptr + j * KT + offs_k, mask=offs_k < K, other=0.0)),)
     zF = nothing(RIDERS * C * TILES, BLOCK_K, BLOCK_N // WIDTH, kind)
     z_ones = nothing(RIDERS * C, 1, BLOCK_N // WIDTH, kind)
     az2_sum = tl.zeros((1, BLOCK_N // WIDTH), tl.float64)
@@ -312,9 +141,9 @@ def linear_backward_kernel(
         added_ones = ()
         for tile in tl.static_range(TILES):
             offs_t = tile * BLOCK_K + offs_k
-            F = _tile(features, offs_t, K, NARROW, BLOCK_N, kind)
+            F = tile_of(features, offs_t, K, NARROW, BLOCK_N, kind)
             if SCALAR_D:
-                grad_F, _ = _rows(
+                grad_F, _ = rows(
                     A_ptr, kept_A, F, features, offs_t, K, LD, KEPT and not WIDE, SPLIT_TF32, TILES, NARROW
                 )
             else:
@@ -323,24 +152,24 @@ def linear_backward_kernel(
             az2 = none
             squares = ()
             for c in tl.static_range(C if RIDERS > 0 else 0):
-                d_inv = d_inv_one if SCALAR_D else _precision(diagonal, c, F, features)
+                d_inv = d_inv_one if SCALAR_D else precision(diagonal, c, F, features)
                 if not SCALAR_D:
                     az2 = none
                 for s in tl.static_range(RIDERS):
-                    grad_F, az2, z = _column(
+                    grad_F, az2, z = column(
                         grad_F, az2, s, c, item, vectors, kept[s * C + c] if KEPT else None, d_inv, F, features, offs_t,
                         B, K, C, tile == 0, NEED_X, KEPT, TILES, NARROW,
                     )  # fmt: skip
                     Fz = fold(F * z[None, :], WIDTH, LAST)
-                    added = added + (zF[(tile * C + c) * RIDERS + s] + Fz,)  # noqa: RUF005
+                    added = added + (zF[(tile * C + c) * RIDERS + s] + Fz,)
                     if tile == 0:
                         total = fold(z[None, :], WIDTH, LAST)
-                        added_ones = added_ones + (z_ones[c * RIDERS + s] + total,)  # noqa: RUF005
+                        added_ones = added_ones + (z_ones[c * RIDERS + s] + total,)
                 if not SCALAR_D:
-                    squares = squares + (az2,)  # noqa: RUF005
+                    squares = squares + (az2,)
             if RIDERS == 0 or not SCALAR_D:
                 for c in range(C):
-                    d_inv = d_inv_one if SCALAR_D else _precision(diagonal, c, F, features)
+                    d_inv = d_inv_one if SCALAR_D else precision(diagonal, c, F, features)
                     if not SCALAR_D:
                         az2 = none
                     if RIDERS > 0:
@@ -348,12 +177,12 @@ def linear_backward_kernel(
                             az2 = tl.where(c == i, squares[i], az2)
                     else:
                         for s in range(S):
-                            grad_F, az2, z = _column(
+                            grad_F, az2, z = column(
                                 grad_F, az2, s, c, item, vectors, None, d_inv, F, features, offs_t,
                                 B, K, C, tile == 0, NEED_X, False, TILES, NARROW,
                             )  # fmt: skip
                     if not SCALAR_D:
-                        grad_F = _curvature(
+                        grad_F = curvature(
                             grad_F, az2, c, b, A_ptr, grad_d_ptr, d_inv, F, features, offs_t,
                             K, LD, tile == 0, SPLIT_TF32, TILES, NARROW,
                         )  # fmt: skip
@@ -396,7 +225,7 @@ def gradients(
 ) -> None:
     """Fills `grads` of x, F and d (−Σ az² [B, SPLITS], if d is one value), and zF [B, SPLITS, S, C, K+1] if it rides.
 
-    A is [B, C or 1, K+1, K+1] with rows of any length beyond; it, step and u (−2au) are of the kind of the products, everything else as the kernel has it.
+    A is [B, C or 1, K+1, K+1 or more]; it, step and u (−2au) are of the kind of the products.
     """
     (S, B, C, M), K, P = r.shape, F.shape[1], F.mT
     grad_x, grad_F, grad_d = grads

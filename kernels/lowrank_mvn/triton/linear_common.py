@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005  (Triton's tuples are concatenated)
 """What the kernels of a linear factor share: sums over columns in either layout, and how work is cut.
 
 A block of the features is a tile [BLOCK_K, BLOCK_N] of F; the row of ones is never loaded or padded for: its products
@@ -37,7 +38,7 @@ def nothing(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KIND
     """COUNT accumulators."""
     out = ()
     for _ in tl.static_range(COUNT):
-        out = out + (tl.zeros((ROWS, COLUMNS), KIND),)  # noqa: RUF005
+        out = out + (tl.zeros((ROWS, COLUMNS), KIND),)
     return out
 
 

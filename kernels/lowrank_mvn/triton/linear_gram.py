@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005  (Triton's tuples are concatenated)
 r"""Pass 1 of a linear factor: G = F̃D⁻¹F̃ᵀ, F̃D⁻¹(x − loc) and log|D|, from one read of F.
 
 With one value of d there is one G for all channels: the kernel adds up F̃F̃ᵀ and F̃(x − loc)ᵀ, and d divides after the
@@ -10,8 +11,8 @@ after the first from the cache:
 At K = 64, R = 25 (padded 32), C = 3 the last two are 24.6 and 18.4 thousand, and both are held by the instructions that
 scale and split operands, not by the products: G it is, which the gradients of W need in any case.
 
-Products are split as in `capacitance`: q = high + low, QQᵀ ≈ high highᵀ + low highᵀ + (low highᵀ)ᵀ. Half precision times
-one d is exact in a tensor core's operand, so that one product does. The row of ones and the rows δ are too thin for a
+Products are split as in `capacitance`: q = high + low, QQᵀ ≈ high highᵀ + low highᵀ + (low highᵀ)ᵀ. Half precision with
+one d is exact as a tensor core's operand, so that one product does. The row of ones and the rows δ are too thin for a
 matrix product: they are sums, added up in the threads that hold F. Only the lower triangle of G̃ is stored, its last row
 the sums over F and the number of pixels (Σ 1/d). Nothing is atomic. With WIDE every product is in float64.
 """
@@ -156,10 +157,10 @@ def linear_gram_kernel(
                 delta -= tl.load(loc_row + columns * stride_ln, mask=mask_n, other=0.0).to(kind)
             if not SCALAR_D:
                 delta *= scale
-            added = added + (w[j] + fold(Q * delta[None, :], WIDTH, LAST),)  # noqa: RUF005
+            added = added + (w[j] + fold(Q * delta[None, :], WIDTH, LAST),)
             if not SCALAR_D:
                 delta *= scale
-            added_ones = added_ones + (w_ones[j] + fold(delta[None, :], WIDTH, LAST),)  # noqa: RUF005
+            added_ones = added_ones + (w_ones[j] + fold(delta[None, :], WIDTH, LAST),)
         w = added
         w_ones = added_ones
         if TILES > 1:

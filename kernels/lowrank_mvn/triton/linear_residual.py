@@ -1,10 +1,10 @@
+# ruff: noqa: RUF005  (Triton's tuples are concatenated)
 r"""Pass 2 of a linear factor: r = δ − F̃ᵀu, rᵀD⁻¹r and F̃D⁻¹r, in float64; with u = 0 the projection F̃D⁻¹δ.
 
-As `residual` does for P, and for the same reason: r is what is left of numbers hundreds of times its size. For each value
-of F that is one conversion and 2·S·C fused multiply-adds, of which an H100 does S·C = 4 faster than memory delivers the
-values. One program does one split of the pixels of one item, and up to MAX_RIDERS of the S·C columns from one read of F;
-further columns are the work of programs beside it in the grid, which find F in the cache. r is stored, rounded once,
-for the backward pass: S·C values beside the K of a pixel.
+As `residual` does for P, and for the same reason: r is what is left of numbers hundreds of times its size. For each
+value of F that is one conversion and 2·S·C fused multiply-adds. One program does one split of the pixels of one item,
+and up to MAX_RIDERS of the S·C columns from one read of F; further columns are the work of programs beside it in the
+grid, which find F in the cache. r is stored, rounded once, for the backward pass: S·C values beside the K of a pixel.
 """
 
 import torch
@@ -19,8 +19,8 @@ from .linear_common import channels_last, columns_per_program, fold, nothing, on
 # By padded number of features: one warp and at most 32 values of F in the registers of a lane, in float64.
 BLOCKS = {16: Block(1, 64), 32: Block(1, 32), 64: Block(1, 16), 128: Block(2, 16)}
 
-# Rows of one piece of a tile where features are neighbours in memory. Triton lays a warp out along them first: a tile of
-# 64 rows would have 16 lanes for each sum over features, a piece of 32 has 8, and pieces are added before lanes are.
+# Rows of one piece of a tile where features are neighbours in memory. Triton lays a warp out along them first: a tile
+# of 64 rows would have 16 lanes for each sum over features, a piece of 32 has 8, and pieces are added before lanes are.
 PIECE = 32
 
 
@@ -102,7 +102,7 @@ def linear_residual_kernel(
         for at in tl.static_range(RIDERS * PIECES):
             offs = at % PIECES * BLOCK_K + offs_k
             inside = (offs < K) & (first + at // PIECES < COUNT) if RAGGED else offs < K
-            u = u + (tl.load(u_ptr + at // PIECES * KT + offs, mask=inside, other=0.0),)  # noqa: RUF005
+            u = u + (tl.load(u_ptr + at // PIECES * KT + offs, mask=inside, other=0.0),)
     g = nothing(RIDERS * PIECES, BLOCK_K, BLOCK_N // WIDTH, tl.float64)
     g_ones = nothing(RIDERS, 1, BLOCK_N // WIDTH, tl.float64)
     q = nothing(1 if ONE_SAMPLE else RIDERS, 1, BLOCK_N // WIDTH, tl.float64)
@@ -113,7 +113,7 @@ def linear_residual_kernel(
         F = ()
         for p in tl.static_range(PIECES):
             piece = load_tile(F_ptr, offs_g + p * BLOCK_K, n, M, stride_fk, stride_fn, K, NARROW, BLOCK_N)
-            F = F + (piece.to(tl.float64),)  # noqa: RUF005
+            F = F + (piece.to(tl.float64),)
         added = ()
         added_ones = ()
         added_q = ()
@@ -152,12 +152,12 @@ def linear_residual_kernel(
                 d = tl.load(d_ptr + c * stride_dc + columns * stride_dn, mask=mask, other=1.0)
                 z = r * (d.to(tl.float64) if INVERTED else reciprocal(d))
             for p in tl.static_range(PIECES):
-                added = added + (g[j * PIECES + p] + fold(F[p] * z[None, :], WIDTH, LAST),)  # noqa: RUF005
-            added_ones = added_ones + (g_ones[j] + fold(z[None, :], WIDTH, LAST),)  # noqa: RUF005
+                added = added + (g[j * PIECES + p] + fold(F[p] * z[None, :], WIDTH, LAST),)
+            added_ones = added_ones + (g_ones[j] + fold(z[None, :], WIDTH, LAST),)
             if ONE_SAMPLE:
                 q = (q[0] + fold((r * z)[None, :], WIDTH, LAST),)
             else:
-                added_q = added_q + (q[j] + fold((r * z)[None, :], WIDTH, LAST),)  # noqa: RUF005
+                added_q = added_q + (q[j] + fold((r * z)[None, :], WIDTH, LAST),)
         g = added
         g_ones = added_ones
         if not ONE_SAMPLE:

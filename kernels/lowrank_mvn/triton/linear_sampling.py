@@ -1,7 +1,7 @@
 r"""Samples from a linear factor, y_c = μ_c + F̃ᵀu_c + √d_c ⊙ ω_d with u_c = W_cᵀω_p + m_c, from one read of F for all.
 
 The R coefficients of a sample become K+1 for each channel, made beforehand. ω_d is given, or drawn here as `sampling`
-draws it for the pixel c·M + n of the same item: the same seed is the same sample, whether P is made or not. The gradient
+draws it for column c·M + n of the same item: the same seed is the same sample, whether P is made or not. The gradient
 of F is a product of u and grad_y, which torch's operators make; that of d draws ω_d again in `sampling`'s kernel.
 """
 
