@@ -160,17 +160,14 @@ def _rsample_fused(
     layout = _Layout(shape, items_shape)
     if isinstance(P, LinearFactor) and not _stays_linear(P, items_shape, impl):
         P = P.materialise()
-    mean = None
-    if isinstance(loc, LinearMean):
-        joins = isinstance(P, LinearFactor) and loc.features is P.features
-        loc, mean = (None, loc) if joins else (loc.materialise(), None)
+    joins = isinstance(P, LinearFactor) and isinstance(loc, LinearMean) and loc.features is P.features
+    shift = None if joins else layout.samples(materialised(loc))
     seed = torch.randint(2**62, (layout.B,), device=P.device) if omega_d is None else None
     noise = None if omega_d is None else layout.samples(omega_d.expand(*shape, P.shape[-2]), everything=True)
     omega, diag = layout.samples(omega_p, everything=True), layout.items(d, 1)
-    shift = None if loc is None else layout.samples(loc)
     if isinstance(P, LinearFactor):
+        mean = loc if joins and isinstance(loc, LinearMean) else None
         return layout.restore(linear_rsample.rsample(shift, P, mean, diag, omega, noise, seed, impl))
-    assert loc is not None
     assert shift is not None
     y = ops_rsample.rsample(shift, layout.items(P, 2), diag, omega, noise, seed, impl)
     return layout.restore(y).to(torch.promote_types(loc.dtype, P.dtype))

@@ -139,11 +139,11 @@ def linear_mahalanobis_and_logdet_backward(
     A = torch.nn.functional.pad(A, (0, -(K + 1) % 4))  # rows that can be read four values at a time
     small = A.contiguous(), u_step.contiguous(), minus_2au.contiguous()
     grads = grad_x if need_x else None, grad_F, sums if scalar_d else grad_d
-    rest = wide, grads, zF, columns
     if kind != "float64":
-        narrow = (t.float() for t in small)
-        linear_backward.gradients(a, b, residual, F, d, *narrow, *rest, kind, flagged=True)
-    linear_backward.gradients(a, b, residual, F, d, *small, *rest, "float64", flagged=kind != "float64")
+        narrow = small[0].float(), small[1].float(), small[2].float()
+        linear_backward.gradients(a, b, residual, F, d, narrow, wide, grads, zF, columns, kind, flagged=True)
+    flagged = kind != "float64"
+    linear_backward.gradients(a, b, residual, F, d, small, wide, grads, zF, columns, "float64", flagged)
     if rides:
         zF = zF.sum(1)
     else:

@@ -1,4 +1,6 @@
-# ruff: noqa: RUF005  (Triton's tuples are concatenated)
+# Triton's tuples are concatenated, and grow:
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, misc"
 r"""The backward pass of a linear factor: read F, write its gradient, and grad_x, grad_d and F̃z on the way.
 
 With a = ∂loss/∂q [S, B], b = ∂loss/∂log|Σ| [B], and the residual r that `linear_residual` stored before the last step
@@ -213,9 +215,7 @@ def gradients(
     r: Tensor,
     F: Tensor,
     d: Tensor,
-    A: Tensor,
-    step: Tensor,
-    u: Tensor,
+    small: tuple[Tensor, Tensor, Tensor],
     wide: Tensor,
     grads: tuple[Tensor | None, Tensor, Tensor],
     zF: Tensor,
@@ -225,8 +225,9 @@ def gradients(
 ) -> None:
     """Fills `grads` of x, F and d (−Σ az² [B, SPLITS], if d is one value), and zF [B, SPLITS, S, C, K+1] if it rides.
 
-    A is [B, C or 1, K+1, K+1 or more]; it, step and u (−2au) are of the kind of the products.
+    `small` is A [B, C or 1, K+1, K+1 or more], step and −2au [B, S, C, K+1], of the kind of the products.
     """
+    A, step, u = small
     (S, B, C, M), K, P = r.shape, F.shape[1], F.mT
     grad_x, grad_F, grad_d = grads
     is_wide, scalar_d = kind == "float64", one_value(d)

@@ -1,4 +1,6 @@
-# ruff: noqa: RUF005  (Triton's tuples are concatenated)
+# Triton's tuples are concatenated, and grow:
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, misc"
 """What the kernels of a linear factor share: sums over columns in either layout, and how work is cut.
 
 A block of the features is a tile [BLOCK_K, BLOCK_N] of F; the row of ones is never loaded or padded for: its products

@@ -1,4 +1,6 @@
-# ruff: noqa: RUF005  (Triton's tuples are concatenated)
+# Triton's tuples are concatenated, and grow:
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, misc"
 r"""Pass 1 of a linear factor: G = F̃D⁻¹F̃ᵀ, F̃D⁻¹(x − loc) and log|D|, from one read of F.
 
 With one value of d there is one G for all channels: the kernel adds up F̃F̃ᵀ and F̃(x − loc)ᵀ, and d divides after the
@@ -235,8 +237,8 @@ def sums(
         block_k = common.TILED_R
     block = WIDE_BLOCK if wide else BLOCKS[block_k]
     tiles = common.ceil_div(K, block_k)
-    others = [x] * (count > 0) + [loc] * (count > 0 and loc is not None) + [d] * (not scalar_d)
-    align, last = common.alignment(P, *others), channels_last(F)
+    read = [x if count else None, loc if count else None, None if scalar_d else d]
+    align, last = common.alignment(P, *(t for t in read if t is not None)), channels_last(F)
     lanes = min(block.columns, 32 * block.num_warps // max(1, block_k // 4))
     columns = columns_per_program(M, B * groups, 16 * K, block.columns)
     splits = max(1, common.ceil_div(M, columns))

@@ -1,4 +1,6 @@
-# ruff: noqa: RUF005  (Triton's tuples are concatenated)
+# Triton's tuples are concatenated, and grow:
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, misc"
 r"""Pass 2 of a linear factor: r = δ − F̃ᵀu, rᵀD⁻¹r and F̃D⁻¹r, in float64; with u = 0 the projection F̃D⁻¹δ.
 
 As `residual` does for P, and for the same reason: r is what is left of numbers hundreds of times its size. For each
