@@ -232,6 +232,16 @@ def test_one_item_that_is_not_finite(kernels):
         assert torch.equal(grads[i][::2], good_grads[i][::2])
 
 
+@pytest.mark.parametrize("diagonal", ["pixel", "item"])
+def test_without_tensor_cores(kernels, monkeypatch, diagonal):
+    args, (a, b) = inputs(F32, 1, 1, 5, 3, 2, 20, "BKM", diagonal, False, True, False), weights(1, 1)
+    expected, expected_grads = oracle(*args, a, b)
+    monkeypatch.setattr(kernels.common, "products", lambda *tensors: "float32")
+    out, grads = both(kernels, args, a, b)
+    for ours, theirs in zip((*out[:4], *grads), (*expected, *expected_grads), strict=True):
+        assert relative(ours, theirs) < 2e-6
+
+
 def test_the_same_bits_twice(kernels):
     args, (a, b) = inputs(F32, 1, 2, 16, 3, 2, 300, "BMK", "pixel", True, True, False), weights(1, 2)
     (out, grads), (again, grads_again) = both(kernels, args, a, b), both(kernels, args, a, b)

@@ -90,6 +90,56 @@ def line(row: dict) -> str:
     return text
 
 
+def requested(case: LinearCase) -> list[dict]:
+    """Bytes that each launch asks for, and the least it could ask for; in Triton's interpreter, as in `requested`.
+
+    The floor is each argument once: F, its gradient, the columns of x, r, d and their gradients.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    total = 0
+    load, store, plain = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store, common.launch
+
+    def size(pointers, mask):
+        return int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
+
+    def counted_load(self, pointers, mask, *rest):
+        nonlocal total
+        total += size(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def counted_store(self, pointers, value, mask, *rest):
+        nonlocal total
+        total += size(pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    rows = []
+    features = case.B * case.K * case.M * case.dtype.itemsize
+    column = 4 * case.B * case.C * case.M
+    per_pixel = column if case.diagonal == "pixel" else 0
+    floors = {
+        "linear_gram": features + case.S * column + per_pixel,
+        "linear_residual": features + 2 * case.S * column + per_pixel,
+        "linear_backward": 2 * features + 2 * case.S * column + 2 * per_pixel,
+    }
+
+    def launch(kernel, grid, num_warps, num_stages=1, **arguments):
+        nonlocal total
+        total = 0
+        plain(kernel, grid, num_warps, num_stages, **arguments)
+        name = kernel.fn.__name__.removesuffix("_kernel")
+        if name in floors and not arguments.get("WIDE"):
+            rows.append({"kernel": name, "case": case.name, "requested": total, "floor": floors[name]})
+
+    with (
+        patch.object(InterpreterBuilder, "create_masked_load", counted_load),
+        patch.object(InterpreterBuilder, "create_masked_store", counted_store),
+        patch.object(common, "launch", launch),
+    ):
+        linear_step(case, lambda *shape: torch.rand(*shape) + 0.5)
+    return rows
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.static.linear", description=__doc__)
     parser.add_argument("--features", type=int, nargs="+", default=[16, 64], help="numbers of features K")
@@ -98,7 +148,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", nargs="+", default=["float32"], help="of F")
     parser.add_argument("--target", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--json", type=Path, help="write everything there")
+    parser.add_argument("--requested", action="store_true", help="count bytes instead, with TRITON_INTERPRET=1")
     options = parser.parse_args(arguments)
+    if options.requested:
+        for layout in options.layout:
+            for diagonal in options.diagonal:
+                for row in requested(LinearCase(64, layout, diagonal=diagonal, B=1)):
+                    print(f"{row['kernel']:18}{row['case']:28}{row['requested'] / row['floor']:8.3f}")
+        return
     print(model.ASSUMPTIONS, "", sep="\n")
     rows = []
     for target in options.target:

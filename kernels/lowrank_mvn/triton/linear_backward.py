@@ -29,8 +29,8 @@ from .common import Block, narrow, split, tile_offsets
 from .linear_common import MAX_RIDERS, channels_last, columns_per_program, fold, nothing, one_value, width
 from .linear_tile import column, curvature, precision, rows, tile_of
 
-# By padded number of features, and whether d is one value: M_c of each channel is loaded for every tile then, and needs
-# registers that the columns of a wider one would have.
+# By padded number of features, and whether A is kept. M_c of each channel is loaded for every tile, and needs registers
+# that the columns of a wider tile would have.
 BLOCKS = {
     (16, True): Block(1, 64),
     (16, False): Block(1, 64),
@@ -232,7 +232,9 @@ def gradients(
     grad_x, grad_F, grad_d = grads
     is_wide, scalar_d = kind == "float64", one_value(d)
     block_k = common.padded_rank(K) if K <= common.FUSED_R else common.TILED_R
-    block = BLOCKS[block_k, scalar_d]
+    # Without tensor cores a product needs whole rows of A in a thread: registers that keeping A would take.
+    keeps = scalar_d and kind != "float32"
+    block = BLOCKS[block_k, keeps]
     block_n = WIDE_COLUMNS if is_wide else block.columns
     tiles = common.ceil_div(K, block_k)
     align = min(common.alignment(P, r, d), common.alignment(grad_F.mT, r))
@@ -277,7 +279,7 @@ def gradients(
         WIDE=is_wide,
         FLAGGED=flagged,
         SPLIT_TF32=kind == "tf32",
-        KEPT=tiles == 1 and scalar_d,
+        KEPT=tiles == 1 and keeps,
         TILES=tiles,
         ALIGN=align,
         NARROW=common.narrow_offsets(P, block_n) and common.narrow_offsets(grad_F.mT, block_n),
