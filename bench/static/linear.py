@@ -39,7 +39,7 @@ def linear_step(case: LinearCase, make: Callable[..., torch.Tensor]) -> None:
     dtype, K, R, C, B, M, S = case.dtype, case.K, case.R, case.C, case.B, case.M, case.S
     F = make(B, K, M).to(dtype) if case.layout == "BKM" else make(B, M, K).to(dtype).mT
     W, m = make(1, C, R, K + 1).to(dtype), make(C, K + 1).to(dtype)
-    d = make(B, C, M) if case.diagonal == "pixel" else make(B, 1, 1)
+    d = (make(B, C, M) if case.diagonal == "pixel" else make(B, 1, 1)).abs() + 0.5
     x = make(S, B, C, M).to(dtype)
     q, logdet, C_inv, v, step, G, residual, wide = linear.linear_mahalanobis_and_logdet(x, None, F, W, m, d)
     linear.linear_mahalanobis_and_logdet_backward(q, logdet, residual, F, W, m, d, C_inv, v, step, G, wide, True)
@@ -136,7 +136,7 @@ def requested(case: LinearCase) -> list[dict]:
         patch.object(InterpreterBuilder, "create_masked_store", counted_store),
         patch.object(common, "launch", launch),
     ):
-        linear_step(case, lambda *shape: torch.rand(*shape) + 0.5)
+        linear_step(case, torch.randn)
     return rows
 
 
@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
         for layout in options.layout:
             for diagonal in options.diagonal:
                 for row in requested(LinearCase(64, layout, diagonal=diagonal, B=1)):
-                    print(f"{row['kernel']:18}{row['case']:28}{row['requested'] / row['floor']:8.3f}")
+                    print(f"{row['kernel']:18}{row['case']:28}{row['requested'] / row['floor']:8.3f}", flush=True)
         return
     print(model.ASSUMPTIONS, "", sep="\n")
     rows = []
