@@ -13,6 +13,7 @@ HERE = Path(__file__).parent
 FILES = [
     "test_triton_kernels.py",
     "test_lowrank_transforms.py",
+    "test_triton_linear.py",
     "test_triton_paths.py",
     "test_distribution_contract.py",
     "test_triton_operators.py",

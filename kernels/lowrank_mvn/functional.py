@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import linear, ops, ops_rsample, reference
+from . import linear, linear_rsample, ops, ops_rsample, reference
 from .linear import LinearFactor, LinearMean, broadcast
 
 __all__ = ["Conditional", "condition", "entropy", "log_prob", "log_prob_and_entropy", "rsample"]
@@ -122,10 +122,10 @@ def rsample(
     impl = check_impl(impl, cov_factor)
     shape = torch.Size(sample_shape) + check_shapes(None, loc, cov_factor, d)
     N, R = cov_factor.shape[-2:]
-    fused = impl == "triton" and isinstance(cov_factor, Tensor) and not forward_mode()
+    fused = impl == "triton" and not forward_mode() and (isinstance(cov_factor, Tensor) or _has_kernel(cov_factor, d))
     if noise is None and fused:
         omega_p = torch.randn(*shape, R, dtype=loc.dtype, device=loc.device)
-        return _rsample_fused(materialised(loc), materialised(cov_factor), d, shape, omega_p, None, impl)
+        return _rsample_fused(loc, cov_factor, d, shape, omega_p, None, impl)
     if noise is None:
         omega_p, omega_d = (torch.randn(*shape, size, dtype=loc.dtype, device=loc.device) for size in (R, N))
     else:
@@ -136,7 +136,7 @@ def rsample(
                 raise ValueError(f"{name} has shape {_shape(omega)}, expected one that broadcasts to {[*shape, size]}")
         omega_p = omega_p.expand(*shape, R)
     if fused:
-        return _rsample_fused(materialised(loc), materialised(cov_factor), d, shape, omega_p, omega_d, impl)
+        return _rsample_fused(loc, cov_factor, d, shape, omega_p, omega_d, impl)
     dtype = torch.promote_types(loc.dtype, cov_factor.dtype)
     with ops.without_autocast(cov_factor.device):
         loc = materialised(loc)
@@ -153,15 +153,26 @@ def rsample(
         return (loc.to(high) + y.to(high) + d.to(high).sqrt() * omega_d.to(high)).to(dtype)
 
 
+def _has_kernel(P: LinearFactor, d: Tensor) -> bool:
+    """Whether samples from a linear factor have a kernel: one item for each of the features', and no batching rule."""
+    return P.mask is None and broadcast(P.shape[:-2], d.shape[:-1]) == P.features.shape[:1] and not ops.transformed()
+
+
 def _rsample_fused(
-    loc: Tensor, P: Tensor, d: Tensor, shape: torch.Size, omega_p: Tensor, omega_d: Tensor | None, impl: str
+    loc: Mean, P: Factor, d: Tensor, shape: torch.Size, omega_p: Tensor, omega_d: Tensor | None, impl: str
 ) -> Tensor:
-    """The operator of `ops_rsample`: ω_d, where it is not given, comes from one seed per item."""
+    """The operators of `ops_rsample` and `linear_rsample`: ω_d, where it is not given, comes from one seed per item."""
     layout = _Layout(shape, broadcast(P.shape[:-2], d.shape[:-1]))
+    joins = isinstance(P, LinearFactor) and isinstance(loc, LinearMean) and loc.features is P.features
+    shift = None if joins else layout.samples(materialised(loc))
     seed = torch.randint(2**62, (layout.B,), device=P.device) if omega_d is None else None
     noise = None if omega_d is None else layout.samples(omega_d.expand(*shape, P.shape[-2]), everything=True)
-    omega = layout.samples(omega_p, everything=True)
-    y = ops_rsample.rsample(layout.samples(loc), layout.items(P, 2), layout.items(d, 1), omega, noise, seed, impl)
+    omega, diag = layout.samples(omega_p, everything=True), layout.items(d, 1)
+    if isinstance(P, LinearFactor):
+        mean = loc if joins and isinstance(loc, LinearMean) else None
+        return layout.restore(linear_rsample.rsample(shift, P, mean, diag, omega, noise, seed, impl))
+    assert shift is not None
+    y = ops_rsample.rsample(shift, layout.items(P, 2), diag, omega, noise, seed, impl)
     return layout.restore(y).to(torch.promote_types(loc.dtype, P.dtype))
 
 

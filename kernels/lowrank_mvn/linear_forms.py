@@ -30,10 +30,15 @@ def from_tiles(channels: int, R: int, K1: int, per_pixel: bool) -> bool:
     return 4 * channels * R < 2 * (channels if per_pixel else 1) * K1
 
 
-def capacitance(WG: Tensor, W: Tensor) -> Tensor:
-    """C = I + Σ_c W_c G_c W_cᵀ [B, R, R], symmetric to the last bit."""
+def gram(WG: Tensor, W: Tensor) -> Tensor:
+    """C − I = Σ_c W_c G_c W_cᵀ [B, R, R], symmetric to the last bit."""
     C = torch.matmul(WG.transpose(1, 2).flatten(2), W.transpose(1, 2).flatten(2).mT)
-    C = 0.5 * (C + C.mT)
+    return 0.5 * (C + C.mT)
+
+
+def capacitance(WG: Tensor, W: Tensor) -> Tensor:
+    """C = I + Σ_c W_c G_c W_cᵀ [B, R, R]."""
+    C = gram(WG, W)
     C.diagonal(dim1=-2, dim2=-1).add_(1)
     return C
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from . import aten, reference
 
 
-class _WhenUsed(ModuleType):
+class WhenUsed(ModuleType):
     """A module of this package that is imported when something of it is asked for: no import of ours imports Triton."""
 
     def __getattr__(self, name: str) -> Any:
@@ -32,7 +32,7 @@ class _WhenUsed(ModuleType):
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {"aten": aten}
 if importlib.util.find_spec("triton") is not None:
-    IMPLEMENTATIONS["triton"] = _WhenUsed(f"{__package__}.triton")
+    IMPLEMENTATIONS["triton"] = WhenUsed(f"{__package__}.triton")
 
 library = torch.library.Library("lowrank_mvn", "DEF")
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from . import aten, aten_linear, ops, reference
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {"aten": aten_linear}
+if "triton" in ops.IMPLEMENTATIONS:
+    IMPLEMENTATIONS["triton"] = ops.WhenUsed(f"{__package__}.triton.linear")
 
 
 # --- q = δᵀΣ⁻¹δ and log|Σ| ----------------------------------------------------------------------------------------

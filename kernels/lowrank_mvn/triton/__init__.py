@@ -6,6 +6,7 @@
     residual      pass 2: the quadratic form as a sum of squares, and the correction of v
     backward      every gradient in one pass
     sampling      samples, with their noise drawn in the kernel and drawn again in the backward
+    linear        the same of a factor that is a linear map of features, with kernels of its own
 
 Nothing waits for the host: items that need float64 are found and made again on the device, by kernels that leave the
 others at once, so that a step can be captured in a CUDA graph. The functions have the signatures of `aten`.

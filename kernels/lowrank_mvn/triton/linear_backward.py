@@ -1,0 +1,314 @@
+# Triton's tuples are concatenated, and grow:
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, misc"
+r"""The backward pass of a linear factor: read F, write its gradient, and grad_x, grad_d and F̃z on the way.
+
+With a = ∂loss/∂q [S, B], b = ∂loss/∂log|Σ| [B], and the residual r that `linear_residual` stored before the last step
+of v, whose share in u is `step`:
+
+    z = D⁻¹(r − F̃ᵀ step)          grad_x = 2az                    F̃z, from which the gradients of W and m follow
+    one d:        grad_F = A F̃ − 2 Σ a u zᵀ                        A = 2b/d Σ_c M_c, made beforehand
+    per pixel:    grad_F = Σ_c 2b M_c F̃D_c⁻¹ − 2 Σ a u zᵀ           grad_d = bπ − Σₛ az²,  πₙ = 1/d − f̃ₙᵀM_c f̃ₙ/d²
+
+AF̃ and M_cF̃ are products of a K × K matrix with a tile of F, in three tf32 products of high and low parts; 1/d scales
+the columns of M_cF̃ afterwards, so that a tile is split once for all channels. Operations for a pixel: 2K² with one d,
+2CK² with a d per pixel, each three times over, beside 6K for each of S·C columns in float32. A stays in registers; M_c
+is loaded for every tile, from the first-level cache.
+
+WIDE is for the items that needed float64 for C: every product in it, and each of the two kernels leaves the other's
+items alone. F̃z is added up on the way if S·C ≤ MAX_RIDERS; beyond, `linear_residual` makes it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import common
+from .common import Block, narrow, split, tile_offsets
+from .linear_common import MAX_RIDERS, channels_last, columns_per_program, fold, nothing, one_value, width
+from .linear_tile import column, curvature, precision, rows, tile_of
+
+# By padded number of features, and whether A is kept. M_c of each channel is loaded for every tile, and needs registers
+# that the columns of a wider tile would have.
+BLOCKS = {
+    (16, True): Block(1, 64),
+    (16, False): Block(1, 64),
+    (32, True): Block(1, 32),
+    (32, False): Block(1, 32),
+    (64, True): Block(4, 64),
+    (64, False): Block(4, 32),
+    (128, True): Block(8, 32),
+    (128, False): Block(8, 32),
+}
+WIDE_COLUMNS = 16
+
+
+@triton.jit
+def linear_backward_kernel(
+    a_ptr,  # [B, S]
+    b_ptr,  # [B]
+    r_ptr,  # [S, B, C, M]
+    F_ptr,  # [B, K, M]
+    d_ptr,  # [B, C, M], or [B, 1, 1] if SCALAR_D
+    A_ptr,  # [B, GROUPS, K+1, LD]: A if SCALAR_D, else M_c
+    step_ptr,  # [B, S, C, K+1]
+    u_ptr,  # [B, S, C, K+1]: −2au
+    wide_ptr,  # [B]
+    grad_x_ptr,  # [S, B, C, M]
+    grad_F_ptr,  # [B, K, M]
+    grad_d_ptr,  # [B, C, M], or [B, SPLITS] of −Σ az² if SCALAR_D
+    zF_ptr,  # [B, SPLITS, S, C, K+1], written if RIDERS
+    S,
+    B,
+    M,
+    SPLITS,
+    COLUMNS,
+    stride_fb,
+    stride_fk,
+    stride_fn,
+    stride_db,
+    stride_dc,
+    stride_dn,
+    stride_gb,
+    stride_gk,
+    stride_gn,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    LD: tl.constexpr,
+    RIDERS: tl.constexpr,  # S, if each of the S·C columns has sums in registers, else 0
+    NEED_X: tl.constexpr,
+    NEED_F: tl.constexpr,
+    NEED_D: tl.constexpr,
+    SCALAR_D: tl.constexpr,
+    WIDE: tl.constexpr,
+    FLAGGED: tl.constexpr,
+    SPLIT_TF32: tl.constexpr,
+    KEPT: tl.constexpr,
+    TILES: tl.constexpr,
+    ALIGN: tl.constexpr,
+    NARROW: tl.constexpr,
+    LAST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    item = (pid // SPLITS).to(tl.int64)
+    pid_s = pid % SPLITS
+    if FLAGGED:  # noqa: SIM102  (decided when compiling)
+        if (tl.load(wide_ptr + item) != 0) != WIDE:
+            return
+    if ALIGN > 1:
+        M = tl.multiple_of(M, ALIGN)
+        stride_fb = tl.multiple_of(stride_fb, ALIGN)
+        stride_fk = tl.multiple_of(stride_fk, ALIGN)
+        stride_gb = tl.multiple_of(stride_gb, ALIGN)
+        stride_gk = tl.multiple_of(stride_gk, ALIGN)
+        if not SCALAR_D:
+            stride_db = tl.multiple_of(stride_db, ALIGN)
+            stride_dc = tl.multiple_of(stride_dc, ALIGN)
+    KT: tl.constexpr = K + 1
+    GROUPS: tl.constexpr = 1 if SCALAR_D else C
+    CURVED: tl.constexpr = (NEED_F or NEED_D) and not SCALAR_D
+    kind: tl.constexpr = tl.float64 if WIDE else tl.float32
+    F_ptr += item * stride_fb
+    grad_F_ptr += item * stride_gb
+    A_ptr += item * GROUPS * KT * LD
+    step_ptr += item * S * C * KT
+    u_ptr += item * S * C * KT
+    offs_k = tl.arange(0, BLOCK_K)
+    b = tl.load(b_ptr + item).to(kind)
+    if SCALAR_D:
+        d_inv_one = 1.0 / tl.load(d_ptr + item * stride_db).to(kind)
+    # What every tile needs again stays in registers: A if there is one, and the vectors of the columns that ride along.
+    kept_A = ()
+    if KEPT and NEED_F and SCALAR_D and not WIDE:
+        inside = (offs_k < K)[:, None] & (offs_k < K)[None, :]
+        whole = tl.load(A_ptr + offs_k[:, None] * LD + offs_k[None, :], mask=inside, other=0.0)
+        high, low = split(whole)
+        kept_A = (whole, high, low)
+    kept = ()
+    for j in tl.static_range(RIDERS * C if KEPT else 0):
+        step = tl.load(step_ptr + j * KT + offs_k, mask=offs_k < K, other=0.0)
+        kept = kept + ((step, tl.load(u_ptr + j * KT + offs_k, mask=offs_k < K, other=0.0)),)
+    zF = nothing(RIDERS * C * TILES, BLOCK_K, BLOCK_N // WIDTH, kind)
+    z_ones = nothing(RIDERS * C, 1, BLOCK_N // WIDTH, kind)
+    az2_sum = tl.zeros((1, BLOCK_N // WIDTH), tl.float64)
+    vectors = (a_ptr + item * S, r_ptr, step_ptr, u_ptr, grad_x_ptr)
+    diagonal = (d_ptr + item * stride_db, stride_dc, stride_dn)
+    if not SCALAR_D:
+        grad_d_ptr += item * C * M
+    start = pid_s * COLUMNS
+    for n in range(start, min(start + COLUMNS, M), BLOCK_N):
+        features = (F_ptr, n, M, stride_fk, stride_fn)
+        added = ()
+        added_ones = ()
+        for tile in tl.static_range(TILES):
+            offs_t = tile * BLOCK_K + offs_k
+            F = tile_of(features, offs_t, K, NARROW, BLOCK_N, kind)
+            if SCALAR_D and NEED_F:
+                grad_F, _ = rows(
+                    A_ptr, kept_A, F, features, offs_t, K, LD, KEPT and not WIDE, SPLIT_TF32, TILES, NARROW
+                )
+            else:
+                grad_F = tl.zeros((BLOCK_K, BLOCK_N), kind)
+            none = tl.zeros((BLOCK_N,), kind)
+            az2 = none
+            squares = ()
+            for c in tl.static_range(C if RIDERS > 0 else 0):
+                d_inv = d_inv_one if SCALAR_D else precision(diagonal, c, F, features)
+                if not SCALAR_D:
+                    az2 = none
+                for s in tl.static_range(RIDERS):
+                    grad_F, az2, z = column(
+                        grad_F, az2, s, c, item, vectors, kept[s * C + c] if KEPT else None, d_inv, F, features, offs_t,
+                        B, K, C, tile == 0, NEED_X, KEPT, TILES, NARROW,
+                    )  # fmt: skip
+                    Fz = fold(F * z[None, :], WIDTH, LAST)
+                    added = added + (zF[(tile * C + c) * RIDERS + s] + Fz,)
+                    if tile == 0:
+                        total = fold(z[None, :], WIDTH, LAST)
+                        added_ones = added_ones + (z_ones[c * RIDERS + s] + total,)
+                if not SCALAR_D:
+                    squares = squares + (az2,)
+            if RIDERS == 0 or not SCALAR_D:
+                for c in range(C):
+                    d_inv = d_inv_one if SCALAR_D else precision(diagonal, c, F, features)
+                    if not SCALAR_D:
+                        az2 = none
+                    if RIDERS > 0:
+                        for i in tl.static_range(C):
+                            az2 = tl.where(c == i, squares[i], az2)
+                    else:
+                        for s in range(S):
+                            grad_F, az2, z = column(
+                                grad_F, az2, s, c, item, vectors, None, d_inv, F, features, offs_t,
+                                B, K, C, tile == 0, NEED_X, False, TILES, NARROW,
+                            )  # fmt: skip
+                    if CURVED:
+                        grad_F = curvature(
+                            grad_F, az2, c, b, A_ptr, grad_d_ptr, d_inv, F, features, offs_t,
+                            K, LD, NEED_D and tile == 0, SPLIT_TF32, TILES, NARROW,
+                        )  # fmt: skip
+            if SCALAR_D and tile == 0:
+                az2_sum += fold(az2[None, :], WIDTH, LAST).to(tl.float64)
+            if NEED_F:
+                mask_n = (n + tl.arange(0, BLOCK_N)) < M
+                offsets = tile_offsets(offs_t, stride_gk, stride_gn, NARROW, BLOCK_N)
+                tile_ptr = grad_F_ptr + tl.full((), 1, tl.int64) * n * stride_gn
+                tl.store(tile_ptr + offsets, narrow(grad_F, grad_F_ptr), mask=(offs_t < K)[:, None] & mask_n[None, :])
+        zF = added
+        z_ones = added_ones
+    out = item * SPLITS + pid_s
+    if SCALAR_D:
+        tl.store(grad_d_ptr + out + tl.arange(0, 1), -tl.sum(az2_sum, 1))
+    one = tl.arange(0, 1)
+    for c in tl.static_range(C if RIDERS > 0 else 0):
+        for s in tl.static_range(RIDERS):
+            zF_row = zF_ptr + ((out * RIDERS + s) * C + c) * KT
+            tl.store(zF_row + K + one, tl.sum(z_ones[c * RIDERS + s], 1))
+            for tile in tl.static_range(TILES):
+                offs_t = tile * BLOCK_K + offs_k
+                tl.store(zF_row + offs_t, tl.sum(zF[(tile * C + c) * RIDERS + s], 1), mask=offs_t < K)
+
+
+def gradients(
+    a: Tensor,
+    b: Tensor,
+    r: Tensor,
+    F: Tensor,
+    d: Tensor,
+    small: tuple[Tensor, Tensor, Tensor],
+    wide: Tensor,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    zF: Tensor,
+    columns: int,
+    kind: str,
+    flagged: bool,
+) -> None:
+    """Fills what there is of `grads` of x, F and d (−Σ az² [B, SPLITS], if d is one value), and zF [B, SPLITS, S, C, K+1]
+    if it rides.
+
+    `small` is A [B, C or 1, K+1, K+1 or more], step and −2au [B, S, C, K+1], of the kind of the products.
+    """
+    A, step, u = small
+    (S, B, C, M), K, P = r.shape, F.shape[1], F.mT
+    grad_x, grad_F, grad_d = grads
+    G = grad_F if grad_F is not None else F
+    is_wide, scalar_d = kind == "float64", one_value(d)
+    block_k = common.padded_rank(K) if K <= common.FUSED_R else common.TILED_R
+    # Without tensor cores a product needs whole rows of A in a thread: registers that keeping A would take.
+    keeps = scalar_d and kind != "float32"
+    block = BLOCKS[block_k, keeps]
+    block_n = WIDE_COLUMNS if is_wide else block.columns
+    tiles = common.ceil_div(K, block_k)
+    align = min(common.alignment(P, r, d), common.alignment(G.mT, r))
+    last = channels_last(F)
+    common.launch(
+        linear_backward_kernel,
+        (B * zF.shape[1],),
+        block.num_warps,
+        a_ptr=a,
+        b_ptr=b,
+        r_ptr=r,
+        F_ptr=F,
+        d_ptr=d,
+        A_ptr=A,
+        step_ptr=step,
+        u_ptr=u,
+        wide_ptr=wide.view(torch.uint8),
+        grad_x_ptr=grad_x if grad_x is not None else r,
+        grad_F_ptr=G,
+        grad_d_ptr=grad_d if grad_d is not None else d,
+        zF_ptr=zF,
+        S=S,
+        B=B,
+        M=M,
+        SPLITS=zF.shape[1],
+        COLUMNS=columns,
+        stride_fb=F.stride(0),
+        stride_fk=F.stride(1),
+        stride_fn=F.stride(2),
+        stride_db=d.stride(0),
+        stride_dc=d.stride(1),
+        stride_dn=d.stride(2),
+        stride_gb=G.stride(0),
+        stride_gk=G.stride(1),
+        stride_gn=G.stride(2),
+        K=K,
+        C=C,
+        LD=A.shape[-1],
+        RIDERS=S if rides(S, C) else 0,
+        NEED_X=grad_x is not None,
+        NEED_F=grad_F is not None,
+        NEED_D=grad_d is not None,
+        SCALAR_D=scalar_d,
+        WIDE=is_wide,
+        FLAGGED=flagged,
+        SPLIT_TF32=kind == "tf32",
+        KEPT=tiles == 1 and keeps,
+        TILES=tiles,
+        ALIGN=align,
+        NARROW=common.narrow_offsets(P, block_n) and common.narrow_offsets(G.mT, block_n),
+        LAST=last,
+        WIDTH=width(align, last, block_n, min(block_n, 32 * block.num_warps // max(1, block_k // 4))),
+        BLOCK_K=block_k,
+        BLOCK_N=block_n,
+    )
+
+
+def rides(S: int, C: int) -> bool:
+    """Whether F̃z of every column is added up on the way."""
+    return 0 < S * C <= MAX_RIDERS
+
+
+def splits(F: Tensor, d: Tensor) -> tuple[int, int]:
+    """Programs for one item, and the columns of each, the same with products of any kind."""
+    B, K, M = F.shape
+    block_k = common.padded_rank(K) if K <= common.FUSED_R else common.TILED_R
+    columns = columns_per_program(M, B, 16 * K, BLOCKS[block_k, one_value(d)].columns)
+    return max(1, common.ceil_div(M, columns)), columns
+
+
+__all__ = ["gradients", "rides", "splits"]

@@ -1,0 +1,381 @@
+"""The kernels of a linear factor against the closed forms of `aten_linear` in float64.
+
+Runs as `test_triton_kernels.py` does.
+"""
+
+import pytest
+import torch
+from triton_cases import BF16, DEVICE, F16, F32, F64, INTERPRET, MARKS, TOLERANCE, relative, weights
+
+import lowrank_mvn
+from lowrank_mvn import LinearFactor, LinearMean, LowRankMultivariateNormal, aten_linear
+
+pytestmark = [*MARKS, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # torch's own, in opcheck
+
+# (dtype, S, B, K, R, C, M, layout of F, diagonal, loc, linear mean, W per item), ragged first.
+MATRIX = [
+    (F32, 1, 1, 1, 1, 1, 1, "BKM", "pixel", True, False, False),
+    (F32, 1, 2, 5, 3, 3, 5, "BMK", "item", True, True, False),
+    (F32, 1, 2, 16, 25, 3, 63, "BKM", "item", False, True, False),
+    (F32, 1, 2, 16, 3, 3, 63, "BMK", "pixel", True, False, True),
+    (F32, 2, 1, 5, 33, 1, 130, "BKM", "item", True, True, True),
+    (F32, 2, 1, 16, 25, 3, 63, "strided", "pixel", False, True, False),
+    (F32, 2, 1, 5, 1, 3, 130, "BMK", "item", False, False, True),
+    (F32, 1, 1, 64, 25, 3, 130, "BKM", "item", False, True, False),
+    (F32, 1, 1, 64, 3, 1, 63, "BMK", "pixel", False, True, False),
+    (F32, 1, 1, 65, 3, 1, 63, "BKM", "pixel", False, False, False),
+    (F32, 1, 1, 100, 3, 1, 63, "BMK", "item", True, True, False),
+    (F32, 0, 2, 16, 3, 3, 63, "BKM", "pixel", False, True, False),
+    (F32, 0, 1, 5, 3, 1, 63, "BMK", "item", False, False, True),
+    (F64, 1, 2, 5, 3, 3, 63, "BKM", "pixel", True, True, True),
+    (F64, 2, 1, 33, 3, 1, 20, "BMK", "item", False, True, False),
+    (BF16, 1, 2, 16, 3, 3, 63, "BKM", "item", False, True, False),
+    (BF16, 2, 1, 16, 3, 1, 63, "BMK", "pixel", True, True, True),
+    (F16, 1, 1, 5, 3, 1, 63, "BKM", "item", False, False, False),
+]
+IDS = ["-".join(str(v).removeprefix("torch.") for v in case) for case in MATRIX]
+NAMES = ("grad_x", "grad_F", "grad_W", "grad_m", "grad_d")
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    from lowrank_mvn.triton import linear
+
+    return linear
+
+
+def features(dtype, B, K, M, layout):
+    F = torch.randn(B, K, M, dtype=F64, device=DEVICE).to(dtype)
+    if layout == "BMK":
+        return F.mT.contiguous().mT
+    if layout == "strided":
+        holder = F.new_full((B, 2 * K, 2 * M), float("nan"))
+        holder[:, ::2, ::2] = F
+        return holder[:, ::2, ::2]
+    return F
+
+
+def inputs(dtype, S, B, K, R, C, M, layout, diagonal, with_loc, with_mean, per_item, d=1.0):
+    """x, loc, F, W, m and d in canonical shapes; d in float32 beside half precision."""
+    options = {"dtype": F64, "device": DEVICE}
+    W = torch.randn(B if per_item else 1, C, R, K + 1, **options) / K**0.5
+    x, loc = torch.randn(S, B, C, M, **options), torch.randn(1 if S != 2 else S, B, C, M, **options)
+    m = torch.randn(C, K + 1, **options)
+    diag = d * (0.5 + torch.rand(B, *((C, M) if diagonal == "pixel" else (1, 1)), **options))
+    x, loc, W, m = (t.to(dtype) for t in (x, loc, W, m))
+    diag = diag.to(F64 if dtype == F64 else F32)
+    return x, loc if with_loc else None, features(dtype, B, K, M, layout), W, m if with_mean else None, diag
+
+
+def oracle(x, loc, F, W, m, d, a, b):
+    """Outputs and gradients of `aten_linear` in float64."""
+    out, grads = both(aten_linear, [None if t is None else t.double() for t in (x, loc, F, W, m, d)], a, b)
+    return out[:4], grads
+
+
+def both(kernels, args, a, b, needs=(True, True, True)):
+    out = kernels.linear_mahalanobis_and_logdet(*args)
+    return out, kernels.linear_mahalanobis_and_logdet_backward(a, b, *args, *out[2:], list(needs))
+
+
+@pytest.mark.parametrize("case", MATRIX, ids=IDS)
+def test_density_and_every_gradient(kernels, case):
+    dtype, S, B = case[:3]
+    args, (a, b) = inputs(*case), weights(S, B)
+    expected, expected_grads = oracle(*args, a, b)
+    out, grads = both(kernels, args, a, b)
+    for name, ours, theirs in zip(("q", "logdet", "C_inv", "v"), out, expected, strict=False):
+        assert ours.dtype == F64
+        assert ours.shape == theirs.shape
+        assert relative(ours, theirs) < (TOLERANCE[F64] if dtype == F64 else 2e-6), name
+    residual, F = out[6], args[2]
+    for name, ours, theirs, like in zip(NAMES, grads, expected_grads, (residual, F, *args[3:]), strict=True):
+        assert ours.shape == (theirs.shape if like is None else like.shape), name
+        assert ours.dtype == (ours.dtype if like is None else like.dtype), name
+        scale = TOLERANCE[F32] if name in ("grad_x", "grad_d") and dtype != F64 else TOLERANCE[dtype]
+        assert relative(ours, theirs) < scale, name
+    if case[7] != "strided":
+        assert grads[1].stride() == F.stride()
+
+
+@pytest.mark.parametrize("diagonal", ["pixel", "item"])
+@pytest.mark.parametrize("needs", [(0, 1, 1), (1, 0, 0), (0, 0, 1), (0, 1, 0)])
+def test_only_what_is_asked_for(kernels, needs, diagonal):
+    args, (a, b) = inputs(F32, 1, 2, 5, 3, 3, 20, "BKM", diagonal, True, False, False), weights(1, 2)
+    _, expected = both(kernels, args, a, b)
+    _, grads = both(kernels, args, a, b, [bool(need) for need in needs])
+    assert grads[3].numel() == 0
+    assert torch.equal(grads[2], expected[2])
+    for i, need in zip((0, 1, 4), needs, strict=True):
+        assert torch.equal(grads[i], expected[i]) if need else grads[i].numel() == 0
+
+
+@pytest.mark.parametrize("diagonal", ["pixel", "item"])
+def test_more_columns_than_ride_along(kernels, diagonal):
+    """S·C = 10 columns: rounds in the residual, the last of them with fewer; their sums are passes of their own."""
+    args, (a, b) = inputs(F32, 5, 2, 5, 3, 2, 37, "BMK", diagonal, True, True, False), weights(5, 2)
+    expected, expected_grads = oracle(*args, a, b)
+    out, grads = both(kernels, args, a, b)
+    for ours, theirs in zip((*out[:4], *grads), (*expected, *expected_grads), strict=True):
+        assert relative(ours, theirs) < 2e-6
+
+
+@pytest.mark.parametrize(("diagonal", "S"), [("pixel", 1), ("item", 1), ("pixel", 5)])
+def test_more_features_than_one_tile(kernels, diagonal, S):
+    args, (a, b) = inputs(F32, S, 1, 130, 2, 1, 20, "BKM", diagonal, False, True, False), weights(S, 1)
+    expected, expected_grads = oracle(*args, a, b)
+    out, grads = both(kernels, args, a, b)
+    for ours, theirs in zip((*out[:4], *grads), (*expected, *expected_grads), strict=True):
+        assert relative(ours, theirs) < 2e-6
+
+
+def test_empty_batch(kernels):
+    args, (a, b) = inputs(F32, 2, 0, 5, 3, 2, 20, "BKM", "pixel", True, True, False), weights(2, 0)
+    out, grads = both(kernels, args, a, b)
+    assert out[0].shape == (2, 0)
+    assert [g.shape for g in grads] == [t.shape for t in (args[0], *args[2:])]
+    assert not grads[2].any()
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_gram(kernels, masked):
+    x, loc, F, W, m, d = inputs(F32, 2, 2, 5, 3, 2, 70, "BKM", "pixel" if masked else "item", True, True, False)
+    precision = d.reciprocal() * (torch.rand_like(d) < 0.5 if masked else 1)
+    C, w = kernels.linear_gram(x, loc, F, W, m, precision)
+    ones = torch.cat([F, torch.ones_like(F[:, :1])], 1).double()
+    P = torch.einsum("crk,bkn->bcnr", W[0].double(), ones)
+    delta = x.double() - loc.double() - torch.einsum("ck,bkn->bcn", m.double(), ones)
+    scaled = P * precision.double().expand(2, 2, 70)[..., None]
+    assert relative(C, torch.einsum("bcnr,bcns->brs", P, scaled) + torch.eye(3, device=DEVICE)) < 2e-6
+    assert relative(w, torch.einsum("sbcn,bcnr->sbr", delta, scaled)) < 1e-12  # made in float64
+
+
+@pytest.mark.parametrize("layout", ["BKM", "BMK"])
+@pytest.mark.parametrize(("ratio", "log_p", "gradient"), [(1.0, 0.05, 1e-4), (1e-4, 1.0, 1e-3)])
+def test_small_diagonal_and_collinear_weights(kernels, ratio, log_p, gradient, layout):
+    """The bars of a full factor, at d = 1e-5."""
+    S, B, K, R, C, M = 1, 2, 16, 10, 3, 300
+    _, _, F, W, m, d = inputs(F32, S, B, K, R, C, M, layout, "item", False, True, True, d=1e-5)
+    W = 0.2 * W
+    W[1] = W[1, :, :1] + ratio * W[1] if ratio < 1 else W[1]
+    d = torch.full_like(d, 1e-5)
+    ones = torch.cat([F, torch.ones_like(F[:, :1])], 1).double()
+    omega = torch.randn(B, R, dtype=F64, device=DEVICE)
+    u = torch.einsum("br,bcrk->bck", omega, W.double()) + m.double()
+    x = torch.einsum("bck,bkn->bcn", u, ones)
+    x = (x + d.double().sqrt() * torch.randn_like(x)).float()[None]
+    a = torch.full((S, B), -0.5, dtype=F64, device=DEVICE)
+    b = torch.full((B,), -0.5, dtype=F64, device=DEVICE)
+    expected, expected_grads = oracle(x, None, F, W, m, d, a, b)
+    out, grads = both(kernels, (x, None, F, W, m, d), a, b)
+    if ratio < 1:
+        assert out[-1].tolist() == [False, True]
+    assert (0.5 * ((out[0] - expected[0]).abs() + (out[1] - expected[1]).abs())).max() < log_p
+    for name, ours, theirs in zip(NAMES, grads, expected_grads, strict=True):
+        assert relative(ours, theirs) < gradient, name
+
+
+def test_one_item_that_is_not_finite(kernels):
+    args, (a, b) = inputs(F32, 1, 3, 5, 3, 2, 40, "BKM", "pixel", True, True, True), weights(1, 3)
+    good, good_grads = both(kernels, args, a, b)
+    args[2][1, 2, 7] = float("nan")
+    out, grads = both(kernels, args, a, b)
+    assert out[0][0, 1].isnan()
+    assert out[1][1].isnan()
+    for i, axis in ((0, 1), (1, 0)):
+        assert torch.equal(out[i].unbind(axis)[0], good[i].unbind(axis)[0])
+        assert torch.equal(out[i].unbind(axis)[2], good[i].unbind(axis)[2])
+    for i in (1, 2, 4):
+        assert torch.equal(grads[i][::2], good_grads[i][::2])
+
+
+@pytest.mark.parametrize("diagonal", ["pixel", "item"])
+def test_without_tensor_cores(kernels, monkeypatch, diagonal):
+    args, (a, b) = inputs(F32, 1, 1, 5, 3, 2, 20, "BKM", diagonal, False, True, False), weights(1, 1)
+    expected, expected_grads = oracle(*args, a, b)
+    monkeypatch.setattr(kernels.common, "products", lambda *tensors: "float32")
+    out, grads = both(kernels, args, a, b)
+    for ours, theirs in zip((*out[:4], *grads), (*expected, *expected_grads), strict=True):
+        assert relative(ours, theirs) < 2e-6
+
+
+def test_the_same_bits_twice(kernels):
+    args, (a, b) = inputs(F32, 1, 2, 16, 3, 2, 300, "BMK", "pixel", True, True, False), weights(1, 2)
+    (out, grads), (again, grads_again) = both(kernels, args, a, b), both(kernels, args, a, b)
+    for ours, theirs in zip((*out, *grads), (*again, *grads_again), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_offsets_beyond_int32(kernels):
+    """A batch stride and a stride of pixels beyond 2³¹ elements in all, of which next to nothing is touched."""
+    B, K, M = 2, 2, 3
+    stride_b, stride_n = 2**31 + 5, 2**30 + 3
+    storage = torch.UntypedStorage(4 * (stride_b + (M - 1) * stride_n + K), device=DEVICE)
+    F = torch.empty(0, device=DEVICE).set_(storage, 0, (B, K, M), (stride_b, 1, stride_n))
+    F.copy_(torch.randn(B, K, M))
+    x, loc, _, W, m, d = inputs(F32, 1, B, K, 2, 2, M, "BKM", "pixel", True, True, False)
+    expected = kernels.linear_mahalanobis_and_logdet(x, loc, F.mT.contiguous().mT, W, m, d)
+    for ours, theirs in zip(kernels.linear_mahalanobis_and_logdet(x, loc, F, W, m, d), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+# --- Through the public functions -------------------------------------------------------------------------------------
+
+
+def tensors(dtype=F64, B=2, K=5, R=4, C=3, spatial=(3, 3), diagonal="pixel", last=False):
+    options = {"dtype": dtype, "device": DEVICE}
+    F = torch.randn(B, K, *spatial, **options)
+    F = F.to(memory_format=torch.channels_last) if last else F
+    N = C * spatial[0] * spatial[1]
+    d = 0.5 + torch.rand((B, N) if diagonal == "pixel" else (), **options)
+    weight, bias = torch.randn(R, C, K, **options), torch.randn(R, C, **options)
+    return F, weight, bias, torch.randn(C, K, **options), torch.randn(C, **options), d, torch.randn(2, B, N, **options)
+
+
+@pytest.mark.parametrize(("diagonal", "last"), [("pixel", False), ("item", True)])
+def test_the_class_and_every_gradient(diagonal, last):
+    """The functions of the class choose "triton" for a device that it runs on; here it is asked for."""
+    args = tensors(F32, diagonal=diagonal, last=last)
+
+    def loss(impl, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in args]
+        F, weight, bias, mean_weight, mean_bias, d, x = leaves
+        loc, factor = LinearMean(F, mean_weight, mean_bias), LinearFactor(F, weight, bias)
+        log_prob, entropy = lowrank_mvn.log_prob_and_entropy(x, loc, factor, d, impl=impl)
+        total = log_prob.sum() - 0.7 * entropy.sum()
+        return total, torch.autograd.grad(total, leaves)
+
+    ours, expected = loss("triton", F32), loss("aten", F64)
+    assert relative(ours[0], expected[0]) < 1e-6
+    for a, b in zip(ours[1], expected[1], strict=True):
+        assert a.shape == b.shape
+        assert relative(a, b) < 5e-6
+    if not INTERPRET:
+        assert lowrank_mvn.functional.check_impl(None, LinearFactor(*args[:3])) == "triton"
+    distribution = LowRankMultivariateNormal(LinearMean(args[0], *args[3:5]), LinearFactor(*args[:3]), args[5])
+    torch.testing.assert_close(
+        lowrank_mvn.entropy(LinearFactor(*args[:3]), args[5], impl="triton"), distribution.entropy()
+    )
+
+
+@pytest.mark.parametrize("diagonal", ["pixel", "item"])
+def test_gradcheck(diagonal):
+    args = [t.requires_grad_() for t in tensors(B=1, K=2, R=2, C=2, spatial=(2, 1), diagonal=diagonal)]
+
+    def joint(F, weight, bias, mean_weight, mean_bias, d, x):
+        loc, factor = LinearMean(F, mean_weight, mean_bias), LinearFactor(F, weight, bias)
+        return lowrank_mvn.log_prob_and_entropy(x, loc, factor, d, impl="triton")
+
+    assert torch.autograd.gradcheck(joint, args, fast_mode=True)
+
+
+SAMPLES = [
+    # dtype, S, B, K, R, C, spatial, diagonal, channels last
+    (F32, 1, 1, 1, 1, 1, (1, 1), "pixel", False, 3e-7),
+    (F32, 3, 2, 16, 4, 3, (7, 9), "pixel", True, 3e-7),
+    (F32, 2, 2, 33, 4, 2, (8, 8), "item", False, 3e-7),
+    (F32, 1, 1, 130, 4, 1, (4, 5), "pixel", False, 1e-6),
+    (F64, 2, 1, 5, 4, 3, (3, 3), "item", True, 1e-13),
+    (BF16, 2, 1, 16, 4, 3, (4, 5), "pixel", False, 8e-3),
+]
+
+
+@pytest.mark.parametrize("joined", [True, False], ids=["linear-mean", "loc"])
+@pytest.mark.parametrize("given", [True, False], ids=["given", "drawn"])
+@pytest.mark.parametrize("case", SAMPLES, ids=lambda case: "-".join(str(v).removeprefix("torch.") for v in case))
+def test_samples_and_gradients(case, given, joined):
+    """Given noise against the formula; drawn noise against the sample that the kernel for a full factor draws."""
+    dtype, S, B, K, R, C, spatial, diagonal, last, tolerance = case
+    F, weight, bias, mean_weight, mean_bias, d, _ = tensors(F64, B, K, R, C, spatial, diagonal, last)
+    weight = weight / K**0.5
+    args = [t.to(dtype) for t in (F, weight, bias, mean_weight / K**0.5, mean_bias, d)]
+    N = C * spatial[0] * spatial[1]
+    noise = [torch.randn(S, B, n, device=DEVICE).to(dtype) for n in (R, N)] if given else None
+    grad_y = torch.randn(S, B, N, device=DEVICE).to(dtype)
+
+    def sampled(exact):
+        leaves = [(t.double() if exact else t).detach().requires_grad_() for t in args]
+        F, weight, bias, mean_weight, mean_bias, d = leaves
+        loc, factor = LinearMean(F, mean_weight, mean_bias), LinearFactor(F, weight, bias)
+        loc = loc if joined and not exact else loc.materialise()
+        factor = factor.materialise() if exact else factor
+        torch.manual_seed(5)
+        drawn = noise and [t.to(loc.dtype) for t in noise]
+        if exact and not given:  # ω_p as it was drawn, and ω_d from the same seed
+            omega_p = torch.randn(S, B, R, dtype=dtype, device=DEVICE)
+            zero = torch.zeros(B, N, device=DEVICE)
+            torch.manual_seed(5)
+            omega_d = lowrank_mvn.rsample(zero, zero[..., None].expand(B, N, R), 1.0, (S,), impl="triton")
+            drawn = [omega_p.double(), omega_d.double()]
+        if exact:
+            y = lowrank_mvn.rsample(loc, factor, d, (S,), noise=tuple(drawn), impl="aten")
+        else:
+            y = lowrank_mvn.rsample(loc, factor, d, (S,), noise=drawn and tuple(drawn), impl="triton")
+        return y, torch.autograd.grad(y, leaves, grad_y.to(y.dtype))
+
+    (ours, grads), (expected, expected_grads) = sampled(False), sampled(True)
+    assert ours.dtype == dtype
+    assert relative(ours, expected) < tolerance
+    for name, a, b in zip(("F", "weight", "bias", "mean weight", "mean bias", "d"), grads, expected_grads, strict=True):
+        assert a.shape == b.shape, name
+        assert relative(a, b) < 4 * tolerance, name
+
+
+def test_second_derivative_of_a_sample():
+    F, weight, bias, mean_weight, mean_bias, d, _ = tensors(B=1, K=2, R=2, C=2, spatial=(1, 2))
+    noise = [torch.randn(2, 1, n, dtype=F64, device=DEVICE) for n in (2, 4)]
+
+    def sample(F, weight, bias, mean_weight, d, *noise):
+        loc, factor = LinearMean(F, mean_weight, mean_bias), LinearFactor(F, weight, bias)
+        return lowrank_mvn.rsample(loc, factor, d, (2,), noise=noise, impl="triton")
+
+    args = [t.requires_grad_() for t in (F, weight, bias, mean_weight, d, *noise)]
+    assert torch.autograd.gradgradcheck(sample, args, fast_mode=True)
+
+
+def test_opcheck():
+    x, loc, F, W, m, d = inputs(F32, 1, 2, 3, 2, 2, 5, "BKM", "pixel", True, True, False)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    operators = torch.ops.lowrank_mvn
+    leaves = [t.requires_grad_() for t in (x, loc, F, W, m, d)]
+    torch.library.opcheck(operators.linear_mahalanobis_and_logdet.default, (*leaves, "triton"), test_utils=checks)
+    with torch.no_grad():
+        q, logdet, *kept = operators.linear_mahalanobis_and_logdet(*leaves, "triton")
+    torch.library.opcheck(
+        operators.linear_mahalanobis_and_logdet_backward.default,
+        (q, logdet, *leaves, *kept, [True] * 3, "triton"),
+        test_utils=checks,
+    )
+    u, seed = torch.randn(2, 2, 2, 4, device=DEVICE, requires_grad=True), torch.tensor([1, 2], device=DEVICE)
+    for shift, noise, drawn in ((loc, None, seed), (None, torch.randn(2, 2, 2, 5, device=DEVICE), None)):
+        arguments = (shift, F, u, d, noise, drawn, "triton")
+        torch.library.opcheck(operators.linear_rsample.default, arguments, test_utils=checks)
+
+
+def test_compiled_without_a_graph_break():
+    F, weight, bias, mean_weight, mean_bias, d, x = tensors(F32)
+
+    def loss(F, weight):
+        loc, factor = LinearMean(F, mean_weight, mean_bias), LinearFactor(F, weight, bias)
+        log_prob, entropy = lowrank_mvn.log_prob_and_entropy(x, loc, factor, d, impl="triton")
+        return log_prob.sum() + entropy.sum() + lowrank_mvn.rsample(loc, factor, d, (2,), impl="triton").sum()
+
+    leaves = [F.requires_grad_(), weight.requires_grad_()]
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(0)
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    torch.manual_seed(0)
+    for ours, theirs in zip(torch.autograd.grad(compiled(*leaves), leaves), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_under_a_transform_samples_are_torch_operators():
+    F, weight, bias, mean_weight, mean_bias, d, _ = tensors()
+    noise = torch.randn(3, 2, 4, dtype=F64, device=DEVICE), torch.randn(3, 2, 27, dtype=F64, device=DEVICE)
+
+    def sample(omega_p, omega_d):
+        loc, factor = LinearMean(F, mean_weight, mean_bias), LinearFactor(F, weight, bias)
+        return lowrank_mvn.rsample(loc, factor, d, noise=(omega_p, omega_d), impl="triton")
+
+    mapped = torch.func.vmap(sample)(*noise)
+    torch.testing.assert_close(mapped, torch.stack([sample(*pair) for pair in zip(*noise, strict=True)]))
