@@ -315,12 +315,7 @@ def partial_sums(
         SPLIT_TF32=kind == "tf32",
         OUTER=wide and not common.matrix_float64(P.device),
         TILES=tiles,
-        STACKED=with_w
-        and not wide
-        and kind == "tf32"
-        and R + 2 <= block_r
-        and P.stride(1) == 1
-        and x.dtype == loc.dtype == P.dtype,
+        STACKED=stacked,
         AUGMENTED=with_w and not wide and block_r == 16 and R < 16 and not by_column,
         ALIGN=align,
         NARROW=common.narrow_offsets(P, block.columns),
