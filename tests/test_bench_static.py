@@ -224,7 +224,8 @@ def test_a_compiler_that_hangs_costs_one_row(monkeypatch):
     from bench.static.launches import Case
 
     monkeypatch.setattr(children, "_work", _hang)
-    monkeypatch.setattr(children.multiprocessing, "get_context", lambda kind: multiprocessing.get_context("fork"))
+    fork = multiprocessing.get_context("fork")  # "_hang" as it is here, and nothing imported again
+    monkeypatch.setattr(children.multiprocessing, "get_context", lambda kind: fork)
     rows = children.compile_all([(Case(3), "sm_90")], 1, 0.5, lambda row: None)
     assert [row["kernel"] for row in rows] == ["k0", "k1", "k2"]
     assert [row.get("error") for row in rows] == [None, "given up after 0.5 s", None]

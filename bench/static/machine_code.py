@@ -16,7 +16,7 @@ def nvidia_loop(code: str) -> Counter:
     """Instructions of the main loop, with their suffixes, in the listing of `nvdisasm -c`.
 
     Predicates are dropped: an instruction under one is counted, because it takes its slot; `@!PT`, which is never
-    executed, is not. HGMMA gets a suffix that says where its first operand lies, SS in shared memory or RS in registers.
+    executed, is not. HGMMA gets a suffix that says where its first operand lies, SS (shared memory) or RS.
     """
     return _main_loop(code, _NVIDIA, _NVIDIA_LABEL, _NVIDIA_JUMP, ("LDG", "STG"))
 
@@ -35,7 +35,7 @@ def unrolled(loop: Counter, ptx: str) -> int:
 
 
 def _main_loop(code: str, line_of: re.Pattern, label_of: re.Pattern, jump_of: re.Pattern, memory) -> Counter:
-    """The loop whose own instructions, those of loops inside it included, touch global memory most; the longer if equal.
+    """The loop whose instructions, those of loops inside it included, touch global memory most; of equals the longer.
 
     A loop is a stretch that ends with a jump back to its start. Loops inside another one are part of it and counted
     once; a jump out of the middle (`continue`) makes the stretch longer, never shorter.

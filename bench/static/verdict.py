@@ -47,7 +47,9 @@ def verdict(rows: list[dict], requested: dict[str, list[dict]]) -> list[Bar]:
                 bars.append(Bar(name, flight >= model.needed_in_flight(), f"{flight / 1e3:.1f} kB"))
             if own and layout == "BRN":
                 narrow = [f"R = {row['R']}" for row in own if not _wide(row)]
-                bars.append(Bar(f"{kernel} moves P 16 bytes at a time, {layout}", not narrow, ", ".join(narrow) or "all"))
+                bars.append(
+                    Bar(f"{kernel} moves P 16 bytes at a time, {layout}", not narrow, ", ".join(narrow) or "all")
+                )
     ratios = [
         (row["requested"] / row["floor"], row["kernel"], case)
         for case, launches in requested.items()

@@ -278,7 +278,7 @@ def partial_sums(
     logdet = P.new_empty(B, splits, dtype=torch.float64)
     with_w = x.shape[0] == 1
     by_column = P.stride(1) == 1
-    stacked = with_w and by_column and not wide and R + 2 <= block_r and x.dtype == loc.dtype == P.dtype
+    stacked = with_w and by_column and kind == "tf32" and block_r >= R + 2 and x.dtype == loc.dtype == P.dtype
     stages = block.num_stages if stacked or not with_w else 1
     x, loc = (x[0], loc[0]) if with_w else (d, d)
     common.launch(
@@ -315,8 +315,8 @@ def partial_sums(
         SPLIT_TF32=kind == "tf32",
         OUTER=wide and not common.matrix_float64(P.device),
         TILES=tiles,
-        STACKED=with_w and not wide and kind == "tf32" and R + 2 <= block_r and P.stride(1) == 1 and x.dtype == loc.dtype == P.dtype,
-        AUGMENTED=with_w and not wide and block_r == 16 and R < 16 and P.stride(1) != 1,
+        STACKED=stacked,
+        AUGMENTED=with_w and not wide and block_r == 16 and R < 16 and not by_column,
         ALIGN=align,
         NARROW=common.narrow_offsets(P, block.columns),
         BLOCK_R=block_r,

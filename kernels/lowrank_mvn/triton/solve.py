@@ -219,7 +219,7 @@ def refine_kernel(
 # The widest padded rank that is swept in registers, 32 float64 values of C in each of 128 lanes: with 128 rows they
 # spill at 8 and at 16 warps.
 REGISTERS_R = 64
-# Values of C that a program has in hand at a time where it sweeps in memory: four per lane; eight spill on some targets.
+# Values of C that a program has in hand at a time where it sweeps in memory: four per lane; eight spill.
 IN_HAND = 1024
 
 
