@@ -291,7 +291,7 @@ def _at_once(x: Tensor, loc: Tensor, P: Tensor, d: Tensor, C_inv: Tensor | None,
     r = torch.baddbmm(delta, v, P.mT, alpha=-1)
     z = r / d
     q = (r * z).sum(-1) + v.square().sum(-1)
-    residual = r.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format)
+    residual = r.transpose(0, 1).to(dtype).contiguous()
     wide = torch.ones(B, dtype=torch.bool)
     return *_last_step(q, z @ P - v, v, C_inv, logdet), residual, wide
 
