@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -87,7 +87,7 @@ class _ReferenceHead(nn.Module):
 
 def formulated(config: Config, formulation: str) -> VAE:
     """The network of `config` with the structured likelihood had in one of `FORMULATIONS`."""
-    factor = "linear" if formulation == "linear" else "materialised"
+    factor: Literal["linear", "materialised"] = "linear" if formulation == "linear" else "materialised"
     vae = VAE(dataclasses.replace(config, model=dataclasses.replace(config.model, factor=factor)))
     if formulation == "reference":
         vae.head = cast(Any, _ReferenceHead(vae.head))
