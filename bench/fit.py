@@ -2,7 +2,7 @@
 
 `python -m bench.fit --table` prints the README's table, from the model.
 
-Each point runs in a fresh process: one step of `sosvae.trainer.train_step` after Adam's states are there and after a step
+Each point runs in a fresh process: one step of `sosvae.trainer.train_step` after Adam's states are there and after one
 of a tiny network, so that code loaded once is not charged to it. Two measures:
 
 - allocator: every allocation and release of torch's CPU allocator, as its profiler reports them. Exact, and what the

@@ -171,12 +171,12 @@ class _Picked(torch.autograd.Function):
     """Every other pixel of `x`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x: Tensor) -> Tensor:
         ctx.size = x.shape[2:]
         return _every_other(x).contiguous(memory_format=_format(x))
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx, grad: Tensor) -> Tensor:
         return cast(Tensor, _Inserted.apply(grad, grad.new_zeros(grad.shape[1]), ctx.size))
 
 
@@ -184,7 +184,7 @@ class _Inserted(torch.autograd.Function):
     """`y` at every other pixel of a grid of `size`, plus a bias for each channel everywhere."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, bias: Tensor, size: tuple[int, int]) -> Tensor:  # type: ignore[override]
+    def forward(ctx, y: Tensor, bias: Tensor, size: tuple[int, int]) -> Tensor:
         ctx.dtype = bias.dtype
         full = torch.empty(*y.shape[:2], *size, dtype=y.dtype, device=y.device, memory_format=_format(y))
         full.copy_(bias[:, None, None])
@@ -192,7 +192,7 @@ class _Inserted(torch.autograd.Function):
         return full
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         return cast(Tensor, _Picked.apply(grad)), grad.sum((0, 2, 3), dtype=ctx.dtype), None
 
 

@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -87,7 +87,7 @@ class _ReferenceHead(nn.Module):
 
 def formulated(config: Config, formulation: str) -> VAE:
     """The network of `config` with the structured likelihood had in one of `FORMULATIONS`."""
-    factor = "linear" if formulation == "linear" else "materialised"
+    factor: Literal["linear", "materialised"] = "linear" if formulation == "linear" else "materialised"
     vae = VAE(dataclasses.replace(config, model=dataclasses.replace(config.model, factor=factor)))
     if formulation == "reference":
         vae.head = cast(Any, _ReferenceHead(vae.head))
@@ -188,11 +188,11 @@ def _scratch(block_values: int, bytes_per_value: int) -> Callable[..., tuple[int
     return scratch
 
 
-# What an operator of `lowrank_mvn` allocates and frees inside, and the most that it ever does: blocks, of which
-# bytes per value of P or F are counted (kernels/LOG.md).
+# What an operator of `lowrank_mvn` allocates and frees inside, and the most that it ever does: blocks. Bytes per
+# value of P or F as measured: one block in float64, or two where rows are added to those of F.
 SCRATCH: dict[str, Callable[..., tuple[int, str, float]]] = {
-    "mahalanobis_and_logdet": _scratch(aten.BLOCK_VALUES, 16),
-    "mahalanobis_and_logdet_backward": _scratch(aten.BLOCK_VALUES, 16),
+    "mahalanobis_and_logdet": _scratch(aten.BLOCK_VALUES, 8),
+    "mahalanobis_and_logdet_backward": _scratch(aten.BLOCK_VALUES, 8),
     "linear_mahalanobis_and_logdet": _scratch(aten_linear.BLOCK_VALUES, 16),
     "linear_mahalanobis_and_logdet_backward": _scratch(aten_linear.BLOCK_VALUES, 16),
 }

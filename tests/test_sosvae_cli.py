@@ -151,7 +151,7 @@ def test_colour_goes_through_every_picture(tmp_path, cache):
     assert main(["compare", *args]) == 0
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "sample", "reconstruct"])
+@pytest.mark.parametrize("command", ["train", "compare", "sample", "reconstruct", "fit"])
 def test_help_of_each_command(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -166,7 +166,7 @@ def test_help_of_the_whole(capsys):
     assert main([]) == 0
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for part in ("train", "sample", "reconstruct", "compare", *PRESETS):
+    for part in ("train", "sample", "reconstruct", "compare", "fit", *PRESETS):
         assert part in shown
 
 
