@@ -206,6 +206,31 @@ def test_vmap_over_samples_and_parameters():
     assert drawn.shape == (3, 7)
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["drawn", "given"])
+def test_vmap_over_gradients_of_samples(given):
+    loc, P, d = parameters(batch=(3,))
+    noise = torch.randn(3, 3, dtype=loc.dtype, device=DEVICE), torch.randn_like(loc)
+
+    def total(loc, P, d, *noise):
+        torch.manual_seed(3)
+        return lowrank_mvn.rsample(loc, P, d, noise=noise if given else None, impl="triton").square().sum()
+
+    grad = torch.func.grad(total, argnums=(0, 1, 2))
+    mapped = torch.func.vmap(grad, randomness="same")(loc, P, d, *noise)
+    for ours, theirs in zip(mapped, zip(*map(grad, loc, P, d, *noise), strict=True), strict=True):
+        torch.testing.assert_close(ours, torch.stack(theirs))
+
+
+def test_vmap_over_conditionals():
+    loc, P, d = parameters(batch=(3,))
+    value = torch.randn_like(loc)
+
+    def mean(value, loc, P, d):
+        return lowrank_mvn.condition(value, value > 0, loc, P, d, impl="triton").loc
+
+    torch.testing.assert_close(torch.func.vmap(mean)(value, loc, P, d), mean(value, loc, P, d))
+
+
 def test_condition_agrees_with_aten():
     loc, P, d = parameters()
     observed = torch.tensor([True, False, True, True, False, False, True], device=DEVICE)
