@@ -26,9 +26,9 @@ KEEPS_RESIDUAL = True
 
 
 def _factorised(x: Tensor, loc: Tensor | None, F: Tensor, W: Tensor, d: Tensor, inverted: bool):
-    """W_cG_c [B, C, R, K+1], F̃D⁻¹(x − loc) (S = 0 if it does not ride along), C − I, C⁻¹ [B, R, R], log|Σ| [B], `wide` [B].
+    """W_cG_c, F̃D⁻¹(x − loc) (S = 0 if it does not ride along), C − I and C⁻¹ [B, R, R], log|Σ| [B] and `wide` [B].
 
-    W is [1 or B, C, R, K+1] in float64.
+    W and W_cG_c are [1 or B, C, R, K+1] in float64.
     """
     (_, B, C, M), R = x.shape, W.shape[2]
     kind = common.products(F, x, d, *([] if loc is None else [loc]))
