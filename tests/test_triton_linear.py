@@ -18,7 +18,7 @@ MATRIX = [
     (F32, 1, 2, 5, 3, 3, 5, "BMK", "item", True, True, False),
     (F32, 1, 2, 16, 25, 3, 63, "BKM", "item", False, True, False),
     (F32, 1, 2, 16, 3, 3, 63, "BMK", "pixel", True, False, True),
-    (F32, 2, 1, 5, 33, 1, 130, "BKM", "item", True, True, True),
+    (F32, 2, 2, 5, 33, 1, 130, "BKM", "item", True, True, True),
     (F32, 2, 1, 16, 25, 3, 63, "strided", "pixel", False, True, False),
     (F32, 2, 1, 5, 1, 3, 130, "BMK", "item", False, False, True),
     (F32, 1, 1, 64, 25, 3, 130, "BKM", "item", False, True, False),
