@@ -105,8 +105,7 @@ class StructuredHead(nn.Module):
             features = features.to(self.mean.weight.dtype, memory_format=torch.contiguous_format)
             loc = _full(self.mean, features).flatten(1)  # [B, N]
             P = _full(self.factor, features).flatten(2).unflatten(1, (self.rank, -1)).flatten(2).mT  # [B, N, R]
-        # The signature is torch's, which knows tensors only.
-        return LowRankMultivariateNormal(cast(Tensor, loc), cast(Tensor, P), d, validate_args=False)
+        return LowRankMultivariateNormal(loc, P, d, validate_args=False)
 
 
 class PixelwiseHead(nn.Module):

@@ -6,7 +6,7 @@ import torch.distributions as td
 from lowrank_cases import gradients, relative
 
 import lowrank_mvn
-from lowrank_mvn import LinearFactor, LinearMean, LowRankMultivariateNormal
+from lowrank_mvn import LinearFactor, LinearMean, LowRankMultivariateNormal, aten, aten_linear
 
 # (id, B, K, R, C, spatial, diagonal, bias, channels last)
 CASES = [
@@ -17,6 +17,7 @@ CASES = [
     ("channels-last", 2, 8, 3, 2, (6, 5), "pixel", True, True),
     ("wide-features", 2, 30, 2, 1, (11,), "scalar", True, False),
     ("tiles", 2, 30, 3, 2, (7, 3), "pixel", True, True),
+    ("one-pixel-of-three-channels", 2, 5, 2, 3, (1,), "pixel", True, False),
     ("rank-above-features", 2, 2, 9, 1, (4, 5), "pixel", False, False),
     ("empty-batch", 0, 4, 2, 3, (4, 4), "scalar", True, False),
 ]
@@ -129,6 +130,19 @@ def test_collinear_features_are_made_again_in_float64():
     factor, reference = LinearFactor(*inputs[:3]), LinearFactor(*exact[:3])
     ours = lowrank_mvn.entropy(factor, inputs[5]).double()
     torch.testing.assert_close(ours, lowrank_mvn.entropy(reference.materialise(), exact[5]), rtol=1e-6, atol=0.01)
+
+
+def test_many_columns_are_no_reason_for_float64():
+    """The bound on what rounding moves is not loose: random weights of a large rank stay with float32 products."""
+    torch.manual_seed(1)
+    B, K, R, C, M, d = 2, 64, 100, 1, 1500, 0.1
+    F, W = torch.randn(B, K, M), torch.cat([torch.randn(1, C, R, K) / 8, torch.zeros(1, C, R, 1)], -1)
+    x, diag = torch.randn(1, B, C, M), torch.full((B, 1, 1), d)
+    arguments = x, None, F, W, None, diag
+    out = aten_linear.linear_mahalanobis_and_logdet(*arguments)
+    exact = aten_linear.linear_mahalanobis_and_logdet(*(None if t is None else t.double() for t in arguments))
+    assert not out[-1].any()
+    assert (out[1] - exact[1]).abs().max() < aten.LOG_DET_TOLERANCE
 
 
 def test_gradcheck():

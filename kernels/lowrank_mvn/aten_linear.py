@@ -104,7 +104,7 @@ def _first_pass(x, loc, F: Tensor, W: Tensor, d: Tensor, items: slice, dtype: to
     """W_cG_c [b, C, R, K+1], F̃D_c⁻¹(x − loc)_c [b, S, C, K+1] and diag G_c [b, C or 1, K+1] of some items, in float64;
     products in `dtype`. `d` is the diagonal of D or, if `inverted`, of D⁻¹, 0 for a pixel that is not observed."""
     (S, _, channels, _), R, K1 = x.shape, W.shape[2], W.shape[3]
-    count, SC, one = items.stop - items.start, S * channels, d.shape[2] == 1
+    count, SC, one = items.stop - items.start, S * channels, linear_forms.one_value(d)
     tiles = linear_forms.from_tiles(channels, R, K1, not one)
     groups = 1 if one or tiles else channels  # products that are made of a block
     rows = channels * R + SC if tiles else K1 + (SC if one else S)
@@ -156,7 +156,9 @@ def _capacitance(x: Tensor, loc: Tensor | None, F: Tensor, W: Tensor, d: Tensor,
     C_inv, log_det = linear_forms.factorise(C)
     if dtype == torch.float64:
         return WG, wF, C, C_inv, log_det, torch.ones(B, dtype=torch.bool, device=F.device)
-    wide = linear_forms.too_rough(diagonal, W64, C_inv)
+    channels, R, K1 = W.shape[1:]
+    tiles = linear_forms.from_tiles(channels, R, K1, not linear_forms.one_value(d))
+    wide = linear_forms.too_rough(diagonal, W64, C_inv, tiles)
     for items, products in runs(wide, dtype):
         if products == torch.float64:
             WG[items], wF[items], _ = _first_pass(x, loc, F, W64, d, items, products, inverted)
@@ -232,7 +234,7 @@ def linear_mahalanobis_and_logdet_backward(
     needed is empty. grad_loc is −grad_x."""
     (S, B, channels, M), (R, K1), K = x.shape, W.shape[2:], F.shape[1]
     need_x, need_F, need_d = needs
-    SC, one = S * channels, d.shape[2] == 1
+    SC, one = S * channels, linear_forms.one_value(d)
     tiles = linear_forms.from_tiles(channels, R, K1, not one)
     need_rows = need_F or (need_d and not one)
     W64, a, b_ = W.double(), grad_mahalanobis.T.double(), grad_logdet.double()  # a [B, S], b [B]
@@ -354,7 +356,7 @@ def linear_gram_backward(
         if need_precision:
             terms = 0.5 * (p * grad_p).unflatten(1, (R, channels)).sum(1)
             terms += (delta * grad_delta).unflatten(1, (S, channels)).sum(1)
-            if precision.shape[2] > 1:
+            if not linear_forms.one_value(precision):
                 grad_pi[b, :, n] = terms.double()
             else:
                 grad_pi[b] += terms.sum((1, 2), dtype=torch.float64)[:, None, None]

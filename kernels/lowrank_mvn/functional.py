@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import linear, linear_rsample, ops, ops_rsample, reference
+from . import linear, ops, ops_linear_rsample, ops_rsample, reference
 from .linear import LinearFactor, LinearMean, broadcast
 
 __all__ = ["Conditional", "condition", "entropy", "log_prob", "log_prob_and_entropy", "rsample"]
@@ -161,7 +161,7 @@ def _has_kernel(P: LinearFactor, d: Tensor) -> bool:
 def _rsample_fused(
     loc: Mean, P: Factor, d: Tensor, shape: torch.Size, omega_p: Tensor, omega_d: Tensor | None, impl: str
 ) -> Tensor:
-    """The operators of `ops_rsample` and `linear_rsample`: ω_d, where it is not given, comes from one seed per item."""
+    """The operators of `ops_rsample` and `ops_linear_rsample`; ω_d, if not given, comes from one seed per item."""
     layout = _Layout(shape, broadcast(P.shape[:-2], d.shape[:-1]))
     joins = isinstance(P, LinearFactor) and isinstance(loc, LinearMean) and loc.features is P.features
     shift = None if joins else layout.samples(materialised(loc))
@@ -170,7 +170,7 @@ def _rsample_fused(
     omega, diag = layout.samples(omega_p, everything=True), layout.items(d, 1)
     if isinstance(P, LinearFactor):
         mean = loc if joins and isinstance(loc, LinearMean) else None
-        return layout.restore(linear_rsample.rsample(shift, P, mean, diag, omega, noise, seed, impl))
+        return layout.restore(ops_linear_rsample.rsample(shift, P, mean, diag, omega, noise, seed, impl))
     assert shift is not None
     y = ops_rsample.rsample(shift, layout.items(P, 2), diag, omega, noise, seed, impl)
     return layout.restore(y).to(torch.promote_types(loc.dtype, P.dtype))

@@ -21,6 +21,11 @@ from . import aten
 SWEEP = 32
 
 
+def one_value(d: Tensor) -> bool:
+    """Whether d, [B, C, M] or [B, 1, 1], is one value for all pixels of an item."""
+    return d.shape[1] == 1 and d.shape[2] == 1
+
+
 def from_tiles(channels: int, R: int, K1: int, per_pixel: bool) -> bool:
     """Whether tiles of P are cheaper than products of the features with themselves.
 
@@ -99,22 +104,27 @@ def root(C_inv: Tensor) -> Tensor:
 
 def logdet_D(d: Tensor, N: int) -> Tensor:
     """log|D| [B] of d [B, C, M] or [B, 1, 1], item by item: in float64, which need not hold all of them at once."""
-    if d.shape[2] == 1:
+    if one_value(d):
         return N * d[:, 0, 0].double().log()
     logs = [item.double().log().sum() for item in d]
     return torch.stack(logs) if logs else d.new_zeros(0, dtype=torch.float64)
 
 
-def too_rough(diagonal_G: Tensor, W: Tensor, C_inv: Tensor) -> Tensor:
+def too_rough(diagonal_G: Tensor, W: Tensor, C_inv: Tensor, tiles: bool) -> Tensor:
     """Whether float32 products in a pass may have moved log|C| by more than `aten.LOG_DET_TOLERANCE`, or failed, [B].
 
-    `diagonal_G` [B, C or 1, K+1] is that of G_c. |ΔG_kl| ≤ ε√(G_kk G_ll) moves C by at most ε aᵣaₛ with
-    aᵣ² = Σ_c (Σ_k |W_crk|√G_kk)²: aᵣ² takes the place of C_rr in the bound of a full factor (`aten.factorise`). The
-    same bound holds where a tile of P is made in float32: |ΔP_nr| ≤ ε Σ_k |W_rk||f_kn|.
+    `diagonal_G` [B, C or 1, K+1] is that of G_c, and |ΔG_kl| ≤ ε√(G_kk G_ll). From the features, log|C| moves by
+    Σ_c tr M_cΔG_c, at most ε Σ_c Σ_kl |M_c,kl|√(G_kk G_ll). Where tiles of P are made in float32, |ΔP_nr| ≤ ε Σ_k
+    |W_rk||f_kn| moves C by at most ε aᵣaₛ with aᵣ² = Σ_c (Σ_k |W_crk|√G_kk)²: aᵣ² takes the place of C_rr in the bound
+    of a full factor (`aten.factorise`), which grows faster with R.
     """
-    a = torch.matmul(W.abs(), diagonal_G.sqrt().unsqueeze(-1)).squeeze(-1)  # [B, C, R]
-    spread = (a.square().sum(1) * C_inv.diagonal(dim1=-2, dim2=-1)).sqrt().sum(-1).square()
-    return ~(torch.finfo(torch.float32).eps * spread <= aten.LOG_DET_TOLERANCE)
+    g = diagonal_G.sqrt().unsqueeze(-1)
+    if tiles:
+        a = torch.matmul(W.abs(), g).squeeze(-1)  # [B, C, R]
+        moved = (a.square().sum(1) * C_inv.diagonal(dim1=-2, dim2=-1)).sqrt().sum(-1).square()
+    else:
+        moved = torch.matmul(torch.matmul(quadratic(C_inv, W).abs(), g).mT, g).sum((1, 2, 3))
+    return ~(torch.finfo(torch.float32).eps * moved <= aten.LOG_DET_TOLERANCE)
 
 
 def grad_weight(a: Tensor, b: Tensor, C_inv: Tensor, v: Tensor, WG: Tensor, zF: Tensor, shared: bool) -> Tensor:

@@ -47,7 +47,7 @@ def _factorised(x: Tensor, loc: Tensor | None, F: Tensor, W: Tensor, d: Tensor, 
     G, wF, log_D = gram_sums(x, loc, F, d, inverted, kind)
     WG, gram = solved(G, log_D, final=not first, flagged=False)
     if first:
-        wide |= linear_forms.too_rough(G.diagonal(dim1=-2, dim2=-1), W, C_inv)
+        wide |= linear_forms.too_rough(G.diagonal(dim1=-2, dim2=-1), W, C_inv, tiles=False)
         G_wide, wF_wide, log_D_wide = gram_sums(x, loc, F, d, inverted, "float64", wide.view(torch.uint8))
         G = torch.where(wide[:, None, None, None], G_wide, G)
         wF = torch.where(wide[:, None, None, None], wF_wide, wF)

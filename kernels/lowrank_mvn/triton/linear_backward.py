@@ -229,7 +229,8 @@ def gradients(
 ) -> None:
     """Fills what there is of `grads` of x, F and d (−Σ az² [B, SPLITS], if d is one value), and zF if it rides.
 
-    zF is [B, SPLITS, S, C, K+1]; `small` is A [B, C or 1, K+1, K+1 or more], step and −2au [B, S, C, K+1], of the kind of the products.
+    zF is [B, SPLITS, S, C, K+1]; `small` is A [B, C or 1, K+1, K+1 or more], step and −2au
+    [B, S, C, K+1], of the kind of the products.
     """
     A, step, u = small
     (S, B, C, M), K, P = r.shape, F.shape[1], F.mT

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..linear_forms import one_value
 from . import common
 
 # Columns that one program takes from a tile of F: each has accumulators of its own in registers.
@@ -42,11 +43,6 @@ def nothing(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KIND
     for _ in tl.static_range(COUNT):
         out = out + (tl.zeros((ROWS, COLUMNS), KIND),)
     return out
-
-
-def one_value(d: Tensor) -> bool:
-    """Whether d, [B, C, M] or [B, 1, 1], is one value for all pixels and channels."""
-    return d.shape[1] == 1 and d.shape[2] == 1
 
 
 def channels_last(F: Tensor) -> bool:
