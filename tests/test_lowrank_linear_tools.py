@@ -243,7 +243,8 @@ def test_scale_components(dtype, scalar):
 
 
 def test_nothing_as_large_as_the_factor_is_made(monkeypatch):
-    monkeypatch.setattr(aten_linear, "BLOCK_VALUES", 2000)  # as blocks of an image would be
+    for name in ("BLOCK_VALUES", "BACKWARD_BLOCK_VALUES"):
+        monkeypatch.setattr(aten_linear, name, 2000)  # as blocks of an image would be
     monkeypatch.setattr(aten_linear, "BLOCK_PIXELS", 16)
     value, observed = edits("several")
     for last in (False, True):

@@ -36,17 +36,19 @@ from .aten import Scratch, empty_gradient, product_dtype, runs
 # The residual of the forward pass is an output of it.
 KEEPS_RESIDUAL = True
 
-# Values of F in one block and of what is made of it: 2 MiB in float32, small beside grad_F (kernels/LOG.md).
-BLOCK_VALUES = 1 << 19
+# Values of F in one block and of what is made of it, forward and backward: larger ones are faster, but in the backward
+# pass, where memory is at its peak, 2 MiB in float32 are to be small beside grad_F (kernels/LOG.md).
+BLOCK_VALUES = 1 << 20
+BACKWARD_BLOCK_VALUES = 1 << 19
 # Fewer items share a block rather than that it has fewer pixels.
 BLOCK_PIXELS = 256
 
 
-def _blocks(F: Tensor, rows: int, items: slice):
+def _blocks(F: Tensor, rows: int, items: slice, backward: bool = False):
     """Index pairs (items, pixels) that cover F in blocks; `rows` is what is made of a pixel, its features included."""
-    B, M = items.stop - items.start, F.shape[2]
-    step_b = _even(B, BLOCK_VALUES // max(1, min(M, BLOCK_PIXELS) * rows))
-    step_n = _even(M, BLOCK_VALUES // (step_b * rows))
+    B, M, values = items.stop - items.start, F.shape[2], BACKWARD_BLOCK_VALUES if backward else BLOCK_VALUES
+    step_b = _even(B, values // max(1, min(M, BLOCK_PIXELS) * rows))
+    step_n = _even(M, values // (step_b * rows))
     for b in range(items.start, items.stop, step_b):
         for n in range(0, M, step_n):
             yield slice(b, min(b + step_b, items.stop)), slice(n, min(n + step_n, M))
@@ -158,7 +160,7 @@ def _capacitance(x: Tensor, loc: Tensor | None, F: Tensor, W: Tensor, d: Tensor,
         return WG, wF, C, C_inv, log_det, torch.ones(B, dtype=torch.bool, device=F.device)
     channels, R, K1 = W.shape[1:]
     tiles = linear_forms.from_tiles(channels, R, K1, not linear_forms.one_value(d))
-    wide = linear_forms.too_rough(diagonal, W64, C_inv, tiles)
+    wide = linear_forms.too_rough(diagonal, W64, C_inv, torch.finfo(torch.float32).eps, tiles)
     for items, products in runs(wide, dtype):
         if products == torch.float64:
             WG[items], wF[items], _ = _first_pass(x, loc, F, W64, d, items, products, inverted)
@@ -260,7 +262,7 @@ def linear_mahalanobis_and_logdet_backward(
     for items, products in runs(wide, residual.dtype):
         scratch = Scratch(products, F.device)
         A_, rows_, back_, a_, two_b = (t.to(products) for t in (A, rows, back, a, 2 * b_[:, None, None]))
-        for b, n in _blocks(F, K1 + tile + SC + extra, items):
+        for b, n in _blocks(F, K1 + tile + SC + extra, items, backward=True):
             f, precision = F[b, :, n], _precision(d, b, n, products)
             count, pixels = f.shape[0], f.shape[2]
             stack, made, spare = _carved(
@@ -340,7 +342,7 @@ def linear_gram_backward(
     grad_pi = precision.new_zeros(precision.shape if need_precision else 0, dtype=torch.float64)
     grad_rows = F.new_zeros(B, CR + SC, K1, dtype=torch.float64)
     scratch = Scratch(dtype, F.device)
-    for b, n in _blocks(F, K1 + 2 * CR + SC, slice(0, B)):
+    for b, n in _blocks(F, K1 + 2 * CR + SC, slice(0, B), backward=True):
         f = F[b, :, n]
         count, pixels = f.shape[0], f.shape[2]
         stack, p, made = _carved(scratch, (count, K1, pixels), (count, CR, pixels), (count, CR + SC, pixels))

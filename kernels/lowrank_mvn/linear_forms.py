@@ -110,13 +110,13 @@ def logdet_D(d: Tensor, N: int) -> Tensor:
     return torch.stack(logs) if logs else d.new_zeros(0, dtype=torch.float64)
 
 
-def too_rough(diagonal_G: Tensor, W: Tensor, C_inv: Tensor, tiles: bool) -> Tensor:
+def too_rough(diagonal_G: Tensor, W: Tensor, C_inv: Tensor, rounding: float, tiles: bool) -> Tensor:
     """Whether float32 products in a pass may have moved log|C| by more than `aten.LOG_DET_TOLERANCE`, or failed, [B].
 
-    `diagonal_G` [B, C or 1, K+1] is that of G_c, and |ΔG_kl| ≤ ε√(G_kk G_ll). From the features, log|C| moves by
-    Σ_c tr M_cΔG_c, at most ε Σ_c Σ_kl |M_c,kl|√(G_kk G_ll). Where tiles of P are made in float32, |ΔP_nr| ≤ ε Σ_k
-    |W_rk||f_kn| moves C by at most ε aᵣaₛ with aᵣ² = Σ_c (Σ_k |W_crk|√G_kk)²: aᵣ² takes the place of C_rr in the bound
-    of a full factor (`aten.factorise`), which grows faster with R.
+    `diagonal_G` [B, C or 1, K+1] is that of G_c, and |ΔG_kl| ≤ ε√(G_kk G_ll) with ε = `rounding`. From the features,
+    log|C| moves by Σ_c tr M_cΔG_c, at most ε Σ_c Σ_kl |M_c,kl|√(G_kk G_ll). Where tiles of P are made in float32,
+    |ΔP_nr| ≤ ε Σ_k |W_rk||f_kn| moves C by at most ε aᵣaₛ with aᵣ² = Σ_c (Σ_k |W_crk|√G_kk)²: aᵣ² takes the place of
+    C_rr in the bound of a full factor (`aten.factorise`), which grows faster with R.
     """
     g = diagonal_G.sqrt().unsqueeze(-1)
     if tiles:
@@ -124,7 +124,7 @@ def too_rough(diagonal_G: Tensor, W: Tensor, C_inv: Tensor, tiles: bool) -> Tens
         moved = (a.square().sum(1) * C_inv.diagonal(dim1=-2, dim2=-1)).sqrt().sum(-1).square()
     else:
         moved = torch.matmul(torch.matmul(quadratic(C_inv, W).abs(), g).mT, g).sum((1, 2, 3))
-    return ~(torch.finfo(torch.float32).eps * moved <= aten.LOG_DET_TOLERANCE)
+    return ~(rounding * moved <= aten.LOG_DET_TOLERANCE)
 
 
 def grad_weight(a: Tensor, b: Tensor, C_inv: Tensor, v: Tensor, WG: Tensor, zF: Tensor, shared: bool) -> Tensor:

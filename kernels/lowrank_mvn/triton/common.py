@@ -18,9 +18,12 @@ from . import tuned
 FUSED_R = 128
 TILED_R = 64
 
-# Columns that one program adds up in float32. Tensor cores cut off what does not fit the accumulator: 2⁻²⁴ of it per
-# 8 columns on average, 8e-6 after 2048. Beyond, partial sums are added in float64.
-MAX_COLUMNS = 2048
+# Columns that one program adds up in float32, if R does not ask for more (`split_columns`). Tensor cores cut off what
+# does not fit the accumulator: 2⁻²⁴ of it per 8 columns on average, 4e-6 after 1024. Partial sums are added in float64.
+MIN_COLUMNS, MAX_COLUMNS = 1024, 2048
+
+# Relative error of a sum of products, by how they are made: that of the split into 11 bits and the rest, or of float32.
+ROUNDING = {"tf32": 2.0**-21, "float32": 2.0**-23}
 
 
 @triton.jit
@@ -97,7 +100,7 @@ def padded_rank(R: int) -> int:
 
 def split_columns(N: int, R: int, block_n: int) -> int:
     """Columns per program: many enough that what is stored per program (R² values) stays below 4 % of P."""
-    wanted = min(max(1024, 40 * R), max(MAX_COLUMNS, 40 * R))
+    wanted = max(MIN_COLUMNS, 40 * R)
     return ceil_div(wanted, block_n) * block_n
 
 

@@ -41,13 +41,14 @@ def _factorised(x: Tensor, loc: Tensor | None, F: Tensor, W: Tensor, d: Tensor, 
         WG = torch.matmul(W, G)
         gram = linear_forms.gram(WG, W)
         parts = gram.unsqueeze(1), v, logdet[:, None] if log_D is None else log_D[:, None]
+        # C is as exact as G: of `solve` only failed pivots are asked, not the bound on rounding in products of P.
         solve.solve(parts, flat, C * M, (C_inv, v, logdet, wide), with_w=False, final=final, flagged=flagged)
         return WG, gram
 
     G, wF, log_D = gram_sums(x, loc, F, d, inverted, kind)
     WG, gram = solved(G, log_D, final=not first, flagged=False)
     if first:
-        wide |= linear_forms.too_rough(G.diagonal(dim1=-2, dim2=-1), W, C_inv, tiles=False)
+        wide |= linear_forms.too_rough(G.diagonal(dim1=-2, dim2=-1), W, C_inv, common.ROUNDING[kind], tiles=False)
         G_wide, wF_wide, log_D_wide = gram_sums(x, loc, F, d, inverted, "float64", wide.view(torch.uint8))
         G = torch.where(wide[:, None, None, None], G_wide, G)
         wF = torch.where(wide[:, None, None, None], wF_wide, wF)

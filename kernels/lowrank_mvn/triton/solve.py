@@ -10,7 +10,8 @@ registers that held C. A triangular factor would need a second matrix for the sa
 is needed. For R > 64 the matrix lies in the output buffer and is swept there.
 
 `wide` marks the items whose C is to be made again with float64 products: a pivot failed, or rounding in float32 may
-have moved log|C| by more than LOG_DET_TOLERANCE. With |ΔCᵢⱼ| ≤ ε √(Cᵢᵢ Cⱼⱼ), |tr C⁻¹ΔC| ≤ ε (Σⱼ √(Cⱼⱼ C⁻¹ⱼⱼ))².
+have moved log|C| by more than LOG_DET_TOLERANCE. With |ΔCᵢⱼ| ≤ ε √(Cᵢᵢ Cⱼⱼ), |tr C⁻¹ΔC| ≤ ε (Σⱼ √(Cⱼⱼ C⁻¹ⱼⱼ))²; ε is
+that of the products (`common.ROUNDING`).
 An item whose float64 pivots fail is not finite, and NaN.
 """
 
@@ -47,6 +48,7 @@ def solve_kernel(
     N,
     SPLITS,
     stride_db,
+    rounding,
     tolerance,
     R: tl.constexpr,
     SCALAR_D: tl.constexpr,
@@ -148,7 +150,7 @@ def solve_kernel(
         tl.store(v_ptr + b * R + offs, v, mask=offs < R)
     if not FINAL:
         inflation = tl.sum(tl.sqrt(tl.where((offs < R) & ok, diagonal * inverse, 0.0)), 0)
-        moved = 1.1920928955078125e-07 * inflation * inflation
+        moved = rounding * inflation * inflation
         tl.store(wide_ptr + b, tl.where(ok & (moved <= tolerance), 0, 1).to(tl.uint8))
 
 
@@ -231,6 +233,7 @@ def solve(
     with_w: bool,
     final: bool,
     flagged: bool,
+    rounding: float = 0.0,
 ) -> None:
     """Fills `out` = C⁻¹ [B, R, R], v [1, B, R], log|Σ| [B], wide [B], from the partial sums of `capacitance`."""
     (C, w, logdet_D), (C_inv, v, logdet, wide) = parts, out
@@ -252,6 +255,7 @@ def solve(
         N=N,
         SPLITS=C.shape[1],
         stride_db=d.stride(0),
+        rounding=rounding,
         tolerance=LOG_DET_TOLERANCE,
         R=R,
         SCALAR_D=d.shape[1] == 1,
