@@ -23,7 +23,7 @@ def measure(case: Case, target: str) -> list[dict]:
     """One row per distinct launch of a step."""
     rows = []
     nvidia = target != "gfx942"
-    for launch in captured(case, tensor_cores=nvidia and target != "sm_75", matrix_float64=nvidia):
+    for launch in captured(case, target if nvidia else "gfx", nvidia and target != "sm_75", matrix_float64=nvidia):
         built = compile_launch(launch, target)
         row = {
             "kernel": launch.name,

@@ -62,7 +62,7 @@ def step(case: Case, make: Callable[..., torch.Tensor]) -> None:
 
 
 @contextmanager
-def dispatching(tensor_cores: bool, matrix_float64: bool):
+def dispatching(target: str, tensor_cores: bool, matrix_float64: bool):
     """Dispatch as it would on a device of that kind."""
 
     def products(*tensors):
@@ -73,16 +73,17 @@ def dispatching(tensor_cores: bool, matrix_float64: bool):
     with (
         patch.object(common, "products", products),
         patch.object(common, "matrix_float64", lambda device: matrix_float64),
+        patch.object(common, "target", lambda device: target),
     ):
         yield
 
 
-def captured(case: Case, tensor_cores: bool = True, matrix_float64: bool = True) -> list[Launch]:
+def captured(case: Case, target: str = "sm_90", tensor_cores: bool = True, matrix_float64: bool = True) -> list[Launch]:
     seen: list[Launch] = []
 
     def launch(kernel, grid, num_warps, num_stages=1, **arguments):
         seen.append(Launch(kernel, grid, num_warps, num_stages, arguments))
 
-    with dispatching(tensor_cores, matrix_float64), patch.object(common, "launch", launch):
+    with dispatching(target, tensor_cores, matrix_float64), patch.object(common, "launch", launch):
         step(case, torch.empty)
     return seen

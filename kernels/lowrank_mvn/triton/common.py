@@ -21,6 +21,12 @@ MAX_COLUMNS = 2048
 
 
 @triton.jit
+def aligned(a, ALIGN: tl.constexpr):
+    """`a`, a multiple of ALIGN, so that the compiler knows it: Triton 3.7 drops `multiple_of` on an argument."""
+    return a // ALIGN * ALIGN
+
+
+@triton.jit
 def tile_offsets(offs_r, stride_pr, stride_pn, NARROW: tl.constexpr, BLOCK_N: tl.constexpr):
     """Offsets of a tile from its first column; they do not change from step to step, and with NARROW fit an int32."""
     local = tl.arange(0, BLOCK_N)
@@ -81,6 +87,25 @@ class Block(NamedTuple):
     num_warps: int
     columns: int  # of one tile
     num_stages: int = 1
+
+
+TARGETS = ("sm_75", "sm_80", "sm_90", "sm_100")
+
+
+def target(device: torch.device) -> str:
+    """Whose blocks a device takes: the highest of TARGETS that is not above it, "gfx" for AMD, "sm_90" for the CPU."""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip:
+        return "gfx"
+    major, minor = torch.cuda.get_device_capability(device)
+    return [name for name in TARGETS if int(name[3:]) <= 10 * major + minor][-1]
+
+
+def block(kernel: str, table: dict, block_r: int, by_column: bool, device: torch.device) -> Block:
+    """The entry of a kernel's BLOCKS: (block_r, by_column) is for sm_90, (block_r, by_column, target) overrides it."""
+    choice = table.get((block_r, by_column, target(device)))
+    return table[block_r, by_column] if choice is None else choice
 
 
 def ceil_div(a: int, b: int) -> int:
