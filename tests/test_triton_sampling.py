@@ -95,7 +95,7 @@ def test_the_same_seed_is_the_same_sample_whatever_the_blocks(sampling, monkeypa
     P = P.zero_()
     seed = torch.randint(2**62, (2,), device=DEVICE)
     first = sampling.rsample(loc, P, d, omega_p, None, seed)
-    monkeypatch.setitem(sampling.BLOCKS, 16, sampling.Block(1, 16))
+    monkeypatch.setitem(sampling.BLOCKS, (16, True), sampling.Block(1, 16))
     monkeypatch.setattr(sampling.common, "split_columns", lambda N, R, block_n: block_n)
     assert torch.equal(first, sampling.rsample(loc, P, d, omega_p, None, seed))
     assert torch.equal(first[:1], sampling.rsample(loc, P, d, omega_p[:1], None, seed))

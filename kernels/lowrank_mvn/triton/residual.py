@@ -27,7 +27,7 @@ BLOCKS = {
     (64, True): Block(1, 16),
     (64, False): Block(1, 16),
     (128, True): Block(2, 16),
-    (128, False): Block(2, 16),
+    (128, False): Block(2, 8),
 }
 
 
