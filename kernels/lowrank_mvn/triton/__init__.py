@@ -42,7 +42,7 @@ def _factorised(x: Tensor, loc: Tensor, P: Tensor, d: Tensor, inverted: bool, C:
     out = (C_inv, v, logdet, wide)
     if first:
         parts = capacitance.partial_sums(x, loc, P, d, inverted, kind)
-        solve.solve(parts, d, N, out, S == 1, final=False, flagged=False, rounding=common.ROUNDING[kind])
+        solve.solve(parts, d, N, out, with_w=S == 1, final=False, flagged=False, rounding=common.ROUNDING[kind])
         if C is not None:
             solve.whole(parts[0], C, None)
     parts = capacitance.partial_sums(x, loc, P, d, inverted, "float64", wide.view(torch.uint8) if first else None)

@@ -16,16 +16,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import common
-from .common import Block, load_tile, narrow, split, tile_offsets
+from . import common, tiles
+from .common import Block, aligned, narrow, split
+from .tiles import in_memory, load_placed, operand, ordered, places, result, rows_of, store_result
 
-# By padded rank: one warp keeps the product of its columns to itself; from 64 rows on the high and low parts of C⁻¹ do
-# not fit beside a tile, and four warps share them.
+# By padded rank, and whether neighbouring columns of P are neighbours in memory.
 BLOCKS = {
-    (block_r, by_column): block
-    for block_r, block in {16: Block(1, 64), 32: Block(1, 32), 64: Block(4, 64), 128: Block(8, 32)}.items()
-    for by_column in (True, False)
+    (16, True): Block(1, 64),
+    (16, False): Block(1, 32),
+    (32, True): Block(1, 32),
+    (32, False): Block(1, 32),
+    (64, True): Block(4, 64),
+    (64, False): Block(4, 64),
+    (128, True): Block(8, 16),
+    (128, False): Block(8, 16),
 }
+WIDE_BLOCK = Block(4, 16)
 
 
 @triton.jit
@@ -78,6 +84,9 @@ def backward_kernel(
     TILES: tl.constexpr,
     ALIGN: tl.constexpr,
     NARROW: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+    J: tl.constexpr,
+    W: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -88,30 +97,32 @@ def backward_kernel(
         if (tl.load(wide_ptr + item) != 0) != WIDE:
             return
     if ALIGN > 1:
-        N = tl.multiple_of(N, ALIGN)
-        stride_pb = tl.multiple_of(stride_pb, ALIGN)
-        stride_pr = tl.multiple_of(stride_pr, ALIGN)
-        stride_gb = tl.multiple_of(stride_gb, ALIGN)
-        stride_gr = tl.multiple_of(stride_gr, ALIGN)
-        stride_xs = tl.multiple_of(stride_xs, ALIGN)
-        stride_xb = tl.multiple_of(stride_xb, ALIGN)
-        stride_ls = tl.multiple_of(stride_ls, ALIGN)
-        stride_lb = tl.multiple_of(stride_lb, ALIGN)
+        N = aligned(N, ALIGN)
+        stride_pb = aligned(stride_pb, ALIGN)
+        stride_pr = aligned(stride_pr, ALIGN)
+        stride_gb = aligned(stride_gb, ALIGN)
+        stride_gr = aligned(stride_gr, ALIGN)
+        stride_xs = aligned(stride_xs, ALIGN)
+        stride_xb = aligned(stride_xb, ALIGN)
+        stride_ls = aligned(stride_ls, ALIGN)
+        stride_lb = aligned(stride_lb, ALIGN)
         if not SCALAR_D:
-            stride_db = tl.multiple_of(stride_db, ALIGN)
+            stride_db = aligned(stride_db, ALIGN)
     kind: tl.constexpr = tl.float64 if WIDE else tl.float32
     WITH_T: tl.constexpr = NEED_P or (NEED_D and not SCALAR_D)
     P_ptr += item * stride_pb
     d_ptr += item * stride_db
     C_inv_ptr += item * R * R
     grad_P_ptr += item * stride_gb
-    offs_r = tl.arange(0, BLOCK_R)
+    offs_k = tl.arange(0, BLOCK_R)
+    offs_r = rows_of(offs_k)  # in the order of a product's result, as whatever has BLOCK_R columns below
+    rows, columns_p = places(BY_COLUMN, J, W, BLOCK_R, BLOCK_N)
     b = tl.load(b_ptr + item * stride_bb).to(kind)
     if SCALAR_D:
         d_inv_one = 1.0 / tl.load(d_ptr).to(kind)
     if WITH_T and TILES == 1 and not WIDE:
-        mask_C = (offs_r < R)[:, None] & (offs_r < R)[None, :]
-        C_inv = tl.load(C_inv_ptr + offs_r[:, None] * R + offs_r[None, :], mask=mask_C, other=0.0).to(tl.float32)
+        mask_C = (offs_k < R)[:, None] & (offs_r < R)[None, :]
+        C_inv = tl.load(C_inv_ptr + offs_k[:, None] * R + offs_r[None, :], mask=mask_C, other=0.0).to(tl.float32)
         C_high, C_low = split(C_inv)
     az2_sum = tl.zeros((BLOCK_N,), tl.float64)
     start = pid_s * COLUMNS
@@ -123,37 +134,15 @@ def backward_kernel(
             d_inv = tl.full((BLOCK_N,), 1.0, kind) * d_inv_one
         else:
             d_inv = 1.0 / tl.load(d_ptr + columns * stride_dn, mask=mask_n, other=1.0).to(kind)
+            d_inv = ordered(d_inv, BY_COLUMN, J, W)
         pi = d_inv
         for tile in tl.static_range(TILES):
             offs_t = tile * BLOCK_R + offs_r
-            P = load_tile(P_ptr, offs_t, n, N, stride_pr, stride_pn, R, NARROW, BLOCK_N)
-            grad_P = tl.zeros((BLOCK_R, BLOCK_N), kind)
-            if WITH_T:
-                if WIDE:
-                    T = tl.zeros((BLOCK_R, BLOCK_N), tl.float64)
-                    for k in range(R):
-                        C_k = tl.load(C_inv_ptr + k * R + offs_t, mask=offs_t < R, other=0.0)
-                        row = P_ptr + tl.full((), 1, tl.int64) * k * stride_pr
-                        P_k = tl.load(row + columns * stride_pn, mask=mask_n, other=0.0).to(tl.float64)
-                        T += C_k[:, None] * P_k[None, :]
-                elif TILES == 1:
-                    T = _product(C_high, C_low, C_inv, P.to(tl.float32), SPLIT_TF32)
-                else:
-                    T = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
-                    for other in range(TILES):
-                        offs_k = other * BLOCK_R + offs_r
-                        mask_t = (offs_t < R)[:, None] & (offs_k < R)[None, :]
-                        C_t = tl.load(C_inv_ptr + offs_t[:, None] * R + offs_k[None, :], mask=mask_t, other=0.0)
-                        C_t = C_t.to(tl.float32)
-                        high, low = split(C_t)
-                        P_k = load_tile(P_ptr, offs_k, n, N, stride_pr, stride_pn, R, NARROW, BLOCK_N).to(tl.float32)
-                        T += _product(high, low, C_t, P_k, SPLIT_TF32)
-                if NEED_D and not SCALAR_D:
-                    pi -= tl.sum(T * P.to(kind), 0) * d_inv * d_inv
-                if NEED_P:
-                    grad_P = T * (2.0 * b * d_inv)[None, :]
+            P_tile = load_placed(P_ptr, tile * BLOCK_R + rows, columns_p, n, N, stride_pr, stride_pn, R, NARROW)
+            P = result(P_tile)
             grad_loc = tl.zeros((BLOCK_N,), kind)
             az2 = tl.zeros((BLOCK_N,), kind)
+            grad_P = tl.zeros((BLOCK_N, BLOCK_R), kind)
             for s in range(S):
                 at = tl.full((), 1, tl.int64) * s
                 x = tl.load(x_ptr + at * stride_xs + item * stride_xb + columns * stride_xn, mask=mask_n, other=0.0)
@@ -161,56 +150,82 @@ def backward_kernel(
                 loc = tl.load(loc_ptr + where_loc + columns * stride_ln, mask=mask_n, other=0.0)
                 v_row = v_ptr + (at * B + item) * R
                 v = tl.load(v_row + offs_t, mask=offs_t < R, other=0.0)
-                r = x.to(tl.float64) - loc.to(tl.float64)
+                r = ordered(x.to(tl.float64) - loc.to(tl.float64), BY_COLUMN, J, W)
                 if TILES == 1:
-                    r -= tl.sum(P.to(tl.float64) * v[:, None], 0)
+                    r -= tl.sum(P.to(tl.float64) * v[None, :], 1)
                 else:
                     for other in range(TILES):
-                        offs_k = other * BLOCK_R + offs_r
-                        P_k = load_tile(P_ptr, offs_k, n, N, stride_pr, stride_pn, R, NARROW, BLOCK_N).to(tl.float64)
-                        r -= tl.sum(P_k * tl.load(v_row + offs_k, mask=offs_k < R, other=0.0)[:, None], 0)
+                        rows_k = other * BLOCK_R + rows
+                        P_k = load_placed(P_ptr, rows_k, columns_p, n, N, stride_pr, stride_pn, R, NARROW)
+                        offs_v = other * BLOCK_R + offs_r
+                        v_k = tl.load(v_row + offs_v, mask=offs_v < R, other=0.0)
+                        r -= tl.sum(result(P_k).to(tl.float64) * v_k[None, :], 1)
                 a = tl.load(a_ptr + at * stride_as + item * stride_ab).to(kind)
                 z = r.to(kind) * d_inv
                 az = a * z
                 if NEED_P:
-                    grad_P -= v.to(kind)[:, None] * (2.0 * az)[None, :]
+                    grad_P -= (2.0 * az)[:, None] * v.to(kind)[None, :]
                 if tile == 0:
                     az2 += az * z
                     where = (at * B + item) * N + columns
+                    az = in_memory(2.0 * az, BY_COLUMN, J, W)
                     if NEED_X:
-                        tl.store(grad_x_ptr + where, narrow(2.0 * az, grad_x_ptr), mask=mask_n)
+                        tl.store(grad_x_ptr + where, narrow(az, grad_x_ptr), mask=mask_n)
                     if NEED_LOC:
                         if SHARED_LOC:
-                            grad_loc -= 2.0 * az
+                            grad_loc -= az
                         else:
-                            tl.store(grad_loc_ptr + where, narrow(-2.0 * az, grad_loc_ptr), mask=mask_n)
+                            tl.store(grad_loc_ptr + where, narrow(-az, grad_loc_ptr), mask=mask_n)
             if tile == 0:
                 az2_sum += az2.to(tl.float64)
                 if NEED_LOC and SHARED_LOC:
                     tl.store(grad_loc_ptr + item * N + columns, narrow(grad_loc, grad_loc_ptr), mask=mask_n)
                 az2_tile = az2
+            if WITH_T:
+                if WIDE:
+                    T = tl.zeros((BLOCK_N, BLOCK_R), tl.float64)
+                    for k in range(R):
+                        C_k = tl.load(C_inv_ptr + k * R + offs_t, mask=offs_t < R, other=0.0)
+                        row = P_ptr + tl.full((), 1, tl.int64) * k * stride_pr
+                        P_k = tl.load(row + columns * stride_pn, mask=mask_n, other=0.0).to(tl.float64)
+                        T += ordered(P_k, BY_COLUMN, J, W)[:, None] * C_k[None, :]
+                elif TILES == 1:
+                    T = _product(operand(P_tile).to(tl.float32), C_high, C_low, C_inv, SPLIT_TF32)
+                else:
+                    T = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+                    for other in range(TILES):
+                        rows_C = other * BLOCK_R + offs_k
+                        mask_t = (rows_C < R)[:, None] & (offs_t < R)[None, :]
+                        C_t = tl.load(C_inv_ptr + rows_C[:, None] * R + offs_t[None, :], mask=mask_t, other=0.0)
+                        C_t = C_t.to(tl.float32)
+                        high, low = split(C_t)
+                        rows_k = other * BLOCK_R + rows
+                        P_k = load_placed(P_ptr, rows_k, columns_p, n, N, stride_pr, stride_pn, R, NARROW)
+                        T += _product(operand(P_k).to(tl.float32), high, low, C_t, SPLIT_TF32)
+                if NEED_D and not SCALAR_D:
+                    pi -= tl.sum(T * P.to(kind), 1) * d_inv * d_inv
+                if NEED_P:
+                    grad_P += T * (2.0 * b * d_inv)[:, None]
             if NEED_P:
-                offsets = tile_offsets(offs_t, stride_gr, stride_gn, NARROW, BLOCK_N)
-                mask_P = (offs_t < R)[:, None] & mask_n[None, :]
-                tile_ptr = grad_P_ptr + tl.full((), 1, tl.int64) * n * stride_gn
-                tl.store(tile_ptr + offsets, narrow(grad_P, grad_P_ptr), mask=mask_P)
+                grad_P = narrow(grad_P, grad_P_ptr)
+                store_result(grad_P_ptr, grad_P, tile, n, N, stride_gr, stride_gn, R, NARROW, BY_COLUMN, J, W)
         if NEED_D and not SCALAR_D:
-            grad_d = narrow(b * pi - az2_tile, grad_d_ptr)
+            grad_d = narrow(in_memory(b * pi - az2_tile, BY_COLUMN, J, W), grad_d_ptr)
             tl.store(grad_d_ptr + item * N + columns, grad_d, mask=mask_n)
     if NEED_D and SCALAR_D:
         tl.store(grad_d_ptr + item * SPLITS + pid_s, -tl.sum(az2_sum, 0))
 
 
 @triton.jit
-def _product(C_high, C_low, C, P, SPLIT_TF32: tl.constexpr):
-    """CP of float32 tiles."""
+def _product(P, C_high, C_low, C, SPLIT_TF32: tl.constexpr):
+    """PᵀC of float32 tiles, P as [columns, rows]."""
     if SPLIT_TF32:
         high, low = split(P)
-        T = tl.dot(C_high, low, input_precision="tf32")
-        T = tl.dot(C_low, high, T, input_precision="tf32")
-        return tl.dot(C_high, high, T, input_precision="tf32")
+        T = tl.dot(low, C_high, input_precision="tf32")
+        T = tl.dot(high, C_low, T, input_precision="tf32")
+        return tl.dot(high, C_high, T, input_precision="tf32")
     else:
-        return tl.dot(C, P, input_precision="ieee")
+        return tl.dot(P, C, input_precision="ieee")
 
 
 def gradients(
@@ -234,11 +249,9 @@ def gradients(
     G = grad_P if grad_P is not None else P
     block_r = common.padded_rank(R) if R <= common.FUSED_R else common.TILED_R
     align = min(common.alignment(P, x, loc, d), common.alignment(G, x, loc))
-    block = common.block("backward", BLOCKS, block_r, P.stride(1) == 1, P.device)
-    block_n = 16 if is_wide else block.columns
-    if block_r == 16 and align == 1:
-        block_n = min(block_n, 32)  # single values take twice the registers
-    columns = common.split_columns(N, R, block_n)
+    by_column = P.stride(1) == 1
+    block = WIDE_BLOCK if is_wide else common.block("backward", BLOCKS, block_r, by_column, P.device)
+    columns = common.split_columns(N, R, block.columns)
     splits = max(1, common.ceil_div(N, columns))
     sums = P.new_zeros(B, splits, dtype=torch.float64)
     scalar_d = d.shape[1] == 1
@@ -295,9 +308,10 @@ def gradients(
         SPLIT_TF32=kind == "tf32",
         TILES=common.ceil_div(R, block_r),
         ALIGN=align,
-        NARROW=common.narrow_offsets(P, block_n) and common.narrow_offsets(G, block_n),
+        NARROW=common.narrow_offsets(P, block.columns) and common.narrow_offsets(G, block.columns),
         BLOCK_R=block_r,
-        BLOCK_N=block_n,
+        BLOCK_N=block.columns,
+        **tiles.shape(block, by_column),
     )
     return sums
 

@@ -27,6 +27,12 @@ ROUNDING = {"tf32": 2.0**-21, "float32": 2.0**-23}
 
 
 @triton.jit
+def aligned(a, ALIGN: tl.constexpr):
+    """`a`, a multiple of ALIGN, so that the compiler knows it: Triton 3.7 drops `multiple_of` on an argument."""
+    return a // ALIGN * ALIGN
+
+
+@triton.jit
 def tile_offsets(offs_r, stride_pr, stride_pn, NARROW: tl.constexpr, BLOCK_N: tl.constexpr):
     """Offsets of a tile from its first column; they do not change from step to step, and with NARROW fit an int32."""
     local = tl.arange(0, BLOCK_N)

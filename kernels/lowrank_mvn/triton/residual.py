@@ -15,13 +15,19 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common
-from .common import Block, fold, load_tile, reciprocal
+from .common import Block, aligned, reciprocal
+from .tiles import load_placed
 
 # By padded rank: one warp and at most 32 values of P in the registers of a lane, in float64 beside float32.
 BLOCKS = {
-    (block_r, by_column): block
-    for block_r, block in {16: Block(1, 64), 32: Block(1, 32), 64: Block(1, 16), 128: Block(2, 16)}.items()
-    for by_column in (True, False)
+    (16, True): Block(1, 64),
+    (16, False): Block(1, 32),
+    (32, True): Block(1, 32),
+    (32, False): Block(1, 32),
+    (64, True): Block(1, 16),
+    (64, False): Block(1, 16),
+    (128, True): Block(2, 16),
+    (128, False): Block(2, 8),
 }
 
 
@@ -57,6 +63,9 @@ def residual_kernel(
     TILES: tl.constexpr,
     ALIGN: tl.constexpr,
     NARROW: tl.constexpr,
+    J: tl.constexpr,
+    Q: tl.constexpr,
+    L: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -66,59 +75,85 @@ def residual_kernel(
     b = (pid // S // SPLITS).to(tl.int64)
     pid_s = pid // S % SPLITS
     if ALIGN > 1:
-        N = tl.multiple_of(N, ALIGN)
-        stride_pb = tl.multiple_of(stride_pb, ALIGN)
-        stride_pr = tl.multiple_of(stride_pr, ALIGN)
-        stride_xs = tl.multiple_of(stride_xs, ALIGN)
-        stride_xb = tl.multiple_of(stride_xb, ALIGN)
-        stride_ls = tl.multiple_of(stride_ls, ALIGN)
-        stride_lb = tl.multiple_of(stride_lb, ALIGN)
+        N = aligned(N, ALIGN)
+        stride_pb = aligned(stride_pb, ALIGN)
+        stride_pr = aligned(stride_pr, ALIGN)
+        stride_xs = aligned(stride_xs, ALIGN)
+        stride_xb = aligned(stride_xb, ALIGN)
+        stride_ls = aligned(stride_ls, ALIGN)
+        stride_lb = aligned(stride_lb, ALIGN)
         if not SCALAR_D:
-            stride_db = tl.multiple_of(stride_db, ALIGN)
-    VEC: tl.constexpr = 4 if ALIGN >= 4 else 1
+            stride_db = aligned(stride_db, ALIGN)
     x_ptr += s * stride_xs + b * stride_xb
     loc_ptr += s * stride_ls + b * stride_lb
     P_ptr += b * stride_pb
     d_ptr += b * stride_db
-    offs_r = tl.arange(0, BLOCK_R)
-    offs_g = pid_g * BLOCK_R + offs_r
+    H: tl.constexpr = BLOCK_N // (J * Q)
+    I: tl.constexpr = BLOCK_R // L
+    rows, columns_p = _places(I, H, J, Q, L)
     v_ptr += (s * B + b) * R
-    if WITH_V and TILES == 1:
-        v = tl.load(v_ptr + offs_r, mask=offs_r < R, other=0.0)
     if SCALAR_D:
         d_one = tl.load(d_ptr).to(tl.float64)
         d_inv_one = d_one if INVERTED else 1.0 / d_one
-    g = tl.zeros((BLOCK_R, BLOCK_N // VEC), tl.float64)
-    q = tl.zeros((BLOCK_N,), tl.float64)
+    g = tl.zeros((I, Q, L), tl.float64)
+    q = tl.zeros((H, J, Q), tl.float64)
     start = pid_s * COLUMNS
     for n in range(start, min(start + COLUMNS, N), BLOCK_N):
         offs_n = n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < N
-        P = load_tile(P_ptr, offs_g, n, N, stride_pr, stride_pn, R, NARROW, BLOCK_N).to(tl.float64)
+        rows_g = pid_g * BLOCK_R + rows
+        P = load_placed(P_ptr, rows_g, columns_p, n, N, stride_pr, stride_pn, R, NARROW).to(tl.float64)
         x = tl.load(x_ptr + offs_n.to(tl.int64) * stride_xn, mask=mask_n, other=0.0)
         loc = tl.load(loc_ptr + offs_n.to(tl.int64) * stride_ln, mask=mask_n, other=0.0)
-        r = x.to(tl.float64) - loc.to(tl.float64)
+        r = _placed(x.to(tl.float64) - loc.to(tl.float64), H, J, Q)
         if WITH_V:
-            if TILES == 1:
-                r -= tl.sum(P * v[:, None], 0)
-            else:
-                for tile in range(TILES):
-                    offs_t = tile * BLOCK_R + offs_r
-                    v = tl.load(v_ptr + offs_t, mask=offs_t < R, other=0.0)
-                    P_t = load_tile(P_ptr, offs_t, n, N, stride_pr, stride_pn, R, NARROW, BLOCK_N).to(tl.float64)
-                    r -= tl.sum(P_t * v[:, None], 0)
+            for tile in tl.static_range(TILES):
+                rows_v = tile * BLOCK_R + tl.reshape(rows, (I, L))
+                v = tl.load(v_ptr + rows_v, mask=rows_v < R, other=0.0)[:, None, None, None, :]
+                if TILES == 1:
+                    P_v = P
+                else:
+                    rows_t = tile * BLOCK_R + rows
+                    P_v = load_placed(P_ptr, rows_t, columns_p, n, N, stride_pr, stride_pn, R, NARROW).to(tl.float64)
+                r -= tl.sum(tl.sum(P_v * v, 0), 3)
         if SCALAR_D:
             z = r * d_inv_one
         else:
             d = tl.load(d_ptr + offs_n.to(tl.int64) * stride_dn, mask=mask_n, other=1.0)
-            z = r * (d.to(tl.float64) if INVERTED else reciprocal(d))
+            z = r * _placed(d.to(tl.float64) if INVERTED else reciprocal(d), H, J, Q)
         if WITH_V:
             q += r * z
-        g += fold(P * z[None, :], VEC)
+        g += tl.sum(tl.sum(P * z[None, :, :, :, None], 1), 1)
     out = (s * B + b) * SPLITS + pid_s
-    tl.store(g_ptr + out * R + offs_g, tl.sum(g, 1), mask=offs_g < R)
+    rows_g = pid_g * BLOCK_R + tl.reshape(rows, (I, L))
+    tl.store(g_ptr + out * R + rows_g, tl.sum(g, 1), mask=rows_g < R)
     if WITH_V and pid_g == 0:
-        tl.store(q_ptr + out, tl.sum(q, 0))
+        tl.store(q_ptr + out, tl.sum(tl.sum(tl.sum(q, 0), 0), 0))
+
+
+@triton.jit
+def _places(I: tl.constexpr, H: tl.constexpr, J: tl.constexpr, Q: tl.constexpr, L: tl.constexpr):
+    """Row and column of each value of a tile [I, H, J, Q, L], which go to the lanes from the last dimension on."""
+    i = tl.arange(0, I)[:, None, None, None, None]
+    h = tl.arange(0, H)[None, :, None, None, None]
+    j = tl.arange(0, J)[None, None, :, None, None]
+    q = tl.arange(0, Q)[None, None, None, :, None]
+    p = tl.arange(0, L)[None, None, None, None, :]
+    return i * L + p, (h * Q + q) * J + j
+
+
+@triton.jit
+def _placed(a, H: tl.constexpr, J: tl.constexpr, Q: tl.constexpr):
+    """Values of the columns [BLOCK_N] as [H, J, Q]."""
+    return tl.permute(tl.reshape(a, (H, Q, J)), (0, 2, 1))
+
+
+def _lanes(block: Block, block_r: int, by_column: bool) -> dict[str, int]:
+    """How a tile lies in the lanes: L rows and Q times J columns, four values of 4 bytes to a lane where it can be."""
+    if by_column:
+        Q = min(8, block.columns // 4)
+        return {"J": 4, "Q": Q, "L": 32 // Q}
+    return {"J": 1, "Q": 4, "L": 8 if block_r <= 32 else 32}
 
 
 def partial_sums(
@@ -127,7 +162,8 @@ def partial_sums(
     """Partial sums over the splits: PᵀD⁻¹r [S, B, SPLITS, R] and rᵀD⁻¹r [S, B, SPLITS]; r = δ where v is None."""
     S, (B, N, R) = x.shape[0], P.shape
     block_r = min(common.padded_rank(R), common.FUSED_R)
-    block = common.block("residual", BLOCKS, block_r, P.stride(1) == 1, P.device)
+    by_column = P.stride(1) == 1
+    block = common.block("residual", BLOCKS, block_r, by_column, P.device)
     columns = common.split_columns(N, R, block.columns)
     splits = max(1, common.ceil_div(N, columns))
     g = P.new_empty(S, B, splits, R, dtype=torch.float64)
@@ -168,6 +204,7 @@ def partial_sums(
         TILES=tiles,
         ALIGN=common.alignment(P, x, loc, d),
         NARROW=common.narrow_offsets(P, block.columns),
+        **_lanes(block, block_r, by_column),
         BLOCK_R=block_r,
         BLOCK_N=block.columns,
     )

@@ -13,13 +13,19 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common
-from .common import Block, load_tile, narrow, tile_offsets
+from .common import Block, aligned, load_tile, narrow, tile_offsets
 
-# By padded rank: one warp, and as many columns as its registers hold without spills in either layout.
+# By padded rank, and whether neighbouring columns of P are neighbours in memory: one warp, and as many columns as its
+# registers hold without spills.
 BLOCKS = {
-    (block_r, by_column): block
-    for block_r, block in {16: Block(1, 64), 32: Block(1, 32), 64: Block(1, 32), 128: Block(1, 16)}.items()
-    for by_column in (True, False)
+    (16, True): Block(1, 64),
+    (16, False): Block(1, 64),
+    (32, True): Block(1, 32),
+    (32, False): Block(1, 32),
+    (64, True): Block(1, 32),
+    (64, False): Block(1, 32),
+    (128, True): Block(1, 16),
+    (128, False): Block(1, 16),
 }
 
 
@@ -96,16 +102,16 @@ def sample_kernel(
     b = (pid // SPLITS).to(tl.int64)
     pid_s = pid % SPLITS
     if ALIGN > 1:
-        N = tl.multiple_of(N, ALIGN)
-        stride_pb = tl.multiple_of(stride_pb, ALIGN)
-        stride_pr = tl.multiple_of(stride_pr, ALIGN)
-        stride_ls = tl.multiple_of(stride_ls, ALIGN)
-        stride_lb = tl.multiple_of(stride_lb, ALIGN)
+        N = aligned(N, ALIGN)
+        stride_pb = aligned(stride_pb, ALIGN)
+        stride_pr = aligned(stride_pr, ALIGN)
+        stride_ls = aligned(stride_ls, ALIGN)
+        stride_lb = aligned(stride_lb, ALIGN)
         if not SCALAR_D:
-            stride_db = tl.multiple_of(stride_db, ALIGN)
+            stride_db = aligned(stride_db, ALIGN)
         if GIVEN:
-            stride_os = tl.multiple_of(stride_os, ALIGN)
-            stride_ob = tl.multiple_of(stride_ob, ALIGN)
+            stride_os = aligned(stride_os, ALIGN)
+            stride_ob = aligned(stride_ob, ALIGN)
     kind: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     P_ptr += b * stride_pb
     d_ptr += b * stride_db
@@ -185,13 +191,13 @@ def sample_backward_kernel(
     b = (pid // SPLITS).to(tl.int64)
     pid_s = pid % SPLITS
     if ALIGN > 1:
-        N = tl.multiple_of(N, ALIGN)
-        stride_ys = tl.multiple_of(stride_ys, ALIGN)
-        stride_yb = tl.multiple_of(stride_yb, ALIGN)
-        stride_gb = tl.multiple_of(stride_gb, ALIGN)
-        stride_gr = tl.multiple_of(stride_gr, ALIGN)
+        N = aligned(N, ALIGN)
+        stride_ys = aligned(stride_ys, ALIGN)
+        stride_yb = aligned(stride_yb, ALIGN)
+        stride_gb = aligned(stride_gb, ALIGN)
+        stride_gr = aligned(stride_gr, ALIGN)
         if not SCALAR_D:
-            stride_db = tl.multiple_of(stride_db, ALIGN)
+            stride_db = aligned(stride_db, ALIGN)
     kind: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     if not GIVEN:
         seed = tl.load(seed_ptr + b)
@@ -237,13 +243,14 @@ def sample_backward_kernel(
 
 
 def _blocks(kernel: str, P: Tensor) -> tuple[Block, dict[str, int]]:
-    N, R = P.shape[1:]
+    _, N, R = P.shape
     block_r = common.padded_rank(R) if R <= common.FUSED_R else common.TILED_R
     block = common.block(kernel, BLOCKS, block_r, P.stride(1) == 1, P.device)
     columns = common.split_columns(N, R, block.columns)
     splits = max(1, common.ceil_div(N, columns))
     tiles = common.ceil_div(R, block_r)
-    return block, {"SPLITS": splits, "COLUMNS": columns, "TILES": tiles, "BLOCK_R": block_r, "BLOCK_N": block.columns}
+    sizes = {"SPLITS": splits, "COLUMNS": columns, "TILES": tiles, "BLOCK_R": block_r, "BLOCK_N": block.columns}
+    return block, sizes
 
 
 def rsample(loc: Tensor, P: Tensor, d: Tensor, omega_p: Tensor, omega_d: Tensor | None, seed: Tensor | None) -> Tensor:
@@ -253,10 +260,10 @@ def rsample(loc: Tensor, P: Tensor, d: Tensor, omega_p: Tensor, omega_d: Tensor 
         raise ValueError("expected either omega_d or seed")
     y = loc.new_empty(S, B, N)
     noise = omega_d if omega_d is not None else y
-    block, blocks = _blocks("sample", P)
+    block, sizes = _blocks("sample", P)
     common.launch(
         sample_kernel,
-        (B * blocks["SPLITS"],),
+        (B * sizes["SPLITS"],),
         block.num_warps,
         block.num_stages,
         loc_ptr=loc,
@@ -284,9 +291,9 @@ def rsample(loc: Tensor, P: Tensor, d: Tensor, omega_p: Tensor, omega_d: Tensor 
         SCALAR_D=d.shape[1] == 1,
         GIVEN=omega_d is not None,
         DOUBLE=common.products(loc, P, d) == "float64",
-        NARROW=common.narrow_offsets(P, blocks["BLOCK_N"]),
+        NARROW=common.narrow_offsets(P, block.columns),
         ALIGN=common.alignment(P, loc, d, noise),
-        **blocks,
+        **sizes,
     )
     return y
 
@@ -311,10 +318,10 @@ def rsample_backward(
     noise = omega_d if omega_d is not None else grad_y
     grad_omega_d = noise.new_empty(noise.shape) if need_omega_d else noise.new_empty(0)
     G = grad_P if need_P else P
-    block, blocks = _blocks("sample_backward", G)
+    block, sizes = _blocks("sample_backward", G)
     common.launch(
         sample_backward_kernel,
-        (B * blocks["SPLITS"],),
+        (B * sizes["SPLITS"],),
         block.num_warps,
         block.num_stages,
         grad_y_ptr=grad_y,
@@ -346,9 +353,9 @@ def rsample_backward(
         NEED_D=need_d,
         NEED_OMEGA_D=need_omega_d,
         DOUBLE=double,
-        NARROW=common.narrow_offsets(G, blocks["BLOCK_N"]),
+        NARROW=common.narrow_offsets(G, block.columns),
         ALIGN=common.alignment(G, grad_y, d),
-        **blocks,
+        **sizes,
     )
     if need_d and scalar_d:
         grad_d = (grad_d.sum(1, keepdim=True, dtype=torch.float64) / (2 * d.double().sqrt())).to(d.dtype)
