@@ -67,8 +67,7 @@ class ModelConfig:
     rank: int = 25
     """Columns R of the low-rank factor P (count)."""
     factor: Literal["linear", "materialised"] = "linear"
-    """Take log p, H and gradients from the decoder's features, or make P as a tensor first: the same numbers.
-    Only the second has Triton kernels, which may make it the faster one on a GPU."""
+    """Take log p, H and gradients from the decoder's features, or make P as a tensor first: the same numbers."""
     latents: int = 128
     """Size of the latent code z (count)."""
     width: float = 1.0
