@@ -30,6 +30,13 @@ BLOCKS = {
     (64, False): Block(4, 64),
     (128, True): Block(8, 16),
     (128, False): Block(8, 16),
+    # Registers are short elsewhere. On sm_75 products are made without tensor cores.
+    (32, False, "sm_80"): Block(1, 16),
+    (32, False, "sm_100"): Block(4, 64),
+    (32, True, "sm_75"): Block(2, 32),
+    (32, False, "sm_75"): Block(2, 32),
+    (64, True, "sm_75"): Block(8, 32),
+    (64, False, "sm_75"): Block(8, 32),
 }
 WIDE_BLOCK = Block(4, 16)
 

@@ -92,6 +92,8 @@ def residual_kernel(
     I: tl.constexpr = BLOCK_R // L
     rows, columns_p = _places(I, H, J, Q, L)
     v_ptr += (s * B + b) * R
+    if WITH_V and TILES == 1:
+        v = _coefficients(v_ptr, 0, rows, R)
     if SCALAR_D:
         d_one = tl.load(d_ptr).to(tl.float64)
         d_inv_one = d_one if INVERTED else 1.0 / d_one
@@ -107,15 +109,13 @@ def residual_kernel(
         loc = tl.load(loc_ptr + offs_n.to(tl.int64) * stride_ln, mask=mask_n, other=0.0)
         r = _placed(x.to(tl.float64) - loc.to(tl.float64), H, J, Q)
         if WITH_V:
-            for tile in tl.static_range(TILES):
-                rows_v = tile * BLOCK_R + tl.reshape(rows, (I, L))
-                v = tl.load(v_ptr + rows_v, mask=rows_v < R, other=0.0)[:, None, None, None, :]
-                if TILES == 1:
-                    P_v = P
-                else:
+            if TILES == 1:
+                r -= tl.sum(tl.sum(P * v, 0), 3)
+            else:
+                for tile in tl.static_range(TILES):
                     rows_t = tile * BLOCK_R + rows
-                    P_v = load_placed(P_ptr, rows_t, columns_p, n, N, stride_pr, stride_pn, R, NARROW).to(tl.float64)
-                r -= tl.sum(tl.sum(P_v * v, 0), 3)
+                    P_t = load_placed(P_ptr, rows_t, columns_p, n, N, stride_pr, stride_pn, R, NARROW).to(tl.float64)
+                    r -= tl.sum(tl.sum(P_t * _coefficients(v_ptr, tile * BLOCK_R, rows, R), 0), 3)
         if SCALAR_D:
             z = r * d_inv_one
         else:
@@ -140,6 +140,13 @@ def _places(I: tl.constexpr, H: tl.constexpr, J: tl.constexpr, Q: tl.constexpr, 
     q = tl.arange(0, Q)[None, None, None, :, None]
     p = tl.arange(0, L)[None, None, None, None, :]
     return i * L + p, (h * Q + q) * J + j
+
+
+@triton.jit
+def _coefficients(v_ptr, first, rows, R: tl.constexpr):
+    """v of a tile's rows from `first` on, to multiply it with."""
+    rows = first + tl.reshape(rows, (rows.shape[0], rows.shape[4]))
+    return tl.load(v_ptr + rows, mask=rows < R, other=0.0)[:, None, None, None, :]
 
 
 @triton.jit
