@@ -106,12 +106,16 @@ class FitOptions:
 
     The preset is celeba, the paper's network in colour, where none is given. One row for each formulation of the
     likelihood, precision and kind of checkpointing, so that those options of the configuration are left aside. From a
-    model of a training step's memory, in which nothing is computed.
+    model of a training step's memory, in which nothing is computed; it takes about ten seconds.
     """
 
     config: Settings = field(default_factory=Config)
     memory: float = 16.0
-    """The budget (GiB)."""
+    """What there is, of a GPU or of the machine (GiB)."""
+    reserve: float | None = None
+    """Of it, left free for what the model does not count: the process itself, libraries' own buffers, a GPU's context,
+    fragmentation. What is left is what torch's allocator may hold at the peak of a step. By default a tenth of the
+    memory and at least 0.5 (GiB)."""
     json: bool = False
     """Print JSON, memory in bytes."""
 
@@ -185,8 +189,8 @@ def _fit(args: list[str]) -> int:
 
     _, config, args = _preset(args, "celeba")
     o = _parse(FitOptions, "sosvae fit", args, FitOptions(config))
-    budget = o.memory * fit.GIB
-    found = fit.fit(o.config, budget)
+    budget = fit.Budget.of(o.memory, o.reserve)
+    found = fit.fit(o.config, budget.tensors)
     if o.json:
         print(json.dumps(fit.to_json(found, o.config, budget), indent=2))
     else:
