@@ -50,7 +50,7 @@ POINTS = [
     Point(256, 2, "reference", "none", "float32"),
     Point(256, 2, "kernels", "blocks", "float32"),
     Point(384, 1, "linear", "stages", "float32"),
-    # Narrower networks, whose maps weigh more beside the weights; and bfloat16 is slow on a CPU without instructions for it.
+    # Narrower: maps weigh more beside the weights, and a CPU without instructions for bfloat16 is very slow with it.
     Point(384, 1, "linear", "stages", "bfloat16", width=0.25),
     Point(256, 2, "linear", "stages", "bfloat16", width=0.25),
     Point(192, 1, "linear", "blocks", "bfloat16", width=0.5),
@@ -199,9 +199,8 @@ def main(args: list[str] | None = None) -> int:
     if options.table:
         print(table())
         return 0
-    print(
-        "| side | batch | width | R | formulation | checkpointing | precision | accumulate | model | allocator | resident |"
-    )
+    heads = [*("side", "batch", "width", "R"), "formulation", "checkpointing", "precision", "accumulate"]
+    print("|", " | ".join([*heads, "model", "allocator", "resident"]), "|")
     print("|" + "---|" * 11)
     worst = 0.0
     for i, point in enumerate(POINTS):

@@ -33,7 +33,7 @@ class Budget(NamedTuple):
         reserve = max(0.5, memory / 10) if reserve is None else reserve
         if not 0 <= reserve < memory:
             raise ValueError(
-                f"reserve is {reserve:g} GiB, expected at least 0 and less than the memory of {memory:g} (see --reserve)"
+                f"reserve is {reserve:g} GiB, expected at least 0 and less than the memory, {memory:g} GiB"
             )
         return cls(memory * GIB, reserve * GIB)
 
@@ -148,8 +148,8 @@ def table(fits: list[Fit], config: Config, budget: Budget) -> str:
         "weights: with gradients and Adam's states (those of the decoder's first layer grow with the image);",
         "network: what encoder and decoder keep and write; likelihood: P and its temporaries.",
         "accumulate: one image at a time; batches are then any multiple of the last column. Sides: multiples of 8.",
-        "A model (sosvae.memory) of tensors as torch's allocator holds them. What else there is (the process, libraries'",
-        "buffers, a GPU's context, fragmentation) has to fit into the reserve (--reserve).",
+        "A model (sosvae.memory) of tensors as torch's allocator holds them. What else there is (the process,",
+        "buffers of libraries, a GPU's context, fragmentation) has to fit into the reserve (--reserve).",
     ]
     return "\n".join(line.rstrip() for line in lines)
 

@@ -139,7 +139,7 @@ def test_command_prints_a_table_and_json(capsys):
         (["--memory=0"], "memory is 0 GiB"),
         (["--memory=nan"], "memory is nan GiB"),
         (["--memory=inf"], "memory is inf GiB"),
-        (["--memory=0.4"], "reserve is 0.5 GiB, expected at least 0 and less than the memory of 0.4"),
+        (["--memory=0.4"], "reserve is 0.5 GiB, expected at least 0 and less than the memory, 0.4 GiB"),
         (["--memory=4", "--reserve=-1"], "reserve is -1 GiB"),
         (["--memory=4", "--reserve=nan"], "reserve is nan GiB"),
         (["--memory=0.01", "--reserve=0"], "0.01 GiB are left for tensors, but a step on one image of 16×16 takes"),
