@@ -106,7 +106,7 @@ class FitOptions:
 
     The preset is celeba, the paper's network in colour, where none is given. One row for each formulation of the
     likelihood, precision and kind of checkpointing, so that those options of the configuration are left aside. From a
-    model of a training step's memory, in which nothing is computed; it takes about ten seconds.
+    model of a training step's memory, in which nothing is computed.
     """
 
     config: Settings = field(default_factory=Config)
