@@ -111,7 +111,11 @@ class FitOptions:
 
     config: Settings = field(default_factory=Config)
     memory: float = 16.0
-    """The budget (GiB)."""
+    """What there is, of a GPU or of the machine (GiB)."""
+    reserve: float | None = None
+    """Of it, left free for what the model does not count: the process itself, libraries' own buffers, a GPU's context,
+    fragmentation. What is left is what torch's allocator may hold at the peak of a step. By default a tenth of the
+    memory and at least 0.5 (GiB)."""
     json: bool = False
     """Print JSON, memory in bytes."""
 
@@ -185,8 +189,8 @@ def _fit(args: list[str]) -> int:
 
     _, config, args = _preset(args, "celeba")
     o = _parse(FitOptions, "sosvae fit", args, FitOptions(config))
-    budget = o.memory * fit.GIB
-    found = fit.fit(o.config, budget)
+    budget = fit.Budget.of(o.memory, o.reserve)
+    found = fit.fit(o.config, budget.tensors)
     if o.json:
         print(json.dumps(fit.to_json(found, o.config, budget), indent=2))
     else:

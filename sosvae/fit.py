@@ -8,11 +8,39 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 from .config import Config, TrainingConfig
 from .memory import FORMULATIONS, Peak, StepMemory
 
-__all__ = ["Fit", "fit", "largest_side", "table", "to_json"]
+__all__ = ["Budget", "Fit", "fit", "largest_side", "table", "to_json"]
 
 GIB = 2**30
-SIDES = range(16, 1 << 16, 8)  # every resolution of the network is then half of the one before
+SIDES = range(16, 1 << 16, 8)
 BATCHES = range(1, 1 << 20)
+
+
+class Budget(NamedTuple):
+    """Memory, and what of it is not for tensors, in bytes."""
+
+    memory: float
+    reserve: float
+
+    @classmethod
+    def of(cls, memory: float, reserve: float | None = None) -> "Budget":
+        """From GiB; a tenth, and at least 0.5 GiB, is kept in reserve where nothing is said.
+
+        Raises:
+            ValueError: a number out of range, or nothing left for tensors.
+        """
+        if not 0 < memory < math.inf:
+            raise ValueError(f"memory is {memory:g} GiB, expected a positive number")
+        reserve = max(0.5, memory / 10) if reserve is None else reserve
+        if not 0 <= reserve < memory:
+            raise ValueError(
+                f"reserve is {reserve:g} GiB, expected at least 0 and less than the memory, {memory:g} GiB"
+            )
+        return cls(memory * GIB, reserve * GIB)
+
+    @property
+    def tensors(self) -> float:
+        """What torch's allocator may hold."""
+        return self.memory - self.reserve
 
 
 class Fit(NamedTuple):
@@ -34,13 +62,11 @@ def fit(config: Config, budget: float) -> list[Fit]:
 
     Args:
         config: its own precision, checkpointing and accumulation are left aside.
-        budget: bytes.
+        budget: bytes that torch's allocator may hold.
 
     Raises:
-        ValueError: the budget is no positive number, or too small for a single image of the smallest size.
+        ValueError: the budget is too small for a single image of the smallest size.
     """
-    if not 0 < budget < math.inf:
-        raise ValueError(f"memory is {budget / GIB:g} GiB, expected a positive number")
     fits, least = [], math.inf
     for formulation, way in ways(config):
         memory, batch = StepMemory(way, formulation), way.training.batch
@@ -65,7 +91,8 @@ def fit(config: Config, budget: float) -> list[Fit]:
         fits.append(Fit(name, t.precision, t.checkpointing, *found))
     if least > budget:
         raise ValueError(
-            f"memory is {budget / GIB:g} GiB, but a step on one image of {SIDES[0]}×{SIDES[0]} takes {least / GIB:.2f}"
+            f"{budget / GIB:g} GiB are left for tensors, but a step on one image of {SIDES[0]}×{SIDES[0]} "
+            f"takes {least / GIB:.2f}"
         )
     return fits
 
@@ -95,7 +122,7 @@ def largest_side(config: Config, formulation: str, budget: float) -> int:
     return largest(SIDES, lambda side: memory.peak(side, t.batch, t.accumulate), budget)[0]
 
 
-def table(fits: list[Fit], config: Config, budget: float) -> str:
+def table(fits: list[Fit], config: Config, budget: Budget) -> str:
     """For people."""
     channels, height, width = config.image_shape
     batch = config.training.batch
@@ -106,7 +133,8 @@ def table(fits: list[Fit], config: Config, budget: float) -> str:
         f"batch, {height}×{width}",
     ]
     lines = [
-        f"within {budget / GIB:g} GiB, {colour} images: the largest, GiB at the peak of a step, and what most of it is",
+        f"within {budget.memory / GIB:g} GiB, {budget.reserve / GIB:g} of them in reserve, {colour} images: "
+        "the largest, GiB at the peak of a step, and what most of it is",
         "",
         f"{'likelihood':<24}{'precision':<11}{'checkpointing':<15}" + "".join(f"{head:<27}" for head in heads),
     ]
@@ -120,19 +148,21 @@ def table(fits: list[Fit], config: Config, budget: float) -> str:
         "weights: with gradients and Adam's states (those of the decoder's first layer grow with the image);",
         "network: what encoder and decoder keep and write; likelihood: P and its temporaries.",
         "accumulate: one image at a time; batches are then any multiple of the last column. Sides: multiples of 8.",
-        "A model (sosvae.memory): tensors as torch allocates them, without what libraries allocate past it.",
+        "A model (sosvae.memory) of tensors as torch's allocator holds them. What else there is (the process,",
+        "buffers of libraries, a GPU's context, fragmentation) has to fit into the reserve (--reserve).",
     ]
     return "\n".join(line.rstrip() for line in lines)
 
 
-def to_json(fits: list[Fit], config: Config, budget: float) -> dict[str, Any]:
+def to_json(fits: list[Fit], config: Config, budget: Budget) -> dict[str, Any]:
     """For programs; memory in bytes."""
 
     def plain(value: Any) -> Any:
         return value._asdict() | {"binds": value.binds} if isinstance(value, Peak) else value
 
     return {
-        "budget": int(budget),
+        "memory": int(budget.memory),
+        "reserve": int(budget.reserve),
         "images": list(config.image_shape),
         "batch": config.training.batch,
         "fits": [{name: plain(value) for name, value in f._asdict().items()} for f in fits],

@@ -5,8 +5,9 @@ when each piece of memory is made and when it is let go: everything that autogra
 counted as it happens. To that come the weights, Adam's two states and the operators' own blocks of memory, which a dry
 run does not show (`SCRATCH`).
 
-All sizes are products of powers of two quantities, the pixels of an image and the images of a micro-batch, with a
-constant: two dry runs tell which, and the peak of any other size is had by adding up again.
+Every piece is a constant, times the images of a micro-batch or not, times the pixels of one resolution or not. The dry
+run is of images and a batch whose numbers are large primes, so that each piece's size says what it grows with, and the
+peak of any other size is had by adding up again.
 
 Counted are tensors as torch's allocator sees them. What a library allocates past it (oneDNN's reordered weights, a
 GPU's context and workspaces, fragmentation) is not; `python -m bench.fit` measures how much that is on a CPU.
@@ -44,6 +45,11 @@ FORMULATIONS = {
     "linear": "from the features",
 }
 """How the structured likelihood is had, by name."""
+
+# What is dry-run: sides of images at the resolutions of the network, each half of the one before (rounded up), and
+# images in a batch. Primes, of which no network has a multiple for a number of features.
+PRIME_SIDES = 12241, 6121, 3061, 1531
+PRIME_BATCH = 10007
 
 # What is alive at the peak, by what it belongs to.
 KINDS = WEIGHTS, NETWORK, LIKELIHOOD = "weights", "network", "likelihood"
@@ -188,11 +194,11 @@ def _scratch(block_values: int, bytes_per_value: int) -> Callable[..., tuple[int
     return scratch
 
 
-# What an operator of `lowrank_mvn` allocates and frees inside, and the most that it ever does: blocks. Bytes per
-# value of P or F as measured: one block in float64, or two where rows are added to those of F.
+# What an operator of `lowrank_mvn` allocates and frees inside, and the most that it ever does: two blocks in float64,
+# of P where its columns are nearly collinear, as they are at the start of training, or of F and the rows added to it.
 SCRATCH: dict[str, Callable[..., tuple[int, str, float]]] = {
-    "mahalanobis_and_logdet": _scratch(aten.BLOCK_VALUES, 8),
-    "mahalanobis_and_logdet_backward": _scratch(aten.BLOCK_VALUES, 8),
+    "mahalanobis_and_logdet": _scratch(aten.BLOCK_VALUES, 16),
+    "mahalanobis_and_logdet_backward": _scratch(aten.BLOCK_VALUES, 16),
     "linear_mahalanobis_and_logdet": _scratch(aten_linear.BLOCK_VALUES, 16),
     "linear_mahalanobis_and_logdet_backward": _scratch(aten_linear.BLOCK_VALUES, 16),
 }
@@ -260,7 +266,7 @@ def _dry_run(config: Config, formulation: str, mean_only: bool) -> _Record:
 
 
 class StepMemory:
-    """The peak of a training step of `config`, for any number of images of its size or of squares.
+    """The peak of a training step of `config`, for any number of images of any size.
 
     Args:
         config: precision, checkpointing and memory format are followed; batch and accumulation are asked for later.
@@ -268,53 +274,53 @@ class StepMemory:
     """
 
     def __init__(self, config: Config, formulation: str = "linear") -> None:
-        self.pixels = config.data.height * config.data.width
+        _, self.height, self.width = config.image_shape
+        config = with_images(config, PRIME_SIDES[0], PRIME_SIDES[0], PRIME_BATCH)
         self.phases = [_sizes(config, formulation, False)]
         if config.training.mean_only_steps:
             # Of no formulation: the covariance head is left out.
             self.phases.append(_sizes(config, "linear", True))
 
     def peak(self, side: int | None = None, batch: int = 1, accumulate: int = 1) -> Peak:
-        """Of `batch` images in `accumulate` micro-batches: the configuration's, or squares of `side`.
-
-        Args:
-            side: a multiple of 8, at which every resolution is half of the one before.
-        """
-        return max((sizes.peak(side, batch, accumulate) for sizes in self.phases), key=lambda peak: peak.total)
+        """Of `batch` images in `accumulate` micro-batches: of the configuration's size, or squares of `side`."""
+        height, width = (self.height, self.width) if side is None else (side, side)
+        return max((s.peak(height, width, batch, accumulate) for s in self.phases), key=lambda peak: peak.total)
 
 
 @functools.lru_cache(maxsize=64)
 def _sizes(config: Config, formulation: str, mean_only: bool) -> "_Sizes":
-    _, height, width = config.image_shape
-    runs = [
-        _dry_run(with_images(config, *shape), formulation, mean_only)
-        for shape in ((64, 64, 2), (96, 96, 3), (height, width, 2))
-    ]
-    return _Sizes(*runs)
+    return _Sizes(_dry_run(config, formulation, mean_only))
 
 
 class _Sizes:
-    """The pieces of memory of a step: products of powers of pixels and of images."""
+    """The pieces of memory of a step, by what they grow with, from a dry run of `PRIME_BATCH` images."""
 
-    def __init__(self, small: _Record, large: _Record, own: _Record) -> None:
-        assert small.events == large.events == own.events, "a step of another size takes another course"
-        growth = np.array(large.sizes) / np.array(small.sizes)
-        in_pixels, in_batch = (96 / 64) ** 2, 3 / 2
-        self.in_pixels = np.isclose(growth, in_pixels) | np.isclose(growth, in_pixels * in_batch)
-        self.in_batch = np.isclose(growth, in_batch) | np.isclose(growth, in_pixels * in_batch)
-        assert np.all(self.in_pixels | self.in_batch | np.isclose(growth, 1)), "a size that is no product of powers"
-        self.square, self.own = (np.array(record.sizes, float) for record in (small, own))
-        self.caps, self.images = np.array(small.caps), small.images
-        self.kinds = np.where(self.in_batch, np.array(small.kinds), WEIGHTS)
-        self.is_gradient = np.zeros(len(growth), bool)
-        self.is_gradient[small.gradients] = True
-        events = np.array(small.events)
+    def __init__(self, record: _Record) -> None:
+        sizes = np.array(record.sizes, np.int64)
+        self.in_batch = sizes % PRIME_BATCH == 0
+        sizes = np.where(self.in_batch, sizes // PRIME_BATCH, sizes)
+        self.resolution = np.zeros(len(sizes), int)  # 0: none, 1: the finest
+        for resolution, side in enumerate(PRIME_SIDES, 1):
+            here = sizes % side == 0
+            assert np.all(sizes[here] % side**2 == 0), "a size that is in one side of an image, not in its pixels"
+            sizes = np.where(here, sizes // side**2, sizes)
+            self.resolution[here] = resolution
+        self.constant = sizes
+        self.caps, self.images = np.array(record.caps), record.images
+        self.kinds = np.where(self.in_batch, np.array(record.kinds), WEIGHTS)
+        self.is_gradient = np.zeros(len(sizes), bool)
+        self.is_gradient[record.gradients] = True
+        events = np.array(record.events)
         self.sign, self.number = np.where(events >= 0, 1, -1), np.where(events >= 0, events, ~events)
 
-    def peak(self, side: int | None, batch: int, accumulate: int) -> Peak:
-        micro = batch // accumulate
-        sizes = self.own if side is None else self.square * np.where(self.in_pixels, (side / 64) ** 2, 1)
-        sizes = np.minimum(sizes * np.where(self.in_batch, micro / 2, 1), self.caps)
+    def at(self, height: int, width: int, images: int) -> np.ndarray:
+        """Bytes of each piece, for a micro-batch of so many images."""
+        pixels = [1] + [-(-height // 2**i) * -(-width // 2**i) for i in range(len(PRIME_SIDES))]
+        sizes = self.constant * np.array(pixels, float)[self.resolution] * np.where(self.in_batch, images, 1)
+        return cast(np.ndarray, np.minimum(sizes, self.caps))
+
+    def peak(self, height: int, width: int, batch: int, accumulate: int) -> Peak:
+        sizes = self.at(height, width, batch // accumulate)
         changes = np.append(self.sign * sizes[self.number], 0)  # and the end
         if accumulate > 1:
             # From the second micro-batch on gradients are there, and one that is made is gone once it is added.

@@ -1,18 +1,20 @@
 """The model of a training step's memory, held against torch's allocator; what fits, and the README's table of it."""
 
 import dataclasses
+import itertools
 import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bench import fit as bench_fit
 from bench.fit import Point
 from sosvae import PRESETS, Config, DataConfig, ModelConfig, TrainingConfig, beta_vae
 from sosvae.cli import main
-from sosvae.fit import GIB, fit, largest_side
-from sosvae.memory import StepMemory, with_images
+from sosvae.fit import GIB, Budget, fit, largest_side
+from sosvae.memory import PRIME_BATCH, PRIME_SIDES, StepMemory, _dry_run, _Sizes, with_images
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -40,10 +42,19 @@ SMALL = Config(
 )
 
 
-def test_sizes_between_those_that_were_run_are_exact():
-    """The peak at a size is what a model made at that size says."""
-    near = StepMemory(with_images(SMALL, 200, 200, 4))
-    assert StepMemory(SMALL).peak(200, 4) == near.peak(200, 4) == near.peak(None, 4)
+@pytest.mark.parametrize(("height", "width", "batch"), [(16, 16, 2), (37, 50, 3), (218, 178, 2)])
+def test_every_piece_is_of_the_size_that_a_step_of_that_size_gives_it(height, width, batch):
+    there = _dry_run(with_images(SMALL, height, width, batch), "linear", False)
+    prime = _dry_run(with_images(SMALL, PRIME_SIDES[0], PRIME_SIDES[0], PRIME_BATCH), "linear", False)
+    assert prime.events == there.events
+    assert _Sizes(prime).at(height, width, batch).tolist() == np.minimum(there.sizes, there.caps).tolist()
+
+
+def test_numbers_of_the_dry_run_are_primes_and_halve():
+    for n in (*PRIME_SIDES, PRIME_BATCH):
+        assert all(n % k for k in range(2, int(n**0.5) + 1))
+    for finer, coarser in itertools.pairwise(PRIME_SIDES):
+        assert coarser == -(-finer // 2)
 
 
 def test_peak_is_the_sum_of_its_parts_and_grows():
@@ -101,13 +112,22 @@ OPTIONS = ["--model.width=0.25", "--model.depth=1", "--training.mean-only-steps=
 def test_command_prints_a_table_and_json(capsys):
     assert main(["fit", "celeba-64-grey", "--memory", "1", *OPTIONS]) == 0
     shown = capsys.readouterr().out
-    for part in ("within 1 GiB, grey images", "batch, 64×64", "side, batch 32", "bfloat16", "stages", "A model"):
+    for part in (
+        "within 1 GiB, 0.5 of them in reserve, grey images",
+        "batch, 64×64",
+        "side, batch 32",
+        "bfloat16",
+        "stages",
+        "A model",
+        "--reserve",
+    ):
         assert part in shown
-    assert main(["fit", "celeba-64-grey", "--memory", "1", *OPTIONS, "--json"]) == 0
+    assert main(["fit", "celeba-64-grey", "--memory", "1", "--reserve", "0.25", *OPTIONS, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["budget"], found["images"], found["batch"]) == (GIB, [1, 64, 64], 32)
+    assert (found["memory"], found["reserve"]) == (GIB, GIB // 4)
+    assert (found["images"], found["batch"]) == ([1, 64, 64], 32)
     for row in found["fits"]:
-        assert row["side_peak"]["total"] <= GIB
+        assert row["side_peak"]["total"] <= 0.75 * GIB
         assert row["side_peak"]["binds"] in ("weights", "network", "likelihood")
         assert row["formulation"] == "pixelwise"
 
@@ -115,17 +135,28 @@ def test_command_prints_a_table_and_json(capsys):
 @pytest.mark.parametrize(
     ("memory", "message"),
     [
-        ("-1", "memory is -1 GiB, expected a positive number"),
-        ("0", "memory is 0 GiB"),
-        ("nan", "memory is nan GiB"),
-        ("0.01", "a step on one image of 16×16 takes"),
+        (["--memory=-1"], "memory is -1 GiB, expected a positive number"),
+        (["--memory=0"], "memory is 0 GiB"),
+        (["--memory=nan"], "memory is nan GiB"),
+        (["--memory=inf"], "memory is inf GiB"),
+        (["--memory=0.4"], "reserve is 0.5 GiB, expected at least 0 and less than the memory, 0.4 GiB"),
+        (["--memory=4", "--reserve=-1"], "reserve is -1 GiB"),
+        (["--memory=4", "--reserve=nan"], "reserve is nan GiB"),
+        (["--memory=0.01", "--reserve=0"], "0.01 GiB are left for tensors, but a step on one image of 16×16 takes"),
     ],
+    ids=" ".join,
 )
 def test_budgets_that_cannot_be_are_one_line(memory, message, capsys):
-    assert main(["fit", "celeba-64-grey", f"--memory={memory}", *OPTIONS]) == 1
+    assert main(["fit", "celeba-64-grey", *memory, *OPTIONS]) == 1
     shown = capsys.readouterr().err
     assert message in shown
-    assert "Traceback" not in shown
+    assert shown.count("\n") == 1
+
+
+def test_a_tenth_of_the_memory_is_in_reserve():
+    assert Budget.of(80) == (80 * GIB, 8 * GIB)
+    assert Budget.of(4).tensors == 3.5 * GIB
+    assert Budget.of(16, 0).tensors == 16 * GIB
 
 
 def test_table_of_the_readme_is_what_the_model_says():
