@@ -180,10 +180,16 @@ def test_conditional(shape, dtype, mean):
 
         return function
 
-    ours, expected = gradients(loss(False), *inputs), gradients(loss(True), *exact)
-    for name, a, b in zip(["F", "W", "b", "m", "d", "value"], ours, expected, strict=True):
+    ours, made, expected = (
+        gradients(loss(False), *inputs),
+        gradients(loss(True), *inputs),
+        gradients(loss(True), *exact),
+    )
+    for name, a, eager, b in zip(["F", "W", "b", "m", "d", "value"], ours, made, expected, strict=True):
         assert a.dtype == dtype, name
-        assert relative(a, b) < (1e-9 if dtype == torch.float64 else 2e-4), name
+        # In float32 twice the error that P made in the same precision has, and rounding.
+        bound = 1e-9 if dtype == torch.float64 else 2 * relative(eager, b) + tolerance(dtype)
+        assert relative(a, b) < bound, name
 
 
 def test_a_conditional_answers():

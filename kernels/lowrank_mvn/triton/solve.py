@@ -218,8 +218,8 @@ def refine_kernel(
         tl.store(q_ptr + pid, q)
 
 
-# The widest padded rank that is swept in registers, 32 float64 values of C in each of 128 lanes: with 128 rows they
-# spill at 8 and at 16 warps.
+# The widest padded rank that is swept in registers, 16 float64 values of C in each of 256 lanes (32 in each of 128 spill
+# on sm_100): with 128 rows they spill at 8 and at 16 warps.
 REGISTERS_R = 64
 # Values of C that a program has in hand at a time where it sweeps in memory: four per lane; eight spill.
 IN_HAND = 1024
@@ -243,7 +243,7 @@ def solve(
     common.launch(
         solve_kernel,
         (C.shape[0],),
-        8 if in_memory else 4,
+        8 if block_r >= REGISTERS_R else 4,
         C_ptr=C,
         w_ptr=w,
         logdet_D_ptr=logdet_D,
