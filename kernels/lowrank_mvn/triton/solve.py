@@ -218,8 +218,8 @@ def refine_kernel(
         tl.store(q_ptr + pid, q)
 
 
-# The widest padded rank that is swept in registers, 16 float64 values of C in each of 256 lanes (32 in each of 128 spill
-# on sm_100): with 128 rows they spill at 8 and at 16 warps.
+# The widest padded rank that is swept in registers, 16 float64 values of C in each of 256 lanes (32 in each of 128 do
+# spill on sm_100): with 128 rows they spill at 8 and at 16 warps.
 REGISTERS_R = 64
 # Values of C that a program has in hand at a time where it sweeps in memory: four per lane; eight spill.
 IN_HAND = 1024
