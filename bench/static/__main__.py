@@ -1,7 +1,7 @@
 """Compiles every kernel for every target, and prints what the machine code and the interpreter say of it.
 
-python -m bench.static                      R = 10, 25, 64, and a linear factor of 64 features, float32, both layouts, all
-                                            targets (minutes)
+python -m bench.static                      R = 10, 25, 64, and a linear factor of 64 features; float32, both layouts,
+                                            all targets (minutes)
 python -m bench.static --features 16 64     linear factors alone, R = 25, C = 3, one d and a d per pixel
 python -m bench.static --rank 25 --target sm_90 --json static.json
 python -m bench.static --all                every configuration that dispatch can choose (hours)
@@ -21,7 +21,7 @@ from .requested import in_interpreter
 from .verdict import verdict
 
 HEADER = (
-    f"{'kernel':22}{'target':8}{'case':26}{'regs':>5}{'spill':>6}{'shared':>8}{'occ.':>6}{'flight':>8}"
+    f"{'kernel':26}{'target':8}{'case':26}{'regs':>5}{'spill':>6}{'shared':>8}{'occ.':>6}{'flight':>8}"
     f"{'loads':>18}{'stores':>11}{'tensor':>7}{'ins/B':>7}{'cap':>7}  by"
 )
 # One rank for every padded one, one that fills its padding, and one that is walked over in tiles.
@@ -36,7 +36,7 @@ def line(row: dict) -> str:
     def widths(name):
         return " ".join(f"{n}×{w}" for w, n in row.get(name, {}).items())
 
-    text = f"{row['kernel']:22}{row['target']:8}{row['case']:26}"
+    text = f"{row['kernel']:26}{row['target']:8}{row['case']:26}"
     if "error" in row:
         return text + row["error"]
     text += f"{row['registers']:5}{row['spills']:6}{row['shared']:8}{row['occupancy']:6.0%}"
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name, launches in requested.items():
             for row in launches:
                 if row["floor"]:
-                    print(f"{row['kernel']:22}{name:10}{row['requested']:12}{row['requested'] / row['floor']:8.3f}")
+                    print(f"{row['kernel']:26}{name:10}{row['requested']:12}{row['requested'] / row['floor']:8.3f}")
     bars = verdict(rows, requested)
     print("\nTo reach, and what is seen (float32, per-pixel d, sm_90 where no target is named)")
     for bar in bars:

@@ -1,7 +1,7 @@
 """Bytes that each launch asks for, counted in Triton's interpreter, over the least it could ask for.
 
-Run with TRITON_INTERPRET=1, in a process of its own: `python -m bench.static.requested R:layout ...` writes JSON. With the
-layout BKM or BMK it is a linear factor of R features, with one d for each item.
+Run with TRITON_INTERPRET=1, in a process of its own: `python -m bench.static.requested R:layout ...` writes JSON. With
+the layout BKM or BMK it is a linear factor of R features, with one d for each item.
 """
 
 import json

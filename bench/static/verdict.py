@@ -1,4 +1,7 @@
-"""What is to be reached, and whether it is: float32, per-pixel d, one sample; of a linear factor, no spills and bytes."""
+"""What is to be reached, and whether it is: float32, per-pixel d, one sample.
+
+Of a linear factor's kernels, that they do not spill, and what they ask for with one d.
+"""
 
 from typing import NamedTuple
 
