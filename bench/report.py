@@ -221,6 +221,13 @@ def growth(rows: Sequence[Row]) -> str:
 TABLES: dict[str, Callable[[Sequence[Row]], str]] = {"answer": answer, "operators": operators, "growth": growth}
 
 
+def _requested_key(case: str) -> str:
+    """Under which a document has the bytes that a case asks for: "64:BKM" of "K=64 BKM float32 item", one d only."""
+    size, layout, *rest = case.split()
+    several = size.startswith("K=") and "item" not in rest
+    return "" if several else f"{size[2:]}:{layout}"
+
+
 def static(document: dict[str, Any]) -> str:
     """What `python -m bench.static --json` knows of the compiled kernels; no column of it is a time.
 
@@ -237,7 +244,7 @@ def static(document: dict[str, Any]) -> str:
     for row in kernels:
         caps = row.get("caps") or {}
         pipe = min(caps, key=caps.__getitem__, default=None)
-        rank_layout = ":".join(row["case"].removeprefix("R=").split()[:2])
+        rank_layout = _requested_key(row["case"])
         lines.append(
             [
                 *(str(row[name]) for name in ("kernel", "case", "target", "registers", "spills", "shared")),

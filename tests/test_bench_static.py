@@ -14,8 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
+TARGETS = ("sm_75", "sm_80", "sm_90", "sm_100", "gfx942")
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +205,43 @@ def test_verdict():
         assert sum(not bar.reached for bar in verdict([row | change], requested)) == 1, change
     missed = verdict([row], {"10:BRN": [{"kernel": "capacitance", "requested": 106, "floor": 100}]})
     assert [bar.name for bar in missed if not bar.reached] == ["capacitance asks for ≤ 1.05 × the least"]
+
+
+def test_a_linear_factor_is_covered(monkeypatch, capsys):
+    """Both diagonals and layouts on every target, their own kernels only, and bytes over the least with one d."""
+    pytest.importorskip("triton")
+    from bench.static import __main__ as static
+    from bench.static.launches import LinearCase, captured
+
+    asked = {}
+    row = {"kernel": "linear_backward", "case": "K=64 BKM float32 item", "target": "sm_80", "spills": 8, "shared": 0}
+    row |= {"registers": 255, "occupancy": 0.125}
+    bytes_of = [{"kernel": "linear_gram", "requested": 106, "floor": 100}]
+    monkeypatch.setattr(static, "compile_all", lambda tasks, *rest: [row] if asked.update(tasks=tasks) is None else [])
+    monkeypatch.setattr(static, "in_interpreter", lambda cases: asked.update(counted=cases) or {"64:BKM": bytes_of})
+    assert static.main(["--check"]) == 1
+    output = capsys.readouterr().out
+    assert "NO  no spills, sm_80" in output
+    assert "NO  linear_gram asks for ≤ 1.05 × the least" in output
+    linear = [(case, target) for case, target in asked["tasks"] if isinstance(case, LinearCase)]
+    assert {(case[:4], target) for case, target in linear} == {
+        ((64, layout, torch.float32, diagonal), target)
+        for layout in ("BKM", "BMK")
+        for diagonal in ("item", "pixel")
+        for target in TARGETS
+    }
+    assert asked["counted"][-2:] == [(64, "BKM"), (64, "BMK")]
+    static.main(["--features", "16"])
+    assert {case.rows for case, _ in asked["tasks"]} == {16}
+    static.main(["--rank", "25"])
+    assert not any(isinstance(case, LinearCase) for case, _ in asked["tasks"])
+
+    parts = ("linear_gram", "linear_residual", "linear_backward", "linear_sample")
+    for layout in ("BKM", "BMK"):
+        launches = {launch.name: launch for launch in captured(LinearCase(64, layout, B=1, M=64), "sm_80")}
+        assert launches.keys() == {*parts, "linear_gram (float64)", "linear_backward (float64)"}
+        assert all(launches[name].tile_rows == 64 for name in parts)
+        assert all(launches[name].tile.shape == (1, 64, 64) for name in parts)
 
 
 def _hang(pipe):

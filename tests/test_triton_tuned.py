@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_mvn.triton import capacitance, common, residual, tuned
+from lowrank_mvn.triton import capacitance, common, linear_backward, linear_gram, residual, tuned
 from lowrank_mvn.triton.common import Block
 
 ROOT = Path(__file__).parent.parent
@@ -74,7 +74,10 @@ def test_measured_comes_before_the_target_and_that_before_the_rest(monkeypatch, 
     assert common.block("residual", table, 32, True, torch.device("cpu")) == Block(1, 32)
 
 
-@pytest.mark.parametrize("table", [capacitance.BLOCKS, residual.BLOCKS])
+@pytest.mark.parametrize(
+    "table",
+    [capacitance.BLOCKS, residual.BLOCKS, linear_gram.BLOCKS, linear_backward.BLOCKS, linear_backward.PIXEL_BLOCKS],
+)
 def test_tables_have_every_padded_rank_and_layout(table):
     assert {(R, by_column) for R in (16, 32, 64, 128) for by_column in (True, False)} <= set(table)
     assert {key[2] for key in table if len(key) == 3} <= {"sm_75", "sm_80", "sm_100", "gfx"}

@@ -1,6 +1,8 @@
 """Compiles every kernel for every target, and prints what the machine code and the interpreter say of it.
 
-python -m bench.static                      R = 10, 25, 64, float32, both layouts, all targets (minutes)
+python -m bench.static                      R = 10, 25, 64, and a linear factor of 64 features; float32, both layouts,
+                                            all targets (minutes)
+python -m bench.static --features 16 64     linear factors alone, R = 25, C = 3, one d and a d per pixel
 python -m bench.static --rank 25 --target sm_90 --json static.json
 python -m bench.static --all                every configuration that dispatch can choose (hours)
 python -m bench.static --check              fails where a bar is not reached
@@ -14,23 +16,27 @@ from pathlib import Path
 from . import model
 from .children import compile_all
 from .compiled import TARGETS
-from .launches import Case, all_cases
+from .launches import Case, LinearCase, all_cases
 from .requested import in_interpreter
 from .verdict import verdict
 
 HEADER = (
-    f"{'kernel':22}{'target':8}{'case':26}{'regs':>5}{'spill':>6}{'shared':>8}{'occ.':>6}{'flight':>8}"
+    f"{'kernel':26}{'target':8}{'case':26}{'regs':>5}{'spill':>6}{'shared':>8}{'occ.':>6}{'flight':>8}"
     f"{'loads':>18}{'stores':>11}{'tensor':>7}{'ins/B':>7}{'cap':>7}  by"
 )
 # One rank for every padded one, one that fills its padding, and one that is walked over in tiles.
 ALL_RANKS = [10, 16, 25, 32, 48, 64, 100, 128, 200]
 
 
+# The layout of F in which columns are neighbours where those of P are.
+LINEAR_LAYOUT = {"BRN": "BKM", "BNR": "BMK"}
+
+
 def line(row: dict) -> str:
     def widths(name):
         return " ".join(f"{n}×{w}" for w, n in row.get(name, {}).items())
 
-    text = f"{row['kernel']:22}{row['target']:8}{row['case']:26}"
+    text = f"{row['kernel']:26}{row['target']:8}{row['case']:26}"
     if "error" in row:
         return text + row["error"]
     text += f"{row['registers']:5}{row['spills']:6}{row['shared']:8}{row['occupancy']:6.0%}"
@@ -46,7 +52,10 @@ def line(row: dict) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__.split("\n")[0])
     parser.add_argument("--rank", type=int, nargs="+", help="ranks R (default: 10 25 64)")
-    parser.add_argument("--layout", nargs="+", choices=["BRN", "BNR"], default=["BRN", "BNR"], help="P in memory")
+    parser.add_argument("--features", type=int, nargs="+", help="features K of a linear factor (default: 64)")
+    parser.add_argument(
+        "--layout", nargs="+", choices=["BRN", "BNR"], default=["BRN", "BNR"], help="P in memory (F, likewise)"
+    )
     parser.add_argument("--target", nargs="+", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--all", action="store_true", help="all padded ranks, dtypes, diagonals, several samples")
     parser.add_argument("--json", type=Path, help="write everything there")
@@ -56,19 +65,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=120.0, help="to give up the compilation of one kernel after")
     options = parser.parse_args(arguments)
     print(model.ASSUMPTIONS, HEADER, sep="\n\n")
-    ranks = options.rank or [10, 25, 64]
+    named = options.rank or options.features
+    ranks = options.rank or ([] if named else [10, 25, 64])
+    features = options.features or ([] if named else [64])
     plain = [Case(R, layout) for R in ranks for layout in options.layout]
-    cases = all_cases(options.rank or ALL_RANKS, options.layout) if options.all else plain
+    one_d = [LinearCase(K, LINEAR_LAYOUT[layout]) for K in features for layout in options.layout]
+    cases: list[Case | LinearCase] = [*plain]
+    if options.all and (options.rank or not named):
+        cases = [*all_cases(options.rank or ALL_RANKS, options.layout)]
+    cases += [case._replace(diagonal=diagonal) for case in one_d for diagonal in ("item", "pixel")]
     tasks = [(case, target) for target in options.target for case in cases]
     rows = compile_all(tasks, options.processes, options.seconds, lambda row: print(line(row), flush=True))
     requested = {}
     if not options.no_requested:
-        requested = in_interpreter([(case.R, case.layout) for case in plain])
-        print("\nBytes requested per launch (interpreter, one item, N = 12288) over the least possible")
+        requested = in_interpreter([(case.rows, case.layout) for case in (*plain, *one_d)])
+        print("\nBytes requested per launch (interpreter, one item) over the least possible")
         for name, launches in requested.items():
             for row in launches:
                 if row["floor"]:
-                    print(f"{row['kernel']:22}{name:10}{row['requested']:12}{row['requested'] / row['floor']:8.3f}")
+                    print(f"{row['kernel']:26}{name:10}{row['requested']:12}{row['requested'] / row['floor']:8.3f}")
     bars = verdict(rows, requested)
     print("\nTo reach, and what is seen (float32, per-pixel d, sm_90 where no target is named)")
     for bar in bars:

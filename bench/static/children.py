@@ -6,12 +6,12 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from multiprocessing import connection
 
-from .launches import Case, Launch, captured
+from .launches import Case, Launch, LinearCase, captured
 
-Task = tuple[Case, str, int]  # a case, a target, and how many of its launches to leave out
+Task = tuple[Case | LinearCase, str, int]  # a case, a target, and how many of its launches to leave out
 
 
-def row_of(launch: Launch, case: Case, target: str) -> dict:
+def row_of(launch: Launch, case: Case | LinearCase, target: str) -> dict:
     """What is known of one launch on one target."""
     from . import model
     from .compiled import compile_launch
@@ -29,10 +29,11 @@ def row_of(launch: Launch, case: Case, target: str) -> dict:
     if P is None or not built.loop:
         return row
     lanes = 64 if target == "gfx942" else 32
-    columns, block_r = launch.arguments["BLOCK_N"], launch.arguments["BLOCK_R"]
-    size = min(case.R, block_r) * columns * P.element_size() * built.steps
+    columns = launch.arguments["BLOCK_N"]
+    size = min(case.rows, launch.tile_rows) * columns * P.element_size() * built.steps
     kernel = launch.kernel.fn.__name__
-    reads, writes = kernel != "sample_backward_kernel", kernel in ("backward_kernel", "sample_backward_kernel")
+    reads = kernel != "sample_backward_kernel"
+    writes = kernel in ("backward_kernel", "sample_backward_kernel", "linear_backward_kernel")
     moved = size * (reads + writes)
     tensor = ("HMMA", "HGMMA", "DMMA", "UTC", "v_mfma")
     row |= {
@@ -47,12 +48,12 @@ def row_of(launch: Launch, case: Case, target: str) -> dict:
         "steps_in_a_turn": built.steps,
         "bank_conflicts": built.conflicts,
     }
-    if target == "sm_90" and case.R <= 128:  # beyond, tiles of R are loops in the loop, whose turns are not counted
+    if target == "sm_90" and case.rows <= 128:  # beyond, tiles of R are loops in the loop, whose turns are not counted
         row["caps"] = model.caps(built.loop, launch.num_warps, moved, built.conflicts)
     return row
 
 
-def _head(launch: Launch, case: Case, target: str) -> dict:
+def _head(launch: Launch, case: Case | LinearCase, target: str) -> dict:
     return {
         "kernel": launch.name,
         "case": case.name,
@@ -99,7 +100,7 @@ class _Child:
 
 
 def compile_all(
-    tasks: Iterable[tuple[Case, str]], processes: int, seconds: float, show: Callable[[dict], None]
+    tasks: Iterable[tuple[Case | LinearCase, str]], processes: int, seconds: float, show: Callable[[dict], None]
 ) -> list[dict]:
     """One row per launch, in the order in which they are done; one that takes longer than `seconds` says so."""
     waiting = deque((case, target, 0) for case, target in tasks)

@@ -7,7 +7,7 @@ from unittest.mock import patch
 import torch
 
 from lowrank_mvn import triton as kernels
-from lowrank_mvn.triton import common
+from lowrank_mvn.triton import common, linear
 
 
 class Case(NamedTuple):
@@ -27,6 +27,40 @@ class Case(NamedTuple):
     def name(self) -> str:
         several = f" S={self.S}" if self.S != 1 else ""
         return f"R={self.R} {self.layout} {str(self.dtype).removeprefix('torch.')} {self.diagonal}{several}"
+
+    @property
+    def rows(self) -> int:
+        """Of what the main loops walk over."""
+        return self.R
+
+    def step(self, make: Callable[..., torch.Tensor]) -> None:
+        step(self, make)
+
+
+class LinearCase(NamedTuple):
+    """One problem with a linear factor; the layout of F is channels first ("BKM") or last ("BMK")."""
+
+    K: int
+    layout: str = "BKM"
+    dtype: torch.dtype = torch.float32
+    diagonal: str = "item"
+    R: int = 25
+    C: int = 3
+    B: int = 8
+    M: int = 12288
+    S: int = 1
+
+    @property
+    def name(self) -> str:
+        several = f" S={self.S}" if self.S != 1 else ""
+        return f"K={self.K} {self.layout} {str(self.dtype).removeprefix('torch.')} {self.diagonal}{several}"
+
+    @property
+    def rows(self) -> int:
+        return self.K
+
+    def step(self, make: Callable[..., torch.Tensor]) -> None:
+        linear_step(self, make)
 
 
 class Launch(NamedTuple):
@@ -62,10 +96,16 @@ class Launch(NamedTuple):
 
     @property
     def tile(self) -> torch.Tensor | None:
-        """P, or the gradient of P, if the main loop walks over it: the kernels whose bandwidth counts."""
+        """P, its gradient, or F, if the main loop walks over it: the kernels whose bandwidth counts."""
         if "BLOCK_N" not in self.arguments:
             return None
-        return self.arguments.get("P_ptr", self.arguments.get("grad_P_ptr"))
+        return next((self.arguments[name] for name in ("P_ptr", "grad_P_ptr", "F_ptr") if name in self.arguments), None)
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows of one tile, padded."""
+        flags = self.arguments
+        return flags["BLOCK_R"] if "BLOCK_R" in flags else flags["BLOCK_K"] * flags.get("PIECES", 1)
 
 
 def inputs(case: Case, make: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -90,17 +130,30 @@ def step(case: Case, make: Callable[..., torch.Tensor]) -> None:
         kernels.gram(x, loc, P, d)
 
 
-def captured(case: Case, target: str) -> list[Launch]:
-    """What a step launches on a device of `target`, each configuration once."""
+def linear_step(case: LinearCase, make: Callable[..., torch.Tensor]) -> None:
+    """Log-density and entropy with every gradient, and a sample."""
+    dtype, K, R, C, B, M, S = case.dtype, case.K, case.R, case.C, case.B, case.M, case.S
+    F = make(B, K, M).to(dtype) if case.layout == "BKM" else make(B, M, K).to(dtype).mT
+    W, m = make(1, C, R, K + 1).to(dtype), make(C, K + 1).to(dtype)
+    d = ((make(B, C, M) if case.diagonal == "pixel" else make(B, 1, 1)).abs() + 0.5).to(dtype)
+    x, loc = make(S, B, C, M).to(dtype), make(1, B, C, M).to(dtype)
+    q, logdet, *kept = linear.linear_mahalanobis_and_logdet(x, None, F, W, m, d)
+    linear.linear_mahalanobis_and_logdet_backward(q, logdet, x, None, F, W, m, d, *kept, [True] * 3)
+    linear.linear_rsample(loc, F, make(B, S, C, K + 1).to(dtype), d, None, torch.zeros(B, dtype=torch.int64))
+
+
+def captured(case: Case | LinearCase, target: str) -> list[Launch]:
+    """What a step launches on a device of `target`, each configuration once; of a linear factor, its own kernels."""
     seen: dict[tuple, Launch] = {}
 
     def launch(kernel, grid, num_warps, num_stages=1, **arguments):
         found = Launch(kernel, grid, num_warps, num_stages, arguments)
-        seen.setdefault(found.configuration, found)
+        if isinstance(case, Case) or found.name.startswith("linear"):
+            seen.setdefault(found.configuration, found)
 
     name = "gfx" if target.startswith("gfx") else target
     with patch.object(common, "target", lambda device: name), patch.object(common, "launch", launch):
-        step(case, torch.empty)
+        case.step(torch.empty)
     return list(seen.values())
 
 

@@ -1,6 +1,7 @@
 """Bytes that each launch asks for, counted in Triton's interpreter, over the least it could ask for.
 
-Run with TRITON_INTERPRET=1, in a process of its own: `python -m bench.static.requested R layout ...` writes JSON.
+Run with TRITON_INTERPRET=1, in a process of its own: `python -m bench.static.requested R:layout ...` writes JSON. With
+the layout BKM or BMK it is a linear factor of R features, with one d for each item.
 """
 
 import json
@@ -12,16 +13,19 @@ from unittest.mock import patch
 import torch
 
 B, N = 1, 12288
+LINEAR_N = 3072  # a few programs of a linear factor's kernels
 
 
 def count(R: int, layout: str) -> list[dict]:
-    """One row per kernel launch of a step with N = 12 288, float32, per-pixel d."""
+    """One row per kernel launch of a step, float32, per-pixel d (one d, if the factor is linear)."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     from lowrank_mvn.triton import common
 
-    from .launches import Case, step
+    from .launches import Case, LinearCase
 
+    linear = "K" in layout
+    case = LinearCase(R, layout, B=B, M=LINEAR_N) if linear else Case(R, layout, B=B, N=N)
     total = 0
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
@@ -43,18 +47,21 @@ def count(R: int, layout: str) -> list[dict]:
         total = 0
         plain(kernel, grid, num_warps, num_stages, **arguments)
         name = kernel.fn.__name__.removesuffix("_kernel")
+        if linear and not name.startswith("linear"):
+            return
         if not arguments.get("WIDE") and (name != "solve" or not arguments["FINAL"]):
-            rows.append({"kernel": name, "requested": total, "floor": floor(name, R)})
+            least = linear_floor(name, R, case.S * case.C) if isinstance(case, LinearCase) else floor(name, R)
+            rows.append({"kernel": name, "requested": total, "floor": least})
 
     def make(*shape: int) -> torch.Tensor:
-        return torch.rand(*shape) + 0.5
+        return torch.randn(*shape) if linear else torch.rand(*shape) + 0.5
 
     with (
         patch.object(InterpreterBuilder, "create_masked_load", counted_load),
         patch.object(InterpreterBuilder, "create_masked_store", counted_store),
         patch.object(common, "launch", launch),
     ):
-        step(Case(R, layout, B=B, N=N), make)
+        case.step(make)
     return rows
 
 
@@ -67,6 +74,17 @@ def floor(name: str, R: int) -> int | None:
         "backward": 2 * P + 6 * column + 8 * R * R + 8 * R + 24,
         "sample": P + 3 * column + 4 * R + 8,
         "sample_backward": P + 3 * column + 4 * R + 8,
+    }.get(name)
+
+
+def linear_floor(name: str, K: int, columns: int) -> int | None:
+    """Likewise: F [K, LINEAR_N], its gradient, and S·C columns of x, the residual, their gradient, loc and a sample."""
+    F, column = 4 * K * LINEAR_N, 4 * columns * LINEAR_N
+    return {
+        "linear_gram": F + column,
+        "linear_residual": F + 2 * column,
+        "linear_backward": 2 * F + 2 * column,
+        "linear_sample": F + 2 * column,
     }.get(name)
 
 

@@ -1,4 +1,7 @@
-"""What is to be reached, and whether it is: float32, per-pixel d, one sample."""
+"""What is to be reached, and whether it is: float32, per-pixel d, one sample.
+
+Of a linear factor's kernels, that they do not spill, and what they ask for with one d.
+"""
 
 from typing import NamedTuple
 
@@ -14,6 +17,8 @@ BARS = {
     "sample_backward": {"BRN": 6.0e12, "BNR": 3.0e12},
 }
 REQUESTED = 1.05  # times the least possible
+# A linear factor's samples read the coefficients of each channel for every tile: 9 % of 32 columns, from the cache.
+MORE_REQUESTED = {"linear_sample": 1.1}
 
 
 class Bar(NamedTuple):
@@ -58,7 +63,8 @@ def verdict(rows: list[dict], requested: dict[str, list[dict]]) -> list[Bar]:
     ]
     for kernel in dict.fromkeys(kernel for _, kernel, _ in ratios):
         ratio, _, case = max(row for row in ratios if row[1] == kernel)
-        bars.append(Bar(f"{kernel} asks for ≤ {REQUESTED} × the least", ratio <= REQUESTED, f"{ratio:.3f} ({case})"))
+        most = MORE_REQUESTED.get(kernel, REQUESTED)
+        bars.append(Bar(f"{kernel} asks for ≤ {most} × the least", ratio <= most, f"{ratio:.3f} ({case})"))
     return bars
 
 
