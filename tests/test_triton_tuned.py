@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_mvn.triton import capacitance, common, linear_backward, linear_gram, residual, tuned
+from lowrank_mvn.triton import (
+    capacitance,
+    common,
+    linear_backward,
+    linear_gram,
+    linear_residual,
+    linear_sampling,
+    residual,
+    tuned,
+)
 from lowrank_mvn.triton.common import Block
 
 ROOT = Path(__file__).parent.parent
@@ -76,7 +85,16 @@ def test_measured_comes_before_the_target_and_that_before_the_rest(monkeypatch, 
 
 @pytest.mark.parametrize(
     "table",
-    [capacitance.BLOCKS, residual.BLOCKS, linear_gram.BLOCKS, linear_backward.BLOCKS, linear_backward.PIXEL_BLOCKS],
+    [
+        capacitance.BLOCKS,
+        residual.BLOCKS,
+        linear_gram.BLOCKS,
+        linear_backward.BLOCKS,
+        linear_backward.PIXEL_BLOCKS,
+        linear_residual.BLOCKS,
+        linear_residual.SAMPLES_BLOCKS,
+        linear_sampling.BLOCKS,
+    ],
 )
 def test_tables_have_every_padded_rank_and_layout(table):
     assert {(R, by_column) for R in (16, 32, 64, 128) for by_column in (True, False)} <= set(table)

@@ -20,6 +20,9 @@ from .linear_common import both, channels_last, columns_per_program, fold, nothi
 
 # By padded number of features: one warp and at most 32 values of F in the registers of a lane, in float64.
 BLOCKS = both({16: Block(1, 64), 32: Block(1, 32), 64: Block(1, 16), 128: Block(2, 16)})
+# Each of several samples has a sum of squares of its own, and with 16 features the columns that ride need more registers
+# than the tile.
+SAMPLES_BLOCKS = {**BLOCKS, **both({16: Block(1, 32)})}
 
 # Rows of one piece of a tile where features are neighbours in memory. Triton lays a warp out along them first: a tile
 # of 64 rows would have 16 lanes for each sum over features, a piece of 32 has 8, and pieces are added before lanes are.
@@ -189,7 +192,8 @@ def sums(
     """
     (S, B, C, M), K, P = x.shape, F.shape[1], F.mT
     block_k = min(common.padded_rank(K), common.FUSED_R)
-    block = linear_common.block("linear_residual", BLOCKS, block_k, F)
+    name, table = ("linear_residual", BLOCKS) if S == 1 else ("linear_residual_samples", SAMPLES_BLOCKS)
+    block = linear_common.block(name, table, block_k, F)
     tiles, last = common.ceil_div(K, block_k), channels_last(F)
     piece = min(block_k, PIECE) if last else block_k
     count, rounds = riders(S * C)
