@@ -199,8 +199,8 @@ def _scratch(block_values: int, bytes_per_value: int) -> Callable[..., tuple[int
 SCRATCH: dict[str, Callable[..., tuple[int, str, float]]] = {
     "mahalanobis_and_logdet": _scratch(aten.BLOCK_VALUES, 16),
     "mahalanobis_and_logdet_backward": _scratch(aten.BLOCK_VALUES, 16),
-    "linear_mahalanobis_and_logdet": _scratch(aten_linear.BLOCK_VALUES, 16),
-    "linear_mahalanobis_and_logdet_backward": _scratch(aten_linear.BLOCK_VALUES, 16),
+    "linear_mahalanobis_and_logdet": _scratch(aten_linear.BLOCK_VALUES // 2, 16),
+    "linear_mahalanobis_and_logdet_backward": _scratch(aten_linear.BACKWARD_BLOCK_VALUES, 16),
 }
 
 
