@@ -24,22 +24,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import common
+from . import common, linear_common
 from .common import Block, narrow, split, tile_offsets
-from .linear_common import MAX_RIDERS, channels_last, columns_per_program, fold, nothing, one_value, width
+from .linear_common import MAX_RIDERS, both, channels_last, columns_per_program, fold, nothing, one_value, width
 from .linear_tile import column, curvature, precision, rows, tile_of
 
-# By padded number of features, and whether A is kept. M_c of each channel is loaded for every tile, and needs registers
-# that the columns of a wider tile would have.
+# With one d, A is kept in registers; where a group of four warps does not multiply straight from shared memory (before
+# sm_90) or into memory of its own (sm_100), they last for a narrower tile, or for one that more warps share.
 BLOCKS = {
-    (16, True): Block(1, 64),
-    (16, False): Block(1, 64),
-    (32, True): Block(1, 32),
-    (32, False): Block(1, 32),
-    (64, True): Block(4, 64),
-    (64, False): Block(4, 32),
-    (128, True): Block(8, 32),
-    (128, False): Block(8, 32),
+    **both({16: Block(1, 64), 32: Block(1, 32), 64: Block(4, 64), 128: Block(8, 32)}),
+    (64, True, "sm_75"): Block(8, 32),
+    (64, False, "sm_75"): Block(8, 32),
+    (64, True, "sm_80"): Block(4, 32),
+    (64, False, "sm_80"): Block(4, 32),
+    (64, True, "sm_100"): Block(4, 32),
+    (64, False, "sm_100"): Block(4, 16),
+}
+# M_c of each channel is loaded for every tile, and needs registers that the columns of a wider tile would have.
+PIXEL_BLOCKS = {
+    **both({16: Block(1, 64), 32: Block(1, 32), 64: Block(4, 32), 128: Block(8, 32)}),
+    (64, True, "sm_75"): Block(8, 32),
+    (64, False, "sm_75"): Block(8, 32),
+    (64, True, "sm_80"): Block(4, 16),
+    (64, False, "sm_80"): Block(4, 16),
 }
 WIDE_COLUMNS = 16
 
@@ -237,10 +244,10 @@ def gradients(
     grad_x, grad_F, grad_d = grads
     G = grad_F if grad_F is not None else F
     is_wide, scalar_d = kind == "float64", one_value(d)
-    block_k = common.padded_rank(K) if K <= common.FUSED_R else common.TILED_R
+    block_k = _block_k(K)
+    block = _block(F, scalar_d)
     # Without tensor cores a product needs whole rows of A in a thread: registers that keeping A would take.
     keeps = scalar_d and kind != "float32"
-    block = BLOCKS[block_k, keeps]
     block_n = WIDE_COLUMNS if is_wide else block.columns
     tiles = common.ceil_div(K, block_k)
     align = min(common.alignment(P, r, d), common.alignment(G.mT, r))
@@ -249,6 +256,7 @@ def gradients(
         linear_backward_kernel,
         (B * zF.shape[1],),
         block.num_warps,
+        block.num_stages,
         a_ptr=a,
         b_ptr=b,
         r_ptr=r,
@@ -303,11 +311,20 @@ def rides(S: int, C: int) -> bool:
     return 0 < S * C <= MAX_RIDERS
 
 
+def _block_k(K: int) -> int:
+    return common.padded_rank(K) if K <= common.FUSED_R else common.TILED_R
+
+
+def _block(F: Tensor, scalar_d: bool) -> Block:
+    if scalar_d:
+        return linear_common.block("linear_backward", BLOCKS, _block_k(F.shape[1]), F)
+    return linear_common.block("linear_backward_pixel", PIXEL_BLOCKS, _block_k(F.shape[1]), F)
+
+
 def splits(F: Tensor, d: Tensor) -> tuple[int, int]:
     """Programs for one item, and the columns of each, the same with products of any kind."""
     B, K, M = F.shape
-    block_k = common.padded_rank(K) if K <= common.FUSED_R else common.TILED_R
-    columns = columns_per_program(M, B, 16 * K, BLOCKS[block_k, one_value(d)].columns)
+    columns = columns_per_program(M, B, 16 * K, _block(F, one_value(d)).columns)
     return max(1, common.ceil_div(M, columns)), columns
 
 

@@ -45,6 +45,16 @@ def nothing(COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KIND
     return out
 
 
+def block(kernel: str, table: dict, block_k: int, F: Tensor) -> common.Block:
+    """The launch of `kernel` for a padded number of features; `table` is as `common.block` takes it."""
+    return common.block(kernel, table, block_k, F.stride(2) == 1, F.device)
+
+
+def both(table: dict[int, common.Block]) -> dict:
+    """A table for `common.block` whose launches suit either layout."""
+    return {(block_k, by_column): block for block_k, block in table.items() for by_column in (True, False)}
+
+
 def channels_last(F: Tensor) -> bool:
     """Whether the features of one pixel are neighbours in memory."""
     return F.stride(1) == 1 and F.shape[1] > 1
@@ -69,4 +79,4 @@ def riders(columns: int) -> tuple[int, int]:
     return common.ceil_div(columns, rounds), rounds
 
 
-__all__ = ["channels_last", "columns_per_program", "fold", "nothing", "one_value", "riders", "width"]
+__all__ = ["block", "both", "channels_last", "columns_per_program", "fold", "nothing", "one_value", "riders", "width"]

@@ -24,14 +24,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import common
+from . import common, linear_common
 from .capacitance import WIDE_BLOCK, WIDE_ROWS, _log_of_product, _square
 from .common import Block, load_tile, split
-from .linear_common import MAX_RIDERS, channels_last, columns_per_program, fold, nothing, one_value, width
+from .linear_common import MAX_RIDERS, both, channels_last, columns_per_program, fold, nothing, one_value, width
 
 # By padded number of features: one warp multiplies every column of its tile with itself; from 64 rows on four warps are
 # one tensor-core group.
-BLOCKS = {16: Block(1, 64), 32: Block(1, 32), 64: Block(4, 32), 128: Block(8, 32)}
+BLOCKS = both({16: Block(1, 64), 32: Block(1, 32), 64: Block(4, 32), 128: Block(8, 32)})
 
 
 @triton.jit
@@ -235,7 +235,7 @@ def sums(
         block_k = min(block_k, WIDE_ROWS)
     elif K > common.FUSED_R:
         block_k = common.TILED_R
-    block = WIDE_BLOCK if wide else BLOCKS[block_k]
+    block = WIDE_BLOCK if wide else linear_common.block("linear_gram", BLOCKS, block_k, F)
     tiles = common.ceil_div(K, block_k)
     read = [x if count else None, loc if count else None, None if scalar_d else d]
     align, last = common.alignment(P, *(t for t in read if t is not None)), channels_last(F)

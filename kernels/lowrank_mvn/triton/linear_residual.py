@@ -14,12 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import common
+from . import common, linear_common
 from .common import Block, load_tile, narrow, reciprocal
-from .linear_common import channels_last, columns_per_program, fold, nothing, one_value, riders, width
+from .linear_common import both, channels_last, columns_per_program, fold, nothing, one_value, riders, width
 
 # By padded number of features: one warp and at most 32 values of F in the registers of a lane, in float64.
-BLOCKS = {16: Block(1, 64), 32: Block(1, 32), 64: Block(1, 16), 128: Block(2, 16)}
+BLOCKS = both({16: Block(1, 64), 32: Block(1, 32), 64: Block(1, 16), 128: Block(2, 16)})
+# Each of several samples has a sum of squares of its own; with 16 features the columns that ride need more registers
+# than the tile.
+SAMPLES_BLOCKS = {**BLOCKS, **both({16: Block(1, 32)})}
 
 # Rows of one piece of a tile where features are neighbours in memory. Triton lays a warp out along them first: a tile
 # of 64 rows would have 16 lanes for each sum over features, a piece of 32 has 8, and pieces are added before lanes are.
@@ -189,7 +192,8 @@ def sums(
     """
     (S, B, C, M), K, P = x.shape, F.shape[1], F.mT
     block_k = min(common.padded_rank(K), common.FUSED_R)
-    block = BLOCKS[block_k]
+    name, table = ("linear_residual", BLOCKS) if S == 1 else ("linear_residual_samples", SAMPLES_BLOCKS)
+    block = linear_common.block(name, table, block_k, F)
     tiles, last = common.ceil_div(K, block_k), channels_last(F)
     piece = min(block_k, PIECE) if last else block_k
     count, rounds = riders(S * C)
@@ -204,6 +208,7 @@ def sums(
         linear_residual_kernel,
         (B * splits * rounds * min(S, 1), tiles),
         block.num_warps,
+        block.num_stages,
         x_ptr=x,
         loc_ptr=shift,
         F_ptr=F,

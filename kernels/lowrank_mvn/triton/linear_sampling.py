@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import common
+from . import common, linear_common
 from .common import Block, load_tile, narrow
-from .linear_common import columns_per_program, one_value
+from .linear_common import both, columns_per_program, one_value
 from .sampling import _noise, _normal_pair
 
 # By padded number of features: one warp, and as many pixels as its registers hold without spills in either layout.
-BLOCKS = {16: Block(1, 64), 32: Block(1, 32), 64: Block(1, 32), 128: Block(1, 16)}
+BLOCKS = both({16: Block(1, 64), 32: Block(1, 32), 64: Block(1, 32), 128: Block(1, 16)})
 
 
 @triton.jit
@@ -143,7 +143,7 @@ def linear_rsample(
     (B, S, C, _), (_, K, M), P = u.shape, F.shape, F.mT
     y = F.new_empty(S, B, C, M, dtype=F.dtype if loc is None else torch.promote_types(F.dtype, loc.dtype))
     block_k = common.padded_rank(K) if K <= common.FUSED_R else common.TILED_R
-    block = BLOCKS[block_k]
+    block = linear_common.block("linear_sample", BLOCKS, block_k, F)
     columns = columns_per_program(M, B, 64, block.columns)
     splits = max(1, common.ceil_div(M, columns))
     given = [t for t in (loc, omega_d) if t is not None]
@@ -152,6 +152,7 @@ def linear_rsample(
         linear_sample_kernel,
         (B * splits,),
         block.num_warps,
+        block.num_stages,
         loc_ptr=shift,
         F_ptr=F,
         d_ptr=d,
