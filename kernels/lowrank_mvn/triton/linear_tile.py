@@ -7,7 +7,6 @@ A pixel's features are one tile up to FUSED_R of them. Beyond, a function that n
 import triton
 import triton.language as tl
 
-from .backward import _product
 from .common import load_tile, narrow, split
 
 
@@ -16,6 +15,18 @@ def tile_of(features, offs, K: tl.constexpr, NARROW: tl.constexpr, BLOCK_N: tl.c
     """F[offs, n : n + BLOCK_N] of `features` = (pointer, n, M, strides)."""
     F_ptr, n, M, stride_fk, stride_fn = features
     return load_tile(F_ptr, offs, n, M, stride_fk, stride_fn, K, NARROW, BLOCK_N).to(KIND)
+
+
+@triton.jit
+def _product(A_high, A_low, A, F, SPLIT_TF32: tl.constexpr):
+    """AF of float32 tiles."""
+    if SPLIT_TF32:
+        high, low = split(F)
+        T = tl.dot(A_high, low, input_precision="tf32")
+        T = tl.dot(A_low, high, T, input_precision="tf32")
+        return tl.dot(A_high, high, T, input_precision="tf32")
+    else:
+        return tl.dot(A, F, input_precision="ieee")
 
 
 @triton.jit
