@@ -26,13 +26,15 @@ BLOCKS = {
     (16, False): Block(1, 32),
     (32, True): Block(1, 32),
     (32, False): Block(1, 32),
-    (64, True): Block(4, 64),
+    (64, True): Block(4, 128),
     (64, False): Block(4, 64),
     (128, True): Block(8, 16),
     (128, False): Block(8, 16),
     # Registers are short elsewhere. On sm_75 products are made without tensor cores.
     (32, False, "sm_80"): Block(1, 16),
-    (32, False, "sm_100"): Block(4, 64),
+    (64, True, "sm_80"): Block(4, 64),
+    (64, True, "sm_100"): Block(4, 64),
+    (64, True, "gfx"): Block(4, 64),
     (32, True, "sm_75"): Block(2, 32),
     (32, False, "sm_75"): Block(2, 32),
     (64, True, "sm_75"): Block(8, 32),
@@ -92,6 +94,7 @@ def backward_kernel(
     ALIGN: tl.constexpr,
     NARROW: tl.constexpr,
     BY_COLUMN: tl.constexpr,
+    LIKE_P: tl.constexpr,
     J: tl.constexpr,
     W: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -115,6 +118,10 @@ def backward_kernel(
         stride_lb = aligned(stride_lb, ALIGN)
         if not SCALAR_D:
             stride_db = aligned(stride_db, ALIGN)
+    if LIKE_P:  # the offsets of one are those of the other
+        stride_gb = stride_pb
+        stride_gr = stride_pr
+        stride_gn = stride_pn
     kind: tl.constexpr = tl.float64 if WIDE else tl.float32
     WITH_T: tl.constexpr = NEED_P or (NEED_D and not SCALAR_D)
     P_ptr += item * stride_pb
@@ -147,9 +154,35 @@ def backward_kernel(
             offs_t = tile * BLOCK_R + offs_r
             P_tile = load_placed(P_ptr, tile * BLOCK_R + rows, columns_p, n, N, stride_pr, stride_pn, R, NARROW)
             P = result(P_tile)
+            if WITH_T:
+                if WIDE:
+                    T = tl.zeros((BLOCK_N, BLOCK_R), tl.float64)
+                    for k in range(R):
+                        C_k = tl.load(C_inv_ptr + k * R + offs_t, mask=offs_t < R, other=0.0)
+                        row = P_ptr + tl.full((), 1, tl.int64) * k * stride_pr
+                        P_k = tl.load(row + columns * stride_pn, mask=mask_n, other=0.0).to(tl.float64)
+                        T += ordered(P_k, BY_COLUMN, J, W)[:, None] * C_k[None, :]
+                    diagonal = tl.sum(T * P.to(tl.float64), 1)
+                elif TILES == 1:
+                    T, diagonal = _product_and_diagonal(P_tile, C_high, C_low, C_inv, SPLIT_TF32)
+                else:
+                    T = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+                    for other in range(TILES):
+                        rows_C = other * BLOCK_R + offs_k
+                        mask_t = (rows_C < R)[:, None] & (offs_t < R)[None, :]
+                        C_t = tl.load(C_inv_ptr + rows_C[:, None] * R + offs_t[None, :], mask=mask_t, other=0.0)
+                        C_t = C_t.to(tl.float32)
+                        high, low = split(C_t)
+                        rows_k = other * BLOCK_R + rows
+                        P_k = load_placed(P_ptr, rows_k, columns_p, n, N, stride_pr, stride_pn, R, NARROW)
+                        T += _product(operand(P_k), high, low, C_t, SPLIT_TF32)
+                    diagonal = tl.sum(T * P.to(tl.float32), 1)
+                if NEED_D and not SCALAR_D:
+                    pi -= diagonal * d_inv * d_inv
+                if NEED_P:  # before the residual, so that fewer tiles are in registers at once
+                    grad_P = T * (2.0 * b * d_inv)[:, None]
             grad_loc = tl.zeros((BLOCK_N,), kind)
             az2 = tl.zeros((BLOCK_N,), kind)
-            grad_P = tl.zeros((BLOCK_N, BLOCK_R), kind)
             for s in range(S):
                 at = tl.full((), 1, tl.int64) * s
                 x = tl.load(x_ptr + at * stride_xs + item * stride_xb + columns * stride_xn, mask=mask_n, other=0.0)
@@ -188,31 +221,6 @@ def backward_kernel(
                 if NEED_LOC and SHARED_LOC:
                     tl.store(grad_loc_ptr + item * N + columns, narrow(grad_loc, grad_loc_ptr), mask=mask_n)
                 az2_tile = az2
-            if WITH_T:
-                if WIDE:
-                    T = tl.zeros((BLOCK_N, BLOCK_R), tl.float64)
-                    for k in range(R):
-                        C_k = tl.load(C_inv_ptr + k * R + offs_t, mask=offs_t < R, other=0.0)
-                        row = P_ptr + tl.full((), 1, tl.int64) * k * stride_pr
-                        P_k = tl.load(row + columns * stride_pn, mask=mask_n, other=0.0).to(tl.float64)
-                        T += ordered(P_k, BY_COLUMN, J, W)[:, None] * C_k[None, :]
-                elif TILES == 1:
-                    T = _product(operand(P_tile).to(tl.float32), C_high, C_low, C_inv, SPLIT_TF32)
-                else:
-                    T = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-                    for other in range(TILES):
-                        rows_C = other * BLOCK_R + offs_k
-                        mask_t = (rows_C < R)[:, None] & (offs_t < R)[None, :]
-                        C_t = tl.load(C_inv_ptr + rows_C[:, None] * R + offs_t[None, :], mask=mask_t, other=0.0)
-                        C_t = C_t.to(tl.float32)
-                        high, low = split(C_t)
-                        rows_k = other * BLOCK_R + rows
-                        P_k = load_placed(P_ptr, rows_k, columns_p, n, N, stride_pr, stride_pn, R, NARROW)
-                        T += _product(operand(P_k).to(tl.float32), high, low, C_t, SPLIT_TF32)
-                if NEED_D and not SCALAR_D:
-                    pi -= tl.sum(T * P.to(kind), 1) * d_inv * d_inv
-                if NEED_P:
-                    grad_P += T * (2.0 * b * d_inv)[:, None]
             if NEED_P:
                 grad_P = narrow(grad_P, grad_P_ptr)
                 store_result(grad_P_ptr, grad_P, tile, n, N, stride_gr, stride_gn, R, NARROW, BY_COLUMN, J, W)
@@ -224,8 +232,35 @@ def backward_kernel(
 
 
 @triton.jit
+def _product_and_diagonal(tile, C_high, C_low, C, SPLIT_TF32: tl.constexpr):
+    """T = PᵀC of a tile [columns, rows], and the diagonal of TP [columns].
+
+    In two halves where a tile has twice the columns that a matrix instruction takes at once: the parts of P for one
+    product, not two, are in registers.
+    """
+    P = operand(tile)
+    P_result = result(tile)
+    columns: tl.constexpr = P.shape[0]
+    if columns > 64:
+        half: tl.constexpr = columns // 2
+        R: tl.constexpr = P.shape[1]
+        P1, P2 = tl.split(tl.permute(tl.reshape(P, (2, half, R)), (1, 2, 0)))
+        P1_result, P2_result = tl.split(tl.permute(tl.reshape(P_result, (2, half, R)), (1, 2, 0)))
+        T1 = _product(P1, C_high, C_low, C, SPLIT_TF32)
+        diagonal1 = tl.sum(T1 * P1_result.to(tl.float32), 1)
+        T2 = _product(P2, C_high, C_low, C, SPLIT_TF32)
+        diagonal2 = tl.sum(T2 * P2_result.to(tl.float32), 1)
+        T = tl.reshape(tl.permute(tl.join(T1, T2), (2, 0, 1)), (columns, R))
+        return T, tl.reshape(tl.permute(tl.join(diagonal1, diagonal2), (1, 0)), (columns,))
+    else:
+        T = _product(P, C_high, C_low, C, SPLIT_TF32)
+        return T, tl.sum(T * P_result.to(tl.float32), 1)
+
+
+@triton.jit
 def _product(P, C_high, C_low, C, SPLIT_TF32: tl.constexpr):
-    """PᵀC of float32 tiles, P as [columns, rows]."""
+    """PᵀC of tiles, P as [columns, rows]."""
+    P = P.to(tl.float32)
     if SPLIT_TF32:
         high, low = split(P)
         T = tl.dot(low, C_high, input_precision="tf32")
@@ -318,6 +353,7 @@ def gradients(
         NARROW=common.narrow_offsets(P, block.columns) and common.narrow_offsets(G, block.columns),
         BLOCK_R=block_r,
         BLOCK_N=block.columns,
+        LIKE_P=G.stride() == P.stride(),
         **tiles.shape(block, by_column),
     )
     return sums
