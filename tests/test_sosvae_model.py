@@ -14,7 +14,6 @@ from sosvae import VAE, Config, DataConfig, ModelConfig, PixelwiseNormal, condit
 from sosvae.layers import Insert, Pick, Spread
 from sosvae.tools import draw_noise, slerp
 
-
 # Convolutions' biases, and that of the map that spreads the code, which is the same everywhere.
 BEFORE_BATCH_NORM = re.compile(r"encoder\.[07]\.bias|decoder\.[018]\.bias|(en|de)coder\.\d\.conv[12]\.bias")
 

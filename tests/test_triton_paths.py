@@ -40,6 +40,22 @@ def tiled(monkeypatch, kernels):
     monkeypatch.setattr(kernels.common, "TILED_R", 16)
 
 
+def test_rank_that_shared_memory_does_not_hold(kernels, monkeypatch):
+    """Where a program may have little of it, the backward kernel walks over tiles and the others do not."""
+    common, blocks = kernels.common, {}
+    launch = common.launch
+
+    def noted(kernel, *args, **arguments):
+        blocks[kernel.fn.__name__] = arguments.get("BLOCK_R")
+        launch(kernel, *args, **arguments)
+
+    monkeypatch.setattr(common, "shared_memory", lambda device: 65536)
+    monkeypatch.setattr(common, "TILED_R", 16)
+    monkeypatch.setattr(common, "launch", noted)
+    check(kernels, inputs(F32, 1, 1, 40, 18, "BRN", "pixel", True))
+    assert (blocks["backward_kernel"], blocks["residual_kernel"]) == (16, 32)
+
+
 SPLITS = [
     (F32, 1, 2, 200, 3, "BNR", "pixel", True),  # δ stands in a free row of P
     (F32, 2, 1, 70, 25, "BRN", "item", True),

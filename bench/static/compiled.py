@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .banks import conflicts
-from .launches import Launch
+from .launches import SHARED, Launch
 from .machine_code import amd_loop, nvidia_loop, unrolled
 
 _BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -30,6 +30,7 @@ _TYPES = {
 TARGETS = {
     "sm_75": GPUTarget("cuda", 75, 32),
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
@@ -39,11 +40,12 @@ TARGETS = {
 _LIMITS = {
     "sm_75": (65536, 32, 16, 65536, 0),
     "sm_80": (65536, 64, 32, 167936, 1024),
+    "sm_86": (65536, 48, 16, 102400, 1024),
     "sm_90": (65536, 64, 32, 233472, 1024),
     "sm_100": (65536, 64, 32, 233472, 1024),
 }
 # One SIMD of gfx942: 512 registers of 64 lanes, at most 8 waves; four SIMDs share 64 KiB (CDNA3 ISA guide).
-_AMD_REGISTERS, _AMD_WAVES, _AMD_SHARED = 512, 8, 65536
+_AMD_REGISTERS, _AMD_WAVES = 512, 8
 
 
 @dataclass
@@ -91,9 +93,9 @@ def _read_amd(binary, num_warps: int) -> Compiled:
         found = re.search(rf"\.{name}:\s*(\d+)", text)
         return int(found.group(1)) if found else 0
 
-    registers, shared = number("vgpr_count"), number("group_segment_fixed_size")
+    registers, shared = number("vgpr_count"), binary.metadata.shared
     waves = min(_AMD_WAVES, _AMD_REGISTERS // max(8, -(-registers // 8) * 8)) * 4
-    programs = min(waves // num_warps, _AMD_SHARED // max(1, shared))
+    programs = min(waves // num_warps, SHARED["gfx942"] // max(1, shared))
     occupancy = programs * num_warps / (4 * _AMD_WAVES)
     spills = number("vgpr_spill_count")
     return Compiled(registers, spills, shared, programs, occupancy, amd_loop(text))

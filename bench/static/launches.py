@@ -9,6 +9,16 @@ import torch
 from lowrank_mvn import triton as kernels
 from lowrank_mvn.triton import common, linear
 
+# Bytes of shared memory that one program may have (CUDA programming guide, table of technical specifications; CDNA3).
+SHARED = {
+    "sm_75": 65536,
+    "sm_80": 166912,
+    "sm_86": 101376,
+    "sm_90": 232448,
+    "sm_100": 232448,
+    "gfx942": 65536,
+}
+
 
 class Case(NamedTuple):
     """One problem: sizes, the layout of P in memory ("BRN" is a convolution's output), and the dtype of everything."""
@@ -18,7 +28,7 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float32
     diagonal: str = "pixel"
     B: int = 8
-    N: int = 12288
+    N: int = 12292  # as 116 412, a multiple of 4 and not of 16, which Triton would see by itself
     S: int = 1
     given: bool = False  # the noise of the sample
     gram: bool = False  # what conditioning asks for, beside the step
@@ -47,7 +57,7 @@ class LinearCase(NamedTuple):
     R: int = 25
     C: int = 3
     B: int = 8
-    M: int = 12288
+    M: int = 12292
     S: int = 1
 
     @property
@@ -151,8 +161,12 @@ def captured(case: Case | LinearCase, target: str) -> list[Launch]:
         if isinstance(case, Case) or found.name.startswith("linear"):
             seen.setdefault(found.configuration, found)
 
-    name = "gfx" if target.startswith("gfx") else target
-    with patch.object(common, "target", lambda device: name), patch.object(common, "launch", launch):
+    name = "gfx" if target.startswith("gfx") else "sm_80" if target == "sm_86" else target
+    with (
+        patch.object(common, "target", lambda device: name),
+        patch.object(common, "shared_memory", lambda device: SHARED[target]),
+        patch.object(common, "launch", launch),
+    ):
         case.step(torch.empty)
     return list(seen.values())
 

@@ -289,7 +289,7 @@ def gradients(
     grad_x, grad_loc, grad_P, grad_d = grads
     is_wide = kind == "float64"
     G = grad_P if grad_P is not None else P
-    block_r = common.padded_rank(R) if R <= common.FUSED_R else common.TILED_R
+    block_r = common.padded_rank(R) if common.fused_rank(P.device) >= R else common.TILED_R
     align = min(common.alignment(P, x, loc, d), common.alignment(G, x, loc))
     by_column = P.stride(1) == 1
     block = WIDE_BLOCK if is_wide else common.block("backward", BLOCKS, block_r, by_column, P.device)

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common
-from .common import Block, fold, load_tile, split, tile_offsets
+from .common import Block, aligned, fold, load_tile, split, tile_offsets
 
 # By padded rank, and whether neighbouring columns of P are neighbours in memory. A single warp multiplies every column
 # of its tile with itself, so that neither operand goes through another warp. With two stages the tile is copied to
@@ -152,13 +152,13 @@ def capacitance_kernel(
         if tl.load(wide_ptr + b) == 0:
             return
     if ALIGN > 1:
-        N = tl.multiple_of(N, ALIGN)
-        stride_pb = tl.multiple_of(stride_pb, ALIGN)
-        stride_pr = tl.multiple_of(stride_pr, ALIGN)
-        stride_xb = tl.multiple_of(stride_xb, ALIGN)
-        stride_lb = tl.multiple_of(stride_lb, ALIGN)
+        N = aligned(N, ALIGN)
+        stride_pb = aligned(stride_pb, ALIGN)
+        stride_pr = aligned(stride_pr, ALIGN)
+        stride_xb = aligned(stride_xb, ALIGN)
+        stride_lb = aligned(stride_lb, ALIGN)
         if not SCALAR_D:
-            stride_db = tl.multiple_of(stride_db, ALIGN)
+            stride_db = aligned(stride_db, ALIGN)
     # Sums of w within a thread: over neighbouring columns where it holds some, over distant ones where it does not.
     NEAR: tl.constexpr = 4 if ALIGN >= 4 and not WIDE else 1
     FAR: tl.constexpr = 4 if ALIGN == 1 and not WIDE and BLOCK_N >= 16 else 1

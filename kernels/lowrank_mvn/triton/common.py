@@ -11,12 +11,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import max_shared_mem
 
 from . import tuned
 
 # The widest rank that is held in one tile; beyond, kernels walk over tiles of TILED_R rows.
 FUSED_R = 128
 TILED_R = 64
+# Bytes of shared memory without which TILED_R takes FUSED_R's place in the backward kernels, which hold two matrices
+# of float32 there: 147 456 at 128 rows. Data-centre GPUs from sm_80 on have them, a T4 and consumers' cards do not.
+FUSED_SHARED = 150_000
 
 # Columns that one program adds up in float32, if R does not ask for more (`split_columns`). Tensor cores cut off what
 # does not fit the accumulator: 2⁻²⁴ of it per 8 columns on average, 4e-6 after 1024. Partial sums are added in float64.
@@ -143,6 +147,19 @@ def target(device: torch.device) -> str:
         return "gfx"
     capability = torch.cuda.get_device_capability(device)
     return next((f"sm_{a}{b}" for a, b in ((10, 0), (9, 0), (8, 0)) if capability >= (a, b)), "sm_75")
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one program may use; in the interpreter those of sm_90, whose launches it runs."""
+    if device.type != "cuda":
+        return 232_448
+    return max_shared_mem(device.index if device.index is not None else torch.cuda.current_device())
+
+
+def fused_rank(device: torch.device) -> int:
+    """The widest rank that the backward kernels hold in one tile."""
+    return FUSED_R if shared_memory(device) >= FUSED_SHARED else min(FUSED_R, TILED_R)
 
 
 def block(kernel: str, table: dict, block_r: int, by_column: bool, device: torch.device) -> Block:

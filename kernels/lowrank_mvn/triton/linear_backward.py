@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common, linear_common
-from .common import Block, narrow, split, tile_offsets
+from .common import Block, aligned, narrow, split, tile_offsets
 from .linear_common import MAX_RIDERS, both, channels_last, columns_per_program, fold, nothing, one_value, width
 from .linear_tile import column, curvature, precision, rows, tile_of
 
@@ -107,14 +107,14 @@ def linear_backward_kernel(
         if (tl.load(wide_ptr + item) != 0) != WIDE:
             return
     if ALIGN > 1:
-        M = tl.multiple_of(M, ALIGN)
-        stride_fb = tl.multiple_of(stride_fb, ALIGN)
-        stride_fk = tl.multiple_of(stride_fk, ALIGN)
-        stride_gb = tl.multiple_of(stride_gb, ALIGN)
-        stride_gk = tl.multiple_of(stride_gk, ALIGN)
+        M = aligned(M, ALIGN)
+        stride_fb = aligned(stride_fb, ALIGN)
+        stride_fk = aligned(stride_fk, ALIGN)
+        stride_gb = aligned(stride_gb, ALIGN)
+        stride_gk = aligned(stride_gk, ALIGN)
         if not SCALAR_D:
-            stride_db = tl.multiple_of(stride_db, ALIGN)
-            stride_dc = tl.multiple_of(stride_dc, ALIGN)
+            stride_db = aligned(stride_db, ALIGN)
+            stride_dc = aligned(stride_dc, ALIGN)
     KT: tl.constexpr = K + 1
     GROUPS: tl.constexpr = 1 if SCALAR_D else C
     CURVED: tl.constexpr = (NEED_F or NEED_D) and not SCALAR_D
@@ -244,7 +244,7 @@ def gradients(
     grad_x, grad_F, grad_d = grads
     G = grad_F if grad_F is not None else F
     is_wide, scalar_d = kind == "float64", one_value(d)
-    block_k = _block_k(K)
+    block_k = _block_k(F)
     block = _block(F, scalar_d)
     # Without tensor cores a product needs whole rows of A in a thread: registers that keeping A would take.
     keeps = scalar_d and kind != "float32"
@@ -311,14 +311,15 @@ def rides(S: int, C: int) -> bool:
     return 0 < S * C <= MAX_RIDERS
 
 
-def _block_k(K: int) -> int:
-    return common.padded_rank(K) if K <= common.FUSED_R else common.TILED_R
+def _block_k(F: Tensor) -> int:
+    K = F.shape[1]
+    return common.padded_rank(K) if common.fused_rank(F.device) >= K else common.TILED_R
 
 
 def _block(F: Tensor, scalar_d: bool) -> Block:
     if scalar_d:
-        return linear_common.block("linear_backward", BLOCKS, _block_k(F.shape[1]), F)
-    return linear_common.block("linear_backward_pixel", PIXEL_BLOCKS, _block_k(F.shape[1]), F)
+        return linear_common.block("linear_backward", BLOCKS, _block_k(F), F)
+    return linear_common.block("linear_backward_pixel", PIXEL_BLOCKS, _block_k(F), F)
 
 
 def splits(F: Tensor, d: Tensor) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import common, linear_common
 from .capacitance import WIDE_BLOCK, WIDE_ROWS, _log_of_product, _square
-from .common import Block, load_tile, split
+from .common import Block, aligned, load_tile, split
 from .linear_common import MAX_RIDERS, both, channels_last, columns_per_program, fold, nothing, one_value, width
 
 # By padded number of features: one warp multiplies every column of its tile with itself; from 64 rows on four warps are
@@ -93,18 +93,18 @@ def linear_gram_kernel(
         if tl.load(wide_ptr + b) == 0:
             return
     if ALIGN > 1:
-        M = tl.multiple_of(M, ALIGN)
-        stride_fb = tl.multiple_of(stride_fb, ALIGN)
-        stride_fk = tl.multiple_of(stride_fk, ALIGN)
-        stride_xs = tl.multiple_of(stride_xs, ALIGN)
-        stride_xb = tl.multiple_of(stride_xb, ALIGN)
-        stride_xc = tl.multiple_of(stride_xc, ALIGN)
-        stride_ls = tl.multiple_of(stride_ls, ALIGN)
-        stride_lb = tl.multiple_of(stride_lb, ALIGN)
-        stride_lc = tl.multiple_of(stride_lc, ALIGN)
+        M = aligned(M, ALIGN)
+        stride_fb = aligned(stride_fb, ALIGN)
+        stride_fk = aligned(stride_fk, ALIGN)
+        stride_xs = aligned(stride_xs, ALIGN)
+        stride_xb = aligned(stride_xb, ALIGN)
+        stride_xc = aligned(stride_xc, ALIGN)
+        stride_ls = aligned(stride_ls, ALIGN)
+        stride_lb = aligned(stride_lb, ALIGN)
+        stride_lc = aligned(stride_lc, ALIGN)
         if not SCALAR_D:
-            stride_db = tl.multiple_of(stride_db, ALIGN)
-            stride_dc = tl.multiple_of(stride_dc, ALIGN)
+            stride_db = aligned(stride_db, ALIGN)
+            stride_dc = aligned(stride_dc, ALIGN)
     kind: tl.constexpr = tl.float64 if WIDE else tl.float32
     F_ptr += b * stride_fb
     x_ptr += b * stride_xb + group * stride_xc

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common, linear_common
-from .common import Block, load_tile, narrow, reciprocal
+from .common import Block, aligned, load_tile, narrow, reciprocal
 from .linear_common import both, channels_last, columns_per_program, fold, nothing, one_value, riders, width
 
 # By padded number of features: one warp and at most 32 values of F in the registers of a lane, in float64.
@@ -84,18 +84,18 @@ def linear_residual_kernel(
     b = (pid // ROUNDS // SPLITS).to(tl.int64)
     pid_s = pid // ROUNDS % SPLITS
     if ALIGN > 1:
-        M = tl.multiple_of(M, ALIGN)
-        stride_fb = tl.multiple_of(stride_fb, ALIGN)
-        stride_fk = tl.multiple_of(stride_fk, ALIGN)
-        stride_xs = tl.multiple_of(stride_xs, ALIGN)
-        stride_xb = tl.multiple_of(stride_xb, ALIGN)
-        stride_xc = tl.multiple_of(stride_xc, ALIGN)
-        stride_ls = tl.multiple_of(stride_ls, ALIGN)
-        stride_lb = tl.multiple_of(stride_lb, ALIGN)
-        stride_lc = tl.multiple_of(stride_lc, ALIGN)
+        M = aligned(M, ALIGN)
+        stride_fb = aligned(stride_fb, ALIGN)
+        stride_fk = aligned(stride_fk, ALIGN)
+        stride_xs = aligned(stride_xs, ALIGN)
+        stride_xb = aligned(stride_xb, ALIGN)
+        stride_xc = aligned(stride_xc, ALIGN)
+        stride_ls = aligned(stride_ls, ALIGN)
+        stride_lb = aligned(stride_lb, ALIGN)
+        stride_lc = aligned(stride_lc, ALIGN)
         if not SCALAR_D:
-            stride_db = tl.multiple_of(stride_db, ALIGN)
-            stride_dc = tl.multiple_of(stride_dc, ALIGN)
+            stride_db = aligned(stride_db, ALIGN)
+            stride_dc = aligned(stride_dc, ALIGN)
     KT: tl.constexpr = K + 1
     F_ptr += b * stride_fb
     d_ptr += b * stride_db

@@ -11,12 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common, linear_common
-from .common import Block, load_tile, narrow
+from .common import Block, aligned, load_tile, narrow
 from .linear_common import both, columns_per_program, one_value
 from .sampling import _noise, _normal_pair
 
 # By padded number of features: one warp, and as many pixels as its registers hold without spills in either layout.
-BLOCKS = both({16: Block(1, 64), 32: Block(1, 32), 64: Block(1, 32), 128: Block(1, 16)})
+BLOCKS = both({16: Block(1, 64), 32: Block(1, 32), 64: Block(1, 64), 128: Block(1, 16)})
 
 
 @triton.jit
@@ -75,20 +75,20 @@ def linear_sample_kernel(
     b = (pid // SPLITS).to(tl.int64)
     pid_s = pid % SPLITS
     if ALIGN > 1:
-        M = tl.multiple_of(M, ALIGN)
-        stride_fb = tl.multiple_of(stride_fb, ALIGN)
-        stride_fk = tl.multiple_of(stride_fk, ALIGN)
+        M = aligned(M, ALIGN)
+        stride_fb = aligned(stride_fb, ALIGN)
+        stride_fk = aligned(stride_fk, ALIGN)
         if WITH_LOC:
-            stride_ls = tl.multiple_of(stride_ls, ALIGN)
-            stride_lb = tl.multiple_of(stride_lb, ALIGN)
-            stride_lc = tl.multiple_of(stride_lc, ALIGN)
+            stride_ls = aligned(stride_ls, ALIGN)
+            stride_lb = aligned(stride_lb, ALIGN)
+            stride_lc = aligned(stride_lc, ALIGN)
         if not SCALAR_D:
-            stride_db = tl.multiple_of(stride_db, ALIGN)
-            stride_dc = tl.multiple_of(stride_dc, ALIGN)
+            stride_db = aligned(stride_db, ALIGN)
+            stride_dc = aligned(stride_dc, ALIGN)
         if GIVEN:
-            stride_os = tl.multiple_of(stride_os, ALIGN)
-            stride_ob = tl.multiple_of(stride_ob, ALIGN)
-            stride_oc = tl.multiple_of(stride_oc, ALIGN)
+            stride_os = aligned(stride_os, ALIGN)
+            stride_ob = aligned(stride_ob, ALIGN)
+            stride_oc = aligned(stride_oc, ALIGN)
     kind: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     KT: tl.constexpr = K + 1
     F_ptr += b * stride_fb
