@@ -59,7 +59,7 @@ def test_wide_loads_and_stores(document):
 @pytest.mark.slow
 def test_bounds_stay(document):
     """Bytes/s that the narrowest pipe of an H100 would allow, as found (kernels/LOG.md), less 3 %."""
-    found = {"capacitance": 6.6, "residual": 11.2, "backward": 4.6, "sample": 8.8, "sample_backward": 10.0}
+    found = {"capacitance": 6.6, "residual": 11.2, "backward": 9.0, "sample": 8.8, "sample_backward": 10.0}
     for kernel, bound in found.items():
         assert min(rows(document)[kernel]["caps"].values()) > 0.97e12 * bound, kernel
     assert rows(document)["capacitance"]["bank_conflicts"] == {"LDSM": 1.0, "LDGSTS": 1.0}
@@ -82,7 +82,7 @@ def test_bars(document):
         "capacitance moves P 16 bytes at a time, BRN",
         "capacitance asks for ≤ 1.05 × the least",
     }
-    assert all(reached for name, reached in bars.items() if "backward ≥" not in name), bars
+    assert all(bars.values()), bars
 
 
 def test_widths():
@@ -197,6 +197,7 @@ def test_verdict():
     assert all(bar.reached for bar in verdict([row], requested))
     worse = [
         {"spills": 8},
+        {"programs": 0, "shared": 300_000},
         {"caps": {"issue": 4.4e12}},
         {"loads": {4: 20, 16: 4}},
         {"bytes_in_flight": 10000},
@@ -204,8 +205,9 @@ def test_verdict():
     ]
     for change in worse:
         assert sum(not bar.reached for bar in verdict([row | change], requested)) == 1, change
-    missed = verdict([row], {"10:BRN": [{"kernel": "capacitance", "requested": 106, "floor": 100}]})
-    assert [bar.name for bar in missed if not bar.reached] == ["capacitance asks for ≤ 1.05 × the least"]
+    for bytes_requested in (106, 5):  # the latter of a kernel that left its work to another
+        missed = verdict([row], {"10:BRN": [{"kernel": "capacitance", "requested": bytes_requested, "floor": 100}]})
+        assert [bar.name for bar in missed if not bar.reached] == ["capacitance asks for ≤ 1.05 × the least"]
 
 
 def test_a_linear_factor_is_covered(monkeypatch, capsys):

@@ -350,6 +350,10 @@ def test_half_precision_features(half, last, diagonal):
     with torch.autocast("cpu", dtype=half):
         D = distribution(F, weight, bias, mean_weight, mean_bias, d)
         samples, edited = D.sample((2,)), D.condition(x.to(half), x > 0.5).sample((2,))
+        inside = D.log_prob(x.to(half))
+    assert torch.equal(D.log_prob(x.to(half)), inside)  # where a training loop leaves autocast for the loss
+    gram = LinearFactor(F, weight, bias).gram()
+    assert relative(gram, LinearFactor(doubled[0], doubled[1], bias.double()).gram()) < 1e-6
     assert samples.dtype == edited.dtype == half
     assert torch.isfinite(edited.float()).all()
     full = distribution(*doubled[:2], bias.double(), doubled[2], mean_bias.double(), doubled[3])

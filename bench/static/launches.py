@@ -122,7 +122,7 @@ def inputs(case: Case, make: Callable[..., torch.Tensor]) -> tuple[torch.Tensor,
     """x, loc, P and d."""
     S, B, N, R = case.S, case.B, case.N, case.R
     P = make(B, R, N).to(case.dtype).mT if case.layout == "BRN" else make(B, N, R).to(case.dtype)
-    d = make(B, N if case.diagonal == "pixel" else 1).to(case.dtype)
+    d = (make(B, N if case.diagonal == "pixel" else 1).abs() + 0.5).to(case.dtype)
     return make(S, B, N).to(case.dtype), make(1, B, N).to(case.dtype), P, d
 
 

@@ -62,8 +62,11 @@ def verdict(rows: list[dict], requested: dict[str, list[dict]]) -> list[Bar]:
         if row["floor"]
     ]
     for kernel in dict.fromkeys(kernel for _, kernel, _ in ratios):
-        ratio, _, case = max(row for row in ratios if row[1] == kernel)
-        bars.append(Bar(f"{kernel} asks for ≤ {REQUESTED} × the least", ratio <= REQUESTED, f"{ratio:.3f} ({case})"))
+        own = sorted(row for row in ratios if row[1] == kernel)
+        (least, _, _), (ratio, _, case) = own[0], own[-1]
+        # Below 1 a kernel has left out work, such as that of an item that another kernel makes.
+        reached = least >= 1 and ratio <= REQUESTED
+        bars.append(Bar(f"{kernel} asks for ≤ {REQUESTED} × the least", reached, f"{least:.3f} to {ratio:.3f} ({case})"))
     return bars
 
 

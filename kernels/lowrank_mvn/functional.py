@@ -447,7 +447,8 @@ def check_tensors(**tensors: Tensor) -> None:
     """Floating-point tensors of one dtype on one device.
 
     Beside half precision a float32 `cov_diag` is welcome: rounding 1e-5 to bfloat16 moves log|D| by 100 nats at the
-    size of an image. Under autocast any mixture without float64 is.
+    size of an image. So are float32 weights beside half features, which a layer's are where autocast made the
+    features. Under autocast any mixture without float64 is.
     """
     for name, t in tensors.items():
         if not isinstance(t, Tensor) or t.dtype not in _FLOATS:
@@ -459,8 +460,8 @@ def check_tensors(**tensors: Tensor) -> None:
         if t.dtype == anchor.dtype:
             continue
         narrow = torch.float64 not in (t.dtype, anchor.dtype)
-        wide_diag = name == "cov_diag" and t.dtype == torch.float32 and narrow
-        mixable = wide_diag or (narrow and torch.is_autocast_enabled(t.device.type))
+        may_be_wide = name == "cov_diag" or name.endswith((".weight", ".bias"))
+        mixable = (may_be_wide and t.dtype == torch.float32 and narrow) or (narrow and torch.is_autocast_enabled(t.device.type))
         if not mixable:
             raise TypeError(f"{name} has dtype {t.dtype}, {first} has {anchor.dtype}; expected one dtype")
 

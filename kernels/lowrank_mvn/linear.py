@@ -221,7 +221,7 @@ class LinearFactor(_Linear):
         # So large a precision (a power of two, which rounds nothing) that the identity in C is lost beside PᵀP.
         scale = 2.0**40
         if self.mask is None:
-            precision = torch.full((B, 1), scale, dtype=self.dtype, device=self.device)
+            precision = torch.full((B, 1), scale, dtype=_not_half(self.dtype), device=self.device)
         else:
             precision = (self.mask * scale).to(_not_half(self.dtype)).expand(*batch, N).reshape(B, N)
         nothing = precision.new_empty(0, B, N)
