@@ -33,7 +33,7 @@ def plan() -> list[tuple[Operator, Case]]:
     return [
         *found,
         (OPERATORS["linear_backward"], fixed),
-        (OPERATORS["train_sosvae"], replace(SMALL, diagonal="scalar")),
+        (OPERATORS["train_step"], replace(SMALL, diagonal="scalar")),
     ]
 
 

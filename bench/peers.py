@@ -44,6 +44,7 @@ PEERS = {
         Peer("linear_operator", "linear_operator", "bench.peers_torch", ("torch", "linear_operator")),
         Peer("numpyro", "NumPyro, jit", "bench.peers_jax", ("jax", "jaxlib", "numpyro")),
         Peer("textbook", "textbook in torch", "bench.peers_torch", ("torch",)),
+        Peer("betavae", "β-VAE", "bench.peers_torch", ("torch",)),
         Peer("textbook_compile", "torch.compile of it", "bench.peers_torch", ("torch",)),
     )
 }

@@ -22,7 +22,7 @@ def build(peer: str, operator: Operator, case: Case, inputs: Arrays, device: str
     if operator.needs and peer == "ours":
         _public(operator.needs)
     if operator.name.startswith("train_"):
-        return _Training(operator, case, inputs, device, ours=peer == "ours")
+        return _Training(operator, case, inputs, device, peer)
     make = _FUNCTIONS[operator.name]
     return job(make(operator, peer), operator, case, inputs, device, compiled=peer.endswith("compile"), peer=peer)
 
@@ -221,29 +221,26 @@ _FUNCTIONS: dict[str, Callable[[Operator, str], Function]] = {
 
 # --- Training steps ---------------------------------------------------------------------------------------------
 
-WIDTH = 0.25  # of the paper's network, so that a step takes seconds on two cores
-
 
 class _Training(Job):
-    """One optimiser step of `sosvae.trainer`; the peer has the same network with torch's class in the head."""
+    """One optimiser step of `sosvae.trainer`: SOS-VAE's, β-VAE's, or SOS-VAE's with torch's class in the head."""
 
-    def __init__(self, operator: Operator, case: Case, inputs: Arrays, device: str, ours: bool) -> None:
+    def __init__(self, operator: Operator, case: Case, inputs: Arrays, device: str, peer: str) -> None:
         from sosvae import config as settings
         from sosvae import trainer
         from sosvae.objective import limits
 
         values = settings.Config(
             data=settings.DataConfig(height=case.height, width=case.width, channels=3 if case.channels == 3 else 1),
-            model=settings.ModelConfig(rank=case.rank, width=WIDTH, diagonal=1e-3),
+            model=settings.ModelConfig(rank=case.rank, diagonal=1e-3),
             training=settings.TrainingConfig(mean_only_steps=0, batch=case.batch),
         )
-        self.config = settings.beta_vae(values) if operator.name == "train_betavae" else values
+        self.config = settings.beta_vae(values) if peer == "betavae" else values
         self.trainer, self.limits, self.case = trainer, limits(self.config), case
         self.state = trainer.State(self.config, torch.device(device))
         model = self.state.model
-        if not ours:
-            features = max(1, round(WIDTH * FEATURES))
-            model.add_module("head", _TorchHead(features, case, self.config.model.diagonal).to(device))
+        if peer == "torch":
+            model.add_module("head", _TorchHead(FEATURES, case, self.config.model.diagonal).to(device))
             self.state.optimizer = torch.optim.Adam(model.parameters(), lr=self.config.training.lr, fused=True)
         # As they start, heads give no covariance to speak of; after a while of training they do.
         generator = torch.Generator(device).manual_seed(1)

@@ -25,8 +25,8 @@ ORACLE_PEAK = 2 * (PEAK["torch"] + 1)  # torch's class in float64, on a copy of 
 PROCESS = 3e8  # bytes of a process with its libraries
 START = 4.0  # s, of a process: imports, inputs, first call, check
 COMPILING = 15.0  # s
-PER_PIXEL = 1e-6  # s of a training step, for each value of a batch of images
-NETWORK = 3e3  # bytes of a training step, for each value of a batch of images
+PER_PIXEL = 1.5e-5  # s of a training step, for each value of a batch of images
+NETWORK = 1e4  # bytes of a training step, for each value of a batch of images
 
 
 @dataclass(frozen=True)

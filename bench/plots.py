@@ -24,10 +24,11 @@ COLOURS = {
     "compile": "#edae49",
     "linear_operator": "#8d6a9f",
     "numpyro": "#3a9679",
+    "betavae": "#555555",
     "textbook": "#d1495b",
     "textbook_compile": "#edae49",
 }
-MARKERS = dict(zip(COLOURS, "os^Dvs^", strict=True))  # where lines lie on each other
+MARKERS = dict(zip(COLOURS, "os^DvPs^", strict=True))  # where lines lie on each other
 
 
 def plots(rows: Sequence[Row], folder: Path, stem: str) -> list[Path]:
@@ -85,11 +86,11 @@ def plots(rows: Sequence[Row], folder: Path, stem: str) -> list[Path]:
 
 
 def _along_N(rows: Sequence[Row]) -> list[Row]:
-    """The largest set of rows in which only N differs (for a training step, B too: its sizes are few)."""
+    """The largest set of rows of one run in which only N differs (for a training step, B too: its sizes are few)."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         batch = 0 if row.operator.startswith("train_") else row.B
-        groups.setdefault((batch, row.R, row.diagonal, row.layout), []).append(row)
+        groups.setdefault((row.date, batch, row.R, row.diagonal, row.layout), []).append(row)
     return max(groups.values(), key=lambda group: len({row.N for row in group}), default=[])
 
 

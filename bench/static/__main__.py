@@ -78,6 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     cases += [case._replace(diagonal=diagonal) for case in one_d for diagonal in ("item", "pixel")]
     tasks = [(case, target) for target in options.target for case in cases]
     rows = compile_all(tasks, options.processes, options.seconds, lambda row: print(line(row), flush=True))
+    rows.sort(key=lambda row: (options.target.index(row["target"]), row["case"], row["kernel"]))
     requested = {}
     if not options.no_requested:
         requested = in_interpreter([(case.rows, case.layout) for case in (*plain, *one_d)])

@@ -66,7 +66,9 @@ def verdict(rows: list[dict], requested: dict[str, list[dict]]) -> list[Bar]:
         (least, _, _), (ratio, _, case) = own[0], own[-1]
         # Below 1 a kernel has left out work, such as that of an item that another kernel makes.
         reached = least >= 1 and ratio <= REQUESTED
-        bars.append(Bar(f"{kernel} asks for ≤ {REQUESTED} × the least", reached, f"{least:.3f} to {ratio:.3f} ({case})"))
+        bars.append(
+            Bar(f"{kernel} asks for ≤ {REQUESTED} × the least", reached, f"{least:.3f} to {ratio:.3f} ({case})")
+        )
     return bars
 
 
