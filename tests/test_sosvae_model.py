@@ -111,10 +111,10 @@ def both_ways(dtype, **model):
 def test_factor_that_is_never_made_trains_the_same_network(channels, fixed, dtype, tolerance):
     vaes = both_ways(dtype, channels=channels, fixed_diagonal=fixed, diagonal=1e-2)
     x = torch.rand(3, channels, 17, 19, dtype=dtype)
-    z = torch.randn(3, 4, dtype=dtype)
     results = []
     for vae in vaes:
-        p = vae.decode(z)
+        torch.manual_seed(4)
+        p = vae.decode(vae.encode(x).rsample())
         log_prob, entropy = p.log_prob_and_entropy(x.flatten(1))
         loss = (0.3 * entropy - log_prob).sum()
         loss.backward()
@@ -123,12 +123,9 @@ def test_factor_that_is_never_made_trains_the_same_network(channels, fixed, dtyp
     (loss, y), (expected_loss, expected_y) = results
     torch.testing.assert_close(loss, expected_loss, rtol=tolerance, atol=0)
     torch.testing.assert_close(y, expected_y, rtol=tolerance, atol=tolerance)
-    for (name, ours), theirs in zip(vaes[0].decoder.named_parameters(), vaes[1].decoder.parameters(), strict=True):
-        # A bias before batch norm has no gradient but rounding: held against all of them.
-        scale = max(float(q.grad.norm()) for q in vaes[1].decoder.parameters())
-        assert (ours.grad - theirs.grad).norm() <= tolerance * max(float(theirs.grad.norm()), 0.01 * scale), name
-    for (name, ours), theirs in zip(vaes[0].head.named_parameters(), vaes[1].head.parameters(), strict=True):
-        assert (ours.grad - theirs.grad).norm() <= tolerance * theirs.grad.norm(), name
+    for (name, ours), theirs in zip(vaes[0].named_parameters(), vaes[1].parameters(), strict=True):
+        if not BEFORE_BATCH_NORM.fullmatch(name):  # those have no gradient but rounding
+            assert (ours.grad - theirs.grad).norm() <= tolerance * theirs.grad.norm(), name
 
 
 @pytest.mark.parametrize("checkpointing", ["blocks", "stages"])
@@ -185,7 +182,7 @@ def test_memory_format_changes_layouts_and_no_gradient(head):
             assert error <= 1e-10 * max(float(theirs[name].grad.norm()), 0.01 * scale), f"{module}.{name}"
 
 
-def test_channels_last_features_meet_the_likelihood_without_a_copy(monkeypatch):
+def test_channels_last_features_meet_the_likelihood_without_a_copy():
     vae = VAE(small(channels=3))
     features = []
     vae.decoder.register_forward_hook(lambda module, args, output: features.append(output))

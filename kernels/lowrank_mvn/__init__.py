@@ -8,6 +8,8 @@
     triton         the closed forms as GPU kernels, imported when they are first used
     ops            the operators as torch sees them (schema, shapes, derivatives, batching); ops_rsample: samples
 
+    aten_linear, ops_linear, ops_linear_rsample   likewise for a linear factor; linear_forms has what follows the passes
+
 README.md in this folder derives the formulas.
 """
 
