@@ -32,7 +32,9 @@ BLOCKS = {
     (128, False): Block(8, 16),
     # Registers are short elsewhere. On sm_75 products are made without tensor cores.
     (32, False, "sm_80"): Block(1, 16),
+    (32, False, "sm_100"): Block(4, 64),
     (64, True, "sm_80"): Block(4, 64),
+    (64, False, "sm_80"): Block(4, 32),
     (64, True, "sm_100"): Block(4, 64),
     (64, True, "gfx"): Block(4, 64),
     (32, True, "sm_75"): Block(2, 32),

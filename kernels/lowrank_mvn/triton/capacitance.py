@@ -137,6 +137,7 @@ def capacitance_kernel(
     STACKED: tl.constexpr,
     AUGMENTED: tl.constexpr,
     ALIGN: tl.constexpr,
+    VECTORS: tl.constexpr,
     NARROW: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -152,13 +153,14 @@ def capacitance_kernel(
         if tl.load(wide_ptr + b) == 0:
             return
     if ALIGN > 1:
-        N = aligned(N, ALIGN)
         stride_pb = aligned(stride_pb, ALIGN)
         stride_pr = aligned(stride_pr, ALIGN)
-        stride_xb = aligned(stride_xb, ALIGN)
-        stride_lb = aligned(stride_lb, ALIGN)
+    if VECTORS > 1:
+        N = aligned(N, VECTORS)
+        stride_xb = aligned(stride_xb, VECTORS)
+        stride_lb = aligned(stride_lb, VECTORS)
         if not SCALAR_D:
-            stride_db = aligned(stride_db, ALIGN)
+            stride_db = aligned(stride_db, VECTORS)
     # Sums of w within a thread: over neighbouring columns where it holds some, over distant ones where it does not.
     NEAR: tl.constexpr = 4 if ALIGN >= 4 and not WIDE else 1
     FAR: tl.constexpr = 4 if ALIGN == 1 and not WIDE and BLOCK_N >= 16 else 1
@@ -318,6 +320,7 @@ def partial_sums(
         STACKED=stacked,
         AUGMENTED=with_w and not wide and block_r == 16 and R < 16 and not by_column,
         ALIGN=align,
+        VECTORS=common.vector_alignment(N, x, loc, d),
         NARROW=common.narrow_offsets(P, block.columns),
         BLOCK_R=block_r,
         BLOCK_N=block.columns,

@@ -5,6 +5,7 @@ out along the dimension whose stride is 1. Offsets are int64 before the first mu
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -114,23 +115,31 @@ def split_columns(N: int, R: int, block_n: int) -> int:
     return ceil_div(wanted, block_n) * block_n
 
 
-def alignment(P: Tensor, *others: Tensor) -> int:
-    """Columns that may be read at once: a power of two that divides N and every stride but those along N, at most 16.
+def alignment(P: Tensor, *vectors: Tensor) -> int:
+    """Columns of P that may be read at once: a power of two that divides N and the strides of rows, at most 16.
 
-    Triton finds out by itself only about multiples of 16 (116 412 is one of 4).
+    Triton finds out by itself only about multiples of 16 (116 412 is one of 4). What is read beside P, `vectors`, has
+    to allow it too, so that all are laid out alike.
     """
     if P.stride(1) != 1 or (P.stride(2) == 1 and P.shape[2] != 1):
         return 1
-    numbers = [P.shape[1], P.stride(0), P.stride(2)]
-    for t in others:
+    return min(_divisor(P.stride(0), P.stride(2)), vector_alignment(P.shape[1], *vectors))
+
+
+def vector_alignment(N: int, *vectors: Tensor) -> int:
+    """Likewise of x, μ and d alone, which are vectors over the columns whatever the layout of P."""
+    numbers = [N]
+    for t in vectors:
         if t.shape[-1] != 1:
             if t.stride(-1) != 1:
                 return 1
             numbers += t.stride()[:-1]
-    align = 16
-    while any(number % align for number in numbers):
-        align //= 2
-    return align
+    return _divisor(*numbers)
+
+
+def _divisor(*numbers: int) -> int:
+    """The largest power of two, at most 16, that divides all."""
+    return math.gcd(16, *numbers)
 
 
 def narrow_offsets(P: Tensor, block_n: int) -> bool:

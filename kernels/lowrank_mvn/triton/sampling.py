@@ -94,6 +94,7 @@ def sample_kernel(
     DOUBLE: tl.constexpr,
     TILES: tl.constexpr,
     ALIGN: tl.constexpr,
+    VECTORS: tl.constexpr,
     NARROW: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -102,16 +103,17 @@ def sample_kernel(
     b = (pid // SPLITS).to(tl.int64)
     pid_s = pid % SPLITS
     if ALIGN > 1:
-        N = aligned(N, ALIGN)
         stride_pb = aligned(stride_pb, ALIGN)
         stride_pr = aligned(stride_pr, ALIGN)
-        stride_ls = aligned(stride_ls, ALIGN)
-        stride_lb = aligned(stride_lb, ALIGN)
+    if VECTORS > 1:
+        N = aligned(N, VECTORS)
+        stride_ls = aligned(stride_ls, VECTORS)
+        stride_lb = aligned(stride_lb, VECTORS)
         if not SCALAR_D:
-            stride_db = aligned(stride_db, ALIGN)
+            stride_db = aligned(stride_db, VECTORS)
         if GIVEN:
-            stride_os = aligned(stride_os, ALIGN)
-            stride_ob = aligned(stride_ob, ALIGN)
+            stride_os = aligned(stride_os, VECTORS)
+            stride_ob = aligned(stride_ob, VECTORS)
     kind: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     P_ptr += b * stride_pb
     d_ptr += b * stride_db
@@ -183,6 +185,7 @@ def sample_backward_kernel(
     DOUBLE: tl.constexpr,
     TILES: tl.constexpr,
     ALIGN: tl.constexpr,
+    VECTORS: tl.constexpr,
     NARROW: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -191,13 +194,14 @@ def sample_backward_kernel(
     b = (pid // SPLITS).to(tl.int64)
     pid_s = pid % SPLITS
     if ALIGN > 1:
-        N = aligned(N, ALIGN)
-        stride_ys = aligned(stride_ys, ALIGN)
-        stride_yb = aligned(stride_yb, ALIGN)
         stride_gb = aligned(stride_gb, ALIGN)
         stride_gr = aligned(stride_gr, ALIGN)
+    if VECTORS > 1:
+        N = aligned(N, VECTORS)
+        stride_ys = aligned(stride_ys, VECTORS)
+        stride_yb = aligned(stride_yb, VECTORS)
         if not SCALAR_D:
-            stride_db = aligned(stride_db, ALIGN)
+            stride_db = aligned(stride_db, VECTORS)
     kind: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     if not GIVEN:
         seed = tl.load(seed_ptr + b)
@@ -293,6 +297,7 @@ def rsample(loc: Tensor, P: Tensor, d: Tensor, omega_p: Tensor, omega_d: Tensor 
         DOUBLE=common.products(loc, P, d) == "float64",
         NARROW=common.narrow_offsets(P, block.columns),
         ALIGN=common.alignment(P, loc, d, noise),
+        VECTORS=common.vector_alignment(N, loc, d, noise),
         **sizes,
     )
     return y
@@ -355,6 +360,7 @@ def rsample_backward(
         DOUBLE=double,
         NARROW=common.narrow_offsets(G, block.columns),
         ALIGN=common.alignment(G, grad_y, d),
+        VECTORS=common.vector_alignment(N, grad_y, d),
         **sizes,
     )
     if need_d and scalar_d:
