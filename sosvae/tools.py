@@ -67,7 +67,10 @@ def scale_components(p: LowRankMultivariateNormal, factors: Tensor) -> LowRankMu
 
     Raises:
         ValueError: the last dimension of `factors` is not R.
+        TypeError: `p` has independent pixels, and so no components.
     """
+    if not isinstance(p, LowRankMultivariateNormal):
+        raise TypeError(f"expected a LowRankMultivariateNormal, got {type(p).__name__}, which has no components")
     if factors.shape[-1:] != (p.rank,):
         raise ValueError(f"factors has shape {list(factors.shape)}, expected [..., {p.rank}]")
     V = torch.linalg.eigh(p.factor_gram).eigenvectors.flip(-1)  # eigenvalues ascend

@@ -346,6 +346,8 @@ def test_scaling_components_is_scaling_singular_values(p):
     torch.testing.assert_close(scale_components(p, torch.ones(3)).cov_factor, p.cov_factor)
     with pytest.raises(ValueError, match=r"\[2\], expected \[\.\.\., 3\]"):
         scale_components(p, torch.ones(2))
+    with pytest.raises(TypeError, match="got PixelwiseNormal, which has no components"):
+        scale_components(VAE(small(head="pixelwise")).decode(torch.randn(2, 4)), torch.ones(3))
 
 
 def test_conditioning_on_an_edit_is_the_dense_conditional(p):

@@ -139,7 +139,7 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
         """Entropy in nats, of shape `batch_shape`.
 
         After `log_prob` it costs nothing: both then come from one node, with one backward pass. Asked for first, it
-        leaves the capacitance to `log_prob`, whose backward pass is then another one.
+        leaves the capacitance of a factor that is a tensor to `log_prob`, whose backward pass is then another one.
         """
         logdet = self._memory.logdet()
         if logdet is None:
@@ -206,7 +206,7 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
 
     @property
     def factor_gram(self) -> Tensor:
-        """PᵀP in float64, [..., R, R]; of a `LinearFactor` from products of its features."""
+        """PᵀP as float64, [..., R, R], from products in the dtype of P; of a `LinearFactor`, of its features."""
         P = self._P
         return P.gram() if isinstance(P, LinearFactor) else (P.mT @ P).double()
 

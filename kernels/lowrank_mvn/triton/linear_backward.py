@@ -328,7 +328,7 @@ def _block(F: Tensor, scalar_d: bool) -> Block:
 def splits(F: Tensor, d: Tensor) -> tuple[int, int]:
     """Programs for one item, and the columns of each, the same with products of any kind."""
     B, K, M = F.shape
-    columns = columns_per_program(M, B, 16 * K, _block(F, one_value(d)).columns)
+    columns = columns_per_program(M, B, 20 * K, _block(F, one_value(d)).columns)
     return max(1, common.ceil_div(M, columns)), columns
 
 

@@ -21,7 +21,7 @@ from .linear_common import both, channels_last, columns_per_program, fold, nothi
 # By padded number of features: one warp and at most 32 values of F in the registers of a lane, in float64.
 BLOCKS = {
     **both({16: Block(1, 64), 32: Block(1, 32), 64: Block(1, 16), 128: Block(2, 16)}),
-    (64, False, "sm_100"): Block(2, 32),
+    (64, False, "sm_100"): Block(2, 16),
 }
 # Each of several samples has a sum of squares of its own; with 16 features the columns that ride need more registers
 # than the tile.
