@@ -210,6 +210,16 @@ def test_verdict():
         assert [bar.name for bar in missed if not bar.reached] == ["capacitance asks for ≤ 1.05 × the least"]
 
 
+@pytest.mark.parametrize("target", ["sm_75", "sm_90", "gfx942"])
+def test_every_configuration_is_captured(target):
+    """What `--all` compiles: each case launches its kernels, those of given noise and of conditioning among them."""
+    pytest.importorskip("triton")
+    from bench.static.launches import all_cases, captured
+
+    seen = {launch.name for case in all_cases([25, 200], ["BRN", "BNR"]) for launch in captured(case, target)}
+    assert {"capacitance", "residual", "backward", "sample", "sample_backward", "gram"} <= seen
+
+
 def test_a_linear_factor_is_covered(monkeypatch, capsys):
     """Both diagonals and layouts on every target, their own kernels only, and bytes over the least with one d."""
     pytest.importorskip("triton")

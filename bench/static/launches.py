@@ -131,7 +131,7 @@ def step(case: Case, make: Callable[..., torch.Tensor]) -> None:
     x, loc, P, d = inputs(case, make)
     q, logdet, *rest = kernels.mahalanobis_and_logdet(x, loc, P, d)
     kernels.mahalanobis_and_logdet_backward(q, logdet, x, loc, P, d, *rest, [True] * 4)
-    seed = torch.zeros(case.B, dtype=torch.int64)
+    seed = None if case.given else torch.zeros(case.B, dtype=torch.int64)
     omega_p = make(case.S, case.B, case.R).to(case.dtype)
     omega_d = make(case.S, case.B, case.N).to(case.dtype) if case.given else None
     y = kernels.rsample(loc, P, d, omega_p, omega_d, seed)

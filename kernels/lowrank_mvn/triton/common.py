@@ -6,6 +6,7 @@ out along the dimension whose stride is 1. Offsets are int64 before the first mu
 
 import functools
 import math
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -155,6 +156,8 @@ def target(device: torch.device) -> str:
     if torch.version.hip:
         return "gfx"
     capability = torch.cuda.get_device_capability(device)
+    if capability >= (12, 0):
+        return "sm_80"  # consumers' cards, whose tensor cores are not those of sm_100
     return next((f"sm_{a}{b}" for a, b in ((10, 0), (9, 0), (8, 0)) if capability >= (a, b)), "sm_75")
 
 
@@ -203,4 +206,7 @@ def launch(kernel, grid: tuple[int, ...], num_warps: int, num_stages: int = 1, *
     in shared memory cost registers for their addresses (kernels/LOG.md).
     """
     if all(grid):
-        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+        # Triton launches on the current device, which need not be that of the tensors.
+        device = next(t.device for t in arguments.values() if isinstance(t, Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
