@@ -33,7 +33,8 @@ from .linear_tile import column, curvature, precision, rows, tile_of
 # sm_90) or into memory of its own (sm_100), they last for a narrower tile, or for one that more warps share.
 BLOCKS = {
     **both({16: Block(1, 64), 32: Block(1, 32), 64: Block(4, 64), 128: Block(8, 32)}),
-    (64, False, "sm_90"): Block(4, 32),
+    (64, False): Block(4, 32),
+    (64, False, "gfx"): Block(4, 64),
     (64, True, "sm_75"): Block(8, 32),
     (64, False, "sm_75"): Block(8, 32),
     (64, True, "sm_80"): Block(4, 32),
