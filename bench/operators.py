@@ -6,6 +6,7 @@ imports torch or jax, so that the inputs of all peers are the same numbers which
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -432,10 +433,10 @@ def _grid() -> Iterator[Entry]:
     for case in TRAINED:
         yield _entry(OPERATORS["train_step"], replace(case, rank=128))
     for operator in OPERATORS.values():
-        linear = operator.name == "linear_backward"
-        for shape in (SMALL, BRAIN, CELEBA, *SQUARES) if operator.name != "train_step" else ():
-            for rank in RANKS:
-                for diagonal in ("pixel", "scalar"):
-                    # A linear factor has no P whose layout could be chosen.
-                    for layout in ("BNR",) if linear else ("BNR", "BRN"):
-                        yield _entry(operator, replace(shape, rank=rank, diagonal=diagonal, layout=layout))
+        if operator.name == "train_step":
+            continue
+        # A linear factor has no P whose layout could be chosen.
+        layouts = ("BNR",) if operator.name == "linear_backward" else ("BNR", "BRN")
+        for shape, rank in itertools.product((SMALL, BRAIN, CELEBA, *SQUARES), RANKS):
+            for diagonal, layout in itertools.product(("pixel", "scalar"), layouts):
+                yield _entry(operator, replace(shape, rank=rank, diagonal=diagonal, layout=layout))

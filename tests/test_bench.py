@@ -128,6 +128,18 @@ def test_tables():
     assert "| lowrank_mvn | 1.00 (3) | – | 1.00 (2) |" in report.growth(rows)
 
 
+def test_static_shows_the_bytes_of_the_case_that_they_were_counted_for():
+    kernels = [
+        {"kernel": "linear_gram", "case": f"K=64 BKM float32 {d}", "target": "sm_90", "registers": 1, "spills": 0}
+        | {"shared": 0, "occupancy": 0.5, "caps": {"issue": 5e12}}
+        for d in ("item", "pixel")
+    ]
+    counted = {"64:BKM": [{"kernel": "linear_gram", "requested": 103, "floor": 100}]}
+    item, pixel = report.static({"kernels": kernels, "requested": counted}).splitlines()[2:4]
+    assert item.endswith("| 1.030 | 5.0, issue |")
+    assert pixel.endswith("| – | 5.0, issue |")
+
+
 def test_growth_is_the_slope_of_the_logarithms():
     rows = []
     for n in (16, 32, 64):

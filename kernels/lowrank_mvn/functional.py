@@ -461,10 +461,8 @@ def check_tensors(**tensors: Tensor) -> None:
             continue
         narrow = torch.float64 not in (t.dtype, anchor.dtype)
         may_be_wide = name == "cov_diag" or name.endswith((".weight", ".bias"))
-        mixable = (may_be_wide and t.dtype == torch.float32 and narrow) or (
-            narrow and torch.is_autocast_enabled(t.device.type)
-        )
-        if not mixable:
+        mixable = (may_be_wide and t.dtype == torch.float32) or torch.is_autocast_enabled(t.device.type)
+        if not (narrow and mixable):
             raise TypeError(f"{name} has dtype {t.dtype}, {first} has {anchor.dtype}; expected one dtype")
 
 

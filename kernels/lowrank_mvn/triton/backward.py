@@ -108,18 +108,12 @@ def backward_kernel(
     if FLAGGED:  # noqa: SIM102  (decided when compiling)
         if (tl.load(wide_ptr + item) != 0) != WIDE:
             return
-    if ALIGN > 1:
-        N = aligned(N, ALIGN)
-        stride_pb = aligned(stride_pb, ALIGN)
-        stride_pr = aligned(stride_pr, ALIGN)
-        stride_gb = aligned(stride_gb, ALIGN)
-        stride_gr = aligned(stride_gr, ALIGN)
-        stride_xs = aligned(stride_xs, ALIGN)
-        stride_xb = aligned(stride_xb, ALIGN)
-        stride_ls = aligned(stride_ls, ALIGN)
-        stride_lb = aligned(stride_lb, ALIGN)
-        if not SCALAR_D:
-            stride_db = aligned(stride_db, ALIGN)
+    N, stride_pb, stride_pr = aligned((N, stride_pb, stride_pr), ALIGN)
+    stride_gb, stride_gr = aligned((stride_gb, stride_gr), ALIGN)
+    stride_xs, stride_xb = aligned((stride_xs, stride_xb), ALIGN)
+    stride_ls, stride_lb = aligned((stride_ls, stride_lb), ALIGN)
+    if not SCALAR_D:
+        (stride_db,) = aligned((stride_db,), ALIGN)
     if LIKE_P:  # the offsets of one are those of the other
         stride_gb = stride_pb
         stride_gr = stride_pr

@@ -152,15 +152,11 @@ def capacitance_kernel(
     if FLAGGED:  # noqa: SIM102  (decided when compiling)
         if tl.load(wide_ptr + b) == 0:
             return
-    if ALIGN > 1:
-        stride_pb = aligned(stride_pb, ALIGN)
-        stride_pr = aligned(stride_pr, ALIGN)
-    if VECTORS > 1:
-        N = aligned(N, VECTORS)
-        stride_xb = aligned(stride_xb, VECTORS)
-        stride_lb = aligned(stride_lb, VECTORS)
-        if not SCALAR_D:
-            stride_db = aligned(stride_db, VECTORS)
+    stride_pb, stride_pr = aligned((stride_pb, stride_pr), ALIGN)
+    N, stride_xb = aligned((N, stride_xb), VECTORS)
+    (stride_lb,) = aligned((stride_lb,), VECTORS)
+    if not SCALAR_D:
+        (stride_db,) = aligned((stride_db,), VECTORS)
     # Sums of w within a thread: over neighbouring columns where it holds some, over distant ones where it does not.
     NEAR: tl.constexpr = 4 if ALIGN >= 4 and not WIDE else 1
     FAR: tl.constexpr = 4 if ALIGN == 1 and not WIDE and BLOCK_N >= 16 else 1

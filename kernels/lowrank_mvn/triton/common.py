@@ -33,9 +33,14 @@ ROUNDING = {"tf32": 2.0**-21, "float32": 2.0**-23}
 
 
 @triton.jit
-def aligned(a, ALIGN: tl.constexpr):
-    """`a`, a multiple of ALIGN, so that the compiler knows it: Triton 3.7 drops `multiple_of` on an argument."""
-    return a // ALIGN * ALIGN
+def aligned(numbers, ALIGN: tl.constexpr):
+    """`numbers`, multiples of ALIGN, so that the compiler knows it: Triton 3.7 drops `multiple_of` on an argument."""
+    if ALIGN == 1:
+        return numbers
+    known = ()
+    for i in tl.static_range(len(numbers)):  # neither starred expressions nor annotations are Triton's
+        known = known + (numbers[i] // ALIGN * ALIGN,)  # type: ignore[assignment]  # noqa: RUF005
+    return known
 
 
 @triton.jit
@@ -171,7 +176,7 @@ def shared_memory(device: torch.device) -> int:
 
 def fused_rank(device: torch.device) -> int:
     """The widest rank that the backward kernels hold in one tile."""
-    return FUSED_R if shared_memory(device) >= FUSED_SHARED else min(FUSED_R, TILED_R)
+    return FUSED_R if shared_memory(device) >= FUSED_SHARED else TILED_R
 
 
 def block(kernel: str, table: dict, block_r: int, by_column: bool, device: torch.device) -> Block:

@@ -110,15 +110,10 @@ def linear_backward_kernel(
     if FLAGGED:  # noqa: SIM102  (decided when compiling)
         if (tl.load(wide_ptr + item) != 0) != WIDE:
             return
-    if ALIGN > 1:
-        M = aligned(M, ALIGN)
-        stride_fb = aligned(stride_fb, ALIGN)
-        stride_fk = aligned(stride_fk, ALIGN)
-        stride_gb = aligned(stride_gb, ALIGN)
-        stride_gk = aligned(stride_gk, ALIGN)
-        if not SCALAR_D:
-            stride_db = aligned(stride_db, ALIGN)
-            stride_dc = aligned(stride_dc, ALIGN)
+    M, stride_fb, stride_fk = aligned((M, stride_fb, stride_fk), ALIGN)
+    stride_gb, stride_gk = aligned((stride_gb, stride_gk), ALIGN)
+    if not SCALAR_D:
+        stride_db, stride_dc = aligned((stride_db, stride_dc), ALIGN)
     KT: tl.constexpr = K + 1
     GROUPS: tl.constexpr = 1 if SCALAR_D else C
     CURVED: tl.constexpr = (NEED_F or NEED_D) and not SCALAR_D

@@ -92,19 +92,11 @@ def linear_gram_kernel(
     if FLAGGED:  # noqa: SIM102  (decided when compiling)
         if tl.load(wide_ptr + b) == 0:
             return
-    if ALIGN > 1:
-        M = aligned(M, ALIGN)
-        stride_fb = aligned(stride_fb, ALIGN)
-        stride_fk = aligned(stride_fk, ALIGN)
-        stride_xs = aligned(stride_xs, ALIGN)
-        stride_xb = aligned(stride_xb, ALIGN)
-        stride_xc = aligned(stride_xc, ALIGN)
-        stride_ls = aligned(stride_ls, ALIGN)
-        stride_lb = aligned(stride_lb, ALIGN)
-        stride_lc = aligned(stride_lc, ALIGN)
-        if not SCALAR_D:
-            stride_db = aligned(stride_db, ALIGN)
-            stride_dc = aligned(stride_dc, ALIGN)
+    M, stride_fb, stride_fk = aligned((M, stride_fb, stride_fk), ALIGN)
+    stride_xs, stride_xb, stride_xc = aligned((stride_xs, stride_xb, stride_xc), ALIGN)
+    stride_ls, stride_lb, stride_lc = aligned((stride_ls, stride_lb, stride_lc), ALIGN)
+    if not SCALAR_D:
+        stride_db, stride_dc = aligned((stride_db, stride_dc), ALIGN)
     kind: tl.constexpr = tl.float64 if WIDE else tl.float32
     F_ptr += b * stride_fb
     x_ptr += b * stride_xb + group * stride_xc

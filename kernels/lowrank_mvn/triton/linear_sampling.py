@@ -74,21 +74,13 @@ def linear_sample_kernel(
     pid = tl.program_id(0)
     b = (pid // SPLITS).to(tl.int64)
     pid_s = pid % SPLITS
-    if ALIGN > 1:
-        M = aligned(M, ALIGN)
-        stride_fb = aligned(stride_fb, ALIGN)
-        stride_fk = aligned(stride_fk, ALIGN)
-        if WITH_LOC:
-            stride_ls = aligned(stride_ls, ALIGN)
-            stride_lb = aligned(stride_lb, ALIGN)
-            stride_lc = aligned(stride_lc, ALIGN)
-        if not SCALAR_D:
-            stride_db = aligned(stride_db, ALIGN)
-            stride_dc = aligned(stride_dc, ALIGN)
-        if GIVEN:
-            stride_os = aligned(stride_os, ALIGN)
-            stride_ob = aligned(stride_ob, ALIGN)
-            stride_oc = aligned(stride_oc, ALIGN)
+    M, stride_fb, stride_fk = aligned((M, stride_fb, stride_fk), ALIGN)
+    if WITH_LOC:
+        stride_ls, stride_lb, stride_lc = aligned((stride_ls, stride_lb, stride_lc), ALIGN)
+    if not SCALAR_D:
+        stride_db, stride_dc = aligned((stride_db, stride_dc), ALIGN)
+    if GIVEN:
+        stride_os, stride_ob, stride_oc = aligned((stride_os, stride_ob, stride_oc), ALIGN)
     kind: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     KT: tl.constexpr = K + 1
     F_ptr += b * stride_fb

@@ -74,16 +74,11 @@ def residual_kernel(
     s = (pid % S).to(tl.int64)
     b = (pid // S // SPLITS).to(tl.int64)
     pid_s = pid // S % SPLITS
-    if ALIGN > 1:
-        N = aligned(N, ALIGN)
-        stride_pb = aligned(stride_pb, ALIGN)
-        stride_pr = aligned(stride_pr, ALIGN)
-        stride_xs = aligned(stride_xs, ALIGN)
-        stride_xb = aligned(stride_xb, ALIGN)
-        stride_ls = aligned(stride_ls, ALIGN)
-        stride_lb = aligned(stride_lb, ALIGN)
-        if not SCALAR_D:
-            stride_db = aligned(stride_db, ALIGN)
+    N, stride_pb, stride_pr = aligned((N, stride_pb, stride_pr), ALIGN)
+    stride_xs, stride_xb = aligned((stride_xs, stride_xb), ALIGN)
+    stride_ls, stride_lb = aligned((stride_ls, stride_lb), ALIGN)
+    if not SCALAR_D:
+        (stride_db,) = aligned((stride_db,), ALIGN)
     x_ptr += s * stride_xs + b * stride_xb
     loc_ptr += s * stride_ls + b * stride_lb
     P_ptr += b * stride_pb

@@ -102,18 +102,12 @@ def sample_kernel(
     pid = tl.program_id(0)
     b = (pid // SPLITS).to(tl.int64)
     pid_s = pid % SPLITS
-    if ALIGN > 1:
-        stride_pb = aligned(stride_pb, ALIGN)
-        stride_pr = aligned(stride_pr, ALIGN)
-    if VECTORS > 1:
-        N = aligned(N, VECTORS)
-        stride_ls = aligned(stride_ls, VECTORS)
-        stride_lb = aligned(stride_lb, VECTORS)
-        if not SCALAR_D:
-            stride_db = aligned(stride_db, VECTORS)
-        if GIVEN:
-            stride_os = aligned(stride_os, VECTORS)
-            stride_ob = aligned(stride_ob, VECTORS)
+    stride_pb, stride_pr = aligned((stride_pb, stride_pr), ALIGN)
+    N, stride_ls, stride_lb = aligned((N, stride_ls, stride_lb), VECTORS)
+    if not SCALAR_D:
+        (stride_db,) = aligned((stride_db,), VECTORS)
+    if GIVEN:
+        stride_os, stride_ob = aligned((stride_os, stride_ob), VECTORS)
     kind: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     P_ptr += b * stride_pb
     d_ptr += b * stride_db
@@ -193,15 +187,10 @@ def sample_backward_kernel(
     pid = tl.program_id(0)
     b = (pid // SPLITS).to(tl.int64)
     pid_s = pid % SPLITS
-    if ALIGN > 1:
-        stride_gb = aligned(stride_gb, ALIGN)
-        stride_gr = aligned(stride_gr, ALIGN)
-    if VECTORS > 1:
-        N = aligned(N, VECTORS)
-        stride_ys = aligned(stride_ys, VECTORS)
-        stride_yb = aligned(stride_yb, VECTORS)
-        if not SCALAR_D:
-            stride_db = aligned(stride_db, VECTORS)
+    stride_gb, stride_gr = aligned((stride_gb, stride_gr), ALIGN)
+    N, stride_ys, stride_yb = aligned((N, stride_ys, stride_yb), VECTORS)
+    if not SCALAR_D:
+        (stride_db,) = aligned((stride_db,), VECTORS)
     kind: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     if not GIVEN:
         seed = tl.load(seed_ptr + b)
