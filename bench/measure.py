@@ -26,6 +26,7 @@ from typing import Any
 from . import machine, peers
 from .operators import Case, Operator
 from .store import Row
+from .worker import turn_seconds
 
 __all__ = ["Measurement", "Settings", "WorkerError", "environment", "measure", "percentile", "rows"]
 
@@ -240,7 +241,7 @@ def _rounds(
         try:
             found = workers[name].ask("calibrate", seconds=settings.turn)
             measured[name].calls = found["calls"]
-            total += found["calls"] * found["seconds"] + settings.pause
+            total += turn_seconds(found["calls"], found["seconds"]) + settings.pause
         except WorkerError as error:
             drop(name, error)
     least, most = settings.rounds

@@ -12,7 +12,7 @@ from typing import Any
 from . import store
 from .measure import Settings
 from .operators import FLOAT, Case, Entry, Operator
-from .worker import MIN_CALLS
+from .worker import MIN_CALLS, turn_seconds
 
 __all__ = ["Estimate", "does_not_fit", "estimate", "measured_already", "summary"]
 
@@ -47,7 +47,10 @@ def estimate(entry: Entry, where: dict[str, Any], settings: Settings) -> Estimat
     """Of one entry, on a machine of `measure.environment`."""
     operator, case = entry.operator, entry.case
     calls = {peer: _call(operator, case, peer, where) for peer in entry.peers}
-    turns = sum(max(settings.turn, (MIN_CALLS + 1) * seconds) + settings.pause for seconds in calls.values())
+    turns = sum(
+        turn_seconds(max(MIN_CALLS, round(settings.turn / seconds)), seconds) + settings.pause
+        for seconds in calls.values()
+    )
     least, most = settings.rounds
     rounds = min(most, max(least, math.floor(settings.budget / turns)))
     start = sum(START + 5 * seconds + COMPILING * ("compile" in peer) for peer, seconds in calls.items())

@@ -19,10 +19,16 @@ import numpy as np
 from . import memory, peers
 from .operators import OPERATORS, Arrays, Case, Operator
 
-__all__ = ["Timed", "WrongResult", "main"]
+__all__ = ["Timed", "WrongResult", "main", "turn_seconds"]
 
-MIN_CALLS = 3  # timed in a turn, so that its median leaves out one that met cold pages
+MIN_CALLS = 3  # timed in a turn
+WARM_CALLS, WARM_SECONDS = 6, 0.6  # untimed before them: so many calls, or as many as begin within that time
 CACHE = 1 << 28  # bytes written between two timed calls on a GPU: more than any last cache holds
+
+
+def turn_seconds(calls: int, seconds: float) -> float:
+    """How long a turn of so many timed calls takes, where a call takes so long."""
+    return (calls + min(WARM_CALLS, 1 + WARM_SECONDS // max(seconds, 1e-9))) * seconds
 
 
 class WrongResult(Exception):
@@ -61,18 +67,22 @@ class Timed:
         return errors
 
     def turn(self, calls: int) -> float:
-        """Seconds per call: the median of a number of calls in a row, after an untimed one.
+        """Seconds per call: the median of a number of calls in a row, after untimed ones.
 
-        A call after another process's turn meets cold caches, sleeping threads and, on a virtual machine that gives
-        free memory back to its host, pages that cost a hundred times their usual first touch (kernels/LOG.md). In use,
-        steps follow each other.
+        Calls after another process's turn meet cold caches, sleeping threads and, on a virtual machine that gives free
+        memory back to its host, pages that cost a hundred times their usual first touch: five calls in a row that
+        write a fresh gradient of 93 MB (kernels/LOG.md). In use, steps follow each other.
         """
         if not self.checked or self.job is None:
             raise WrongResult("not timed before it is checked")
         if self.device != "cpu":
             return self._gpu_turn(calls)
         call, times = self.job.call, []
-        call()
+        begun = time.perf_counter()
+        for done in range(WARM_CALLS):
+            if done and time.perf_counter() - begun > WARM_SECONDS:
+                break
+            call()
         for _ in range(calls):
             start = time.perf_counter()
             call()

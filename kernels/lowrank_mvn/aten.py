@@ -48,6 +48,7 @@ class Scratch:
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
         self._flat = torch.empty(0, dtype=dtype, device=device)
 
     def shaped(self, *shape: int) -> Tensor:
@@ -122,12 +123,20 @@ def _times(p: Tensor, A: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def _scaled(p: Tensor, scale: Tensor | None, scratch: Scratch) -> Tensor:
+    """A block of P in the dtype of `scratch`, its pixels times `scale` [b, n], which may be none."""
+    if scale is not None:
+        return torch.mul(p, scale.unsqueeze(-1), out=scratch.like(p))
+    return p if p.dtype == scratch.dtype else scratch.like(p).copy_(p)
+
+
 def _gram(x: Tensor, loc: Tensor, P: Tensor, d: Tensor, items: slice, dtype: torch.dtype, inverted: bool):
     """C = I + PᵀD⁻¹P and w = PᵀD⁻¹δ of some items, products in `dtype`, float64 out.
 
-    `d` is the diagonal of D or, if `inverted`, of D⁻¹, where 0 stands for a pixel that is not observed. Products are
-    made in tiles of 8 columns; one or two columns beyond a multiple of 8 cost as much as 8, and less beside δ. Of the
-    rest two rectangles cover the lower triangle, with three quarters of the operations of a square.
+    `d` is the diagonal of D or, if `inverted`, of D⁻¹, where 0 stands for a pixel that is not observed. One value of it
+    for all pixels of an item scales the sums; many scale P, pixel by pixel. Products are made in tiles of 8 columns; one
+    or two columns beyond a multiple of 8 cost as much as 8, and less beside δ. Of the rest two rectangles cover the
+    lower triangle, with three quarters of the operations of a square.
     """
     S, R = x.shape[0], P.shape[2]
     C = P.new_zeros(P.shape[0], R, R, dtype=torch.float64)
@@ -135,20 +144,26 @@ def _gram(x: Tensor, loc: Tensor, P: Tensor, d: Tensor, items: slice, dtype: tor
     scratch = Scratch(dtype, P.device)
     whole = R - R % 8 if R % 8 <= 2 else R
     half = (whole + 15) // 16 * 8
+    one_d = d.shape[1] == 1
     for b, n, part in _vector_blocks(P, S, items):
-        scale = _diagonal(d, b, n, dtype)
-        scale = scale.sqrt() if inverted else scale.rsqrt()
-        scaled_delta = _delta(x, loc, b, n, dtype) * scale.unsqueeze(1)
+        delta, scale = _delta(x, loc, b, n, dtype), None
+        if not one_d:
+            scale = _diagonal(d, b, n, dtype)
+            scale = scale.sqrt() if inverted else scale.rsqrt()
+            delta = delta.mul_(scale.unsqueeze(1))
         C_part, w_part = C[b], w[b]
         for i, j, p in _factor_blocks(part, S):
-            Q = torch.mul(p, _columns(scale, i, j).unsqueeze(-1), out=scratch.like(p))
+            Q = _scaled(p, None if scale is None else scale[i, j], scratch)
             C_part[i, :half, :half].add_(torch.bmm(Q[..., :half].mT, Q[..., :half]))
             C_part[i, half:whole, :whole].add_(torch.bmm(Q[..., half:whole].mT, Q[..., :whole]))
-            rows = _projection(torch.cat([Q[..., whole:].mT, scaled_delta[i, :, j]], 1), Q)
+            rows = _projection(torch.cat([Q[..., whole:].mT, delta[i, :, j]], 1), Q)
             C_part[i, whole:].add_(rows[:, : R - whole])
             w_part[i].add_(rows[:, R - whole :])
     C[:, :half, half:] = C[:, half:, :half].mT
     C[:, half:whole, whole:] = C[:, whole:, half:whole].mT
+    if one_d:
+        weight = d.double() if inverted else d.double().reciprocal()
+        C, w = C.mul_(weight.unsqueeze(-1)), w.mul_(weight.unsqueeze(-1))
     C.diagonal(dim1=-2, dim2=-1).add_(1)
     return C[items], w[items]
 
@@ -340,8 +355,10 @@ def mahalanobis_and_logdet_backward(
         grad_d += (b_ * (N - R + trace)).unsqueeze(1) / d.double()
     for items, products in runs(wide, dtype):
         T_scratch, Q_scratch = Scratch(products, P.device), Scratch(products, P.device)
-        W = (2 * b_[:, None, None] * C_inv).to(products)
-        minus_step, coefficients = (-step).to(products), minus_2av.to(products)
+        W, minus_step, coefficients = 2 * b_[:, None, None] * C_inv, -step, minus_2av.to(products)
+        if scalar_d:  # D⁻¹ is in the R×R part, and Q is P
+            W, minus_step = (t / d.double().unsqueeze(-1) for t in (W, minus_step))
+        W, minus_step = W.to(products), minus_step.to(products)
         for b, n, part in _vector_blocks(P, S, items):
             d_inv = _diagonal(d, b, n, products).reciprocal()
             r = residual[:, b, n].to(products).transpose(0, 1)
@@ -349,7 +366,7 @@ def mahalanobis_and_logdet_backward(
             row_sums = d_inv.new_empty(part.shape[:2]) if need_d and not scalar_d else None
             for i, j, p in _factor_blocks(part, S):
                 # With Q = D⁻¹P: z = D⁻¹r − QC⁻¹g and T = 2bQC⁻¹.
-                Q = torch.mul(p, _columns(d_inv, i, j).unsqueeze(-1), out=Q_scratch.like(p))
+                Q = _scaled(p, None if scalar_d else d_inv[i, j], Q_scratch)
                 zj = torch.addcmul(
                     _rows(minus_step[b][i], Q), r[i, :, j], _columns(d_inv, i, j).unsqueeze(1), out=z[i, :, j]
                 )
