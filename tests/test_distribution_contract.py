@@ -6,6 +6,7 @@ a device they are compiled (marker `gpu`).
 
 import copy
 import inspect
+import itertools
 import os
 import pickle
 from typing import get_args
@@ -362,6 +363,24 @@ def test_condition_agrees_with_dense_algebra(impl, dtype):
         assert (conditional.loc[i, o] == value[i, o]).all()
         assert (conditional.cov_factor[i, o] == 0).all()
         assert (conditional.cov_diag[i, o] == 0).all()
+
+
+@pytest.mark.parametrize("layout", ["BNR", "BRN"])
+def test_values_of_one_item_share_its_conditional(layout):
+    """[values, edits, items]: each as if alone, and the factor made once for all values."""
+    loc, P, d = parameters((3,), 12, 4)
+    P = P if layout == "BNR" else P.mT.contiguous().mT
+    value, observed = torch.randn(5, 1, 3, 12, dtype=P.dtype), torch.rand(2, 1, 12) < 0.5
+    shared = lowrank_mvn.condition(value, observed, loc, P, d)
+    assert shared.loc.shape == shared.cov_diag.shape == (5, 2, 3, 12)
+    assert shared.cov_factor.shape == (5, 2, 3, 12, 4)
+    assert shared.cov_factor.stride(0) == 0
+    assert shared.cov_factor[0, 0].stride() == P.stride()
+    for s, e, i in itertools.product(range(5), range(2), range(3)):
+        alone = lowrank_mvn.condition(value[s, 0, i], observed[e, 0], loc[i], P[i], d[i], impl="reference")
+        torch.testing.assert_close(shared.loc[s, e, i], alone.loc)
+        torch.testing.assert_close(shared.cov_factor[s, e, i], alone.cov_factor)
+        torch.testing.assert_close(shared.cov_diag[s, e, i], alone.cov_diag)
 
 
 def test_conditional_distribution_samples_whole_images():

@@ -134,9 +134,9 @@ def _gram(x: Tensor, loc: Tensor, P: Tensor, d: Tensor, items: slice, dtype: tor
     """C = I + PᵀD⁻¹P and w = PᵀD⁻¹δ of some items, products in `dtype`, float64 out.
 
     `d` is the diagonal of D or, if `inverted`, of D⁻¹, where 0 stands for a pixel that is not observed. One value of it
-    for all pixels of an item scales the sums; many scale P, pixel by pixel. Products are made in tiles of 8 columns; one
-    or two columns beyond a multiple of 8 cost as much as 8, and less beside δ. Of the rest two rectangles cover the
-    lower triangle, with three quarters of the operations of a square.
+    for all pixels of an item scales the sums; many scale P, pixel by pixel. Products are made in tiles of 8 columns;
+    one or two columns beyond a multiple of 8 cost as much as 8, and less beside δ. Of the rest two rectangles cover
+    the lower triangle, with three quarters of the operations of a square.
     """
     S, R = x.shape[0], P.shape[2]
     C = P.new_zeros(P.shape[0], R, R, dtype=torch.float64)

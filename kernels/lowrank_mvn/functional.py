@@ -36,7 +36,8 @@ class Conditional(NamedTuple):
     """Parameters of a conditional normal over all N pixels; observed ones have their value, and variance 0.
 
     Of a `LinearFactor` the factor is one again, with a weight for each item and zero rows at observed pixels. Factor
-    and diagonal then have the batch shape of what they depend on, which is not the value.
+    and diagonal depend on everything but the value: several values of one item share them. They are expanded to the
+    whole batch shape; a `LinearFactor` and its diagonal have that of what they depend on.
     """
 
     loc: Tensor  # [..., N]
@@ -216,28 +217,30 @@ def condition(
     if isinstance(cov_factor, LinearFactor) and impl in linear.IMPLEMENTATIONS and not forward_mode():
         return _condition_linear(value, observed, loc, cov_factor, d, shape, impl)
     loc, cov_factor = materialised(loc), materialised(cov_factor)
-    value, loc = (t.to(high).expand(*shape, N) for t in (value, loc))
-    observed = observed.expand(*shape, N)
+    value, loc = value.to(high), loc.to(high)
     value = torch.where(observed, value, loc)
-    d = d.to(high).expand(*shape, N)
+    items = broadcast(observed.shape[:-1], cov_factor.shape[:-2], d.shape[:-1])
+    d = d.to(high).expand(*d.shape[:-1], N)
     with ops.without_autocast(cov_factor.device):
         if impl == "reference" or forward_mode():
             work = high if impl == "reference" else torch.float64
-            mean, factor, diag = reference.condition(
-                value.to(work), observed, loc.to(work), cov_factor.to(work), d.to(work)
-            )
+            value, loc, d = (t.to(work).expand(*shape, N) for t in (value, loc, d))
+            mean, factor, diag = reference.condition(value, observed.expand(*shape, N), loc, cov_factor.to(work), d)
             return Conditional(mean.to(dtype), factor.expand(*shape, N, R).to(dtype), diag.to(dtype))
-        precision = torch.where(observed, d, torch.ones_like(d)).reciprocal() * observed
-        P = cov_factor.expand(*shape, N, R).reshape(shape.numel(), N, R)
-        flat = [t.reshape(shape.numel(), N) for t in (value, loc, precision)]
-        C, w = ops.gram(flat[0][None], flat[1][None], P, flat[2], impl)
-        L_inv_t, v = _posterior(C, w[0].unsqueeze(-1))
-        both = torch.bmm(P.to(high), torch.cat([L_inv_t, v], -1).to(high)).reshape(*shape, N, R + 1)
-        mean, factor = loc + both[..., R], both[..., :R]
+        # Values of one item share its C and its factor.
+        layout = _Layout(shape, items)
+        P = layout.items(cov_factor, 2)
+        precision = layout.items(torch.where(observed, d, d.new_ones(())).reciprocal() * observed, 1)
+        C, w = ops.gram(layout.samples(value, everything=True), layout.samples(loc), P, precision, impl)
+        L_inv_t, v = (t.to(high) for t in _posterior(C, w.permute(1, 2, 0)))
+        P = P.to(high)
+        deviation = layout.restore(torch.bmm(v.mT, P.mT).transpose(0, 1))
+        factor = torch.bmm(P, L_inv_t) if P.stride(-1) <= P.stride(-2) else torch.bmm(L_inv_t.mT, P.mT).mT
+        factor = factor.mul_(layout.items(~observed, 1).to(high).unsqueeze(-1)).reshape(*items, N, R)
         return Conditional(
-            torch.where(observed, value, mean).to(dtype),
-            torch.where(observed.unsqueeze(-1), torch.zeros_like(factor), factor).to(dtype),
-            torch.where(observed, torch.zeros_like(d), d).to(dtype),
+            torch.where(observed, value, loc + deviation).to(dtype),
+            factor.to(dtype).expand(*shape, N, R),
+            torch.where(observed, d.new_zeros(()), d).to(dtype).expand(*shape, N),
         )
 
 
@@ -359,7 +362,10 @@ class _Layout:
         self.items_shape = items_shape
 
     def items(self, t: Tensor, trailing: int) -> Tensor:
-        """[..., *event] -> [B, *event]: a view unless `t` is itself broadcast over some of the items."""
+        """[..., *event] -> [B, *event], a view or, where `t` is itself broadcast over some of the items, a copy that
+        lies as `t` does."""
+        if trailing == 2 and t.stride(-2) < t.stride(-1):
+            return self.items(t.mT, 2).mT
         event = t.shape[t.dim() - trailing :]
         return t.expand(*self.items_shape, *event).reshape(self.B, *event)
 
