@@ -212,3 +212,12 @@ def test_opcheck(layout, dtype, diagonal):
             torch.ops.lowrank_mvn.mahalanobis_and_logdet_backward.default,
             (a, b, *arguments, *kept, needs, "aten"),
         )
+
+
+def test_opcheck_of_samples():
+    loc, P, d = (t.requires_grad_() for t in parameters((2,), 9, 3, dtype=torch.float32))
+    omega_p, omega_d = (torch.randn(4, 2, n).requires_grad_() for n in (3, 9))
+    noisy = (loc[None].detach().requires_grad_(), P, d, omega_p, omega_d, None)
+    torch.library.opcheck(torch.ops.lowrank_mvn.rsample.default, (*noisy, "aten"))
+    backward = (torch.randn(4, 2, 9, requires_grad=True), *noisy[1:], [True] * 3, "aten")
+    torch.library.opcheck(torch.ops.lowrank_mvn.rsample_backward.default, backward)

@@ -358,21 +358,19 @@ def test_second_derivative_of_a_sample():
 
 def test_opcheck():
     x, loc, F, W, m, d = inputs(F32, 1, 2, 3, 2, 2, 5, "BKM", "pixel", True, True, False)
-    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     operators = torch.ops.lowrank_mvn
     leaves = [t.requires_grad_() for t in (x, loc, F, W, m, d)]
-    torch.library.opcheck(operators.linear_mahalanobis_and_logdet.default, (*leaves, "triton"), test_utils=checks)
+    torch.library.opcheck(operators.linear_mahalanobis_and_logdet.default, (*leaves, "triton"))
     with torch.no_grad():
         q, logdet, *kept = operators.linear_mahalanobis_and_logdet(*leaves, "triton")
     torch.library.opcheck(
         operators.linear_mahalanobis_and_logdet_backward.default,
         (q, logdet, *leaves, *kept, [True] * 3, "triton"),
-        test_utils=checks,
     )
     u, seed = torch.randn(2, 2, 2, 4, device=DEVICE, requires_grad=True), torch.tensor([1, 2], device=DEVICE)
     for shift, noise, drawn in ((loc, None, seed), (None, torch.randn(2, 2, 2, 5, device=DEVICE), None)):
         arguments = (shift, F, u, d, noise, drawn, "triton")
-        torch.library.opcheck(operators.linear_rsample.default, arguments, test_utils=checks)
+        torch.library.opcheck(operators.linear_rsample.default, arguments)
 
 
 def test_compiled_without_a_graph_break():

@@ -62,9 +62,6 @@ def test_a_drawn_sample_is_that_of_the_formula():
     assert not torch.equal(again, lowrank_mvn.rsample(loc, P, d, (2,), impl="triton"))
 
 
-CHECKS = ("test_schema", "test_faketensor", "test_autograd_registration")  # aot_dispatch: test_compiled below
-
-
 def density_operator():
     loc, P, d = parameters(torch.float32)
     inputs = [t.requires_grad_() for t in (torch.randn(2, 2, 7, device=DEVICE), loc[None], P, d)]
@@ -85,7 +82,7 @@ def test_opcheck_of_the_density(given):
     inputs, logdet, (C_inv, *_, wide) = density_operator()
     capacitance = (C_inv, logdet, wide) if given else (None, None, None)
     operator = OPERATORS.mahalanobis_and_logdet.default
-    torch.library.opcheck(operator, (*inputs, *capacitance, "triton"), test_utils=CHECKS)
+    torch.library.opcheck(operator, (*inputs, *capacitance, "triton"))
 
 
 @pytest.mark.parametrize("needs", [[True] * 4, [True, False, False, True]], ids=["all", "some"])
@@ -93,20 +90,20 @@ def test_opcheck_of_its_backward(needs):
     inputs, _, kept = density_operator()
     grads = torch.randn(2, 2, dtype=torch.float64, device=DEVICE), torch.randn(2, dtype=torch.float64, device=DEVICE)
     operator = OPERATORS.mahalanobis_and_logdet_backward.default
-    torch.library.opcheck(operator, (*grads, *inputs, *kept, needs, "triton"), test_utils=CHECKS)
+    torch.library.opcheck(operator, (*grads, *inputs, *kept, needs, "triton"))
 
 
 def test_opcheck_of_gram():
-    torch.library.opcheck(OPERATORS.gram.default, (*density_operator()[0], "triton"), test_utils=CHECKS)
+    torch.library.opcheck(OPERATORS.gram.default, (*density_operator()[0], "triton"))
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["drawn", "given"])
 def test_opcheck_of_samples_and_their_backward(given):
     arguments = sample_operator(given)
-    torch.library.opcheck(OPERATORS.rsample.default, (*arguments, "triton"), test_utils=CHECKS)
+    torch.library.opcheck(OPERATORS.rsample.default, (*arguments, "triton"))
     grad_y = torch.randn(2, 2, 7, device=DEVICE, requires_grad=True)
     backward = (grad_y, *arguments[1:], [True, True, given], "triton")
-    torch.library.opcheck(OPERATORS.rsample_backward.default, backward, test_utils=CHECKS)
+    torch.library.opcheck(OPERATORS.rsample_backward.default, backward)
 
 
 def test_every_operator_is_checked():

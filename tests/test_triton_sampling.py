@@ -3,11 +3,16 @@
 Runs as `test_triton_kernels.py` does.
 """
 
+import functools
+
 import pytest
+import sampling_cases
 import torch
+from sampling_cases import CASES
 from triton_cases import DEVICE, INTERPRET, MARKS
 
 pytestmark = MARKS
+inputs = functools.partial(sampling_cases.inputs, device=DEVICE)
 
 
 @pytest.fixture(scope="module")
@@ -17,51 +22,10 @@ def sampling():
     return sampling
 
 
-def inputs(dtype, S, B, N, R, layout="BRN", diagonal="pixel"):
-    options = {"dtype": torch.float64, "device": DEVICE}
-    P = torch.randn(B, R, N, **options).mT if layout == "BRN" else torch.randn(B, N, R, **options)
-    d = 0.5 + torch.rand(B, N if diagonal == "pixel" else 1, **options)
-    loc, omega_p = torch.randn(1, B, N, **options), torch.randn(S, B, R, **options)
-    return tuple(t.to(dtype) for t in (loc, P, d, omega_p))
-
-
-def formula(loc, P, d, omega_p, omega_d):
-    return loc + torch.einsum("bnr,sbr->sbn", P, omega_p) + d.sqrt() * omega_d
-
-
-CASES = [
-    (torch.float32, 1, 1, 1, 1, "BRN", "pixel", 3e-7),
-    (torch.float32, 3, 2, 63, 25, "BRN", "pixel", 3e-7),
-    (torch.float32, 2, 2, 130, 33, "BNR", "item", 3e-7),
-    (torch.float32, 1, 1, 20, 130, "BNR", "pixel", 1e-6),
-    (torch.float64, 2, 1, 40, 3, "BRN", "item", 1e-13),
-    (torch.bfloat16, 2, 1, 40, 16, "BRN", "pixel", 4e-3),
-]
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(v).removeprefix("torch.") for v in case))
+@pytest.mark.parametrize("case", CASES, ids=sampling_cases.name)
 @pytest.mark.parametrize("given", [True, False], ids=["given", "drawn"])
 def test_samples_and_gradients(sampling, case, given):
-    *shape, tolerance = case
-    loc, P, d, omega_p = inputs(*shape)
-    S, B, N = shape[1:4]
-    seed = None if given else torch.randint(2**62, (B,), device=DEVICE)
-    omega_d = torch.randn(S, B, N, device=DEVICE).to(loc.dtype) if given else None
-    noise = omega_d
-    if noise is None:  # the noise alone: no mean, no factor, variance 1
-        plain = [t.float() for t in (loc * 0, P * 0, torch.ones_like(d), omega_p)]
-        noise = sampling.rsample(*plain, None, seed)
-    wide = [t.double().requires_grad_() for t in (loc, P, d, omega_p, noise)]
-    expected = formula(*wide)
-    y = sampling.rsample(loc, P, d, omega_p, omega_d, seed)
-    assert y.dtype == loc.dtype
-    assert (y.double() - expected).norm() < tolerance * expected.norm()
-    grad_y = torch.randn(S, B, N, device=DEVICE).to(loc.dtype)
-    _, grad_P, grad_d, _, grad_noise = torch.autograd.grad(expected, wide, grad_y.double())
-    ours = sampling.rsample_backward(grad_y, P, d, omega_p, omega_d, seed, [True, True, given])
-    for name, mine, theirs in zip(("P", "d", "omega_d"), ours, (grad_P, grad_d, grad_noise), strict=True):
-        if name != "omega_d" or given:
-            assert (mine.double() - theirs).norm() < 4 * tolerance * theirs.norm(), name
+    sampling_cases.check(sampling, case, given, DEVICE)
 
 
 def test_noise_is_standard_normal(sampling, monkeypatch):

@@ -123,8 +123,10 @@ def rsample(
     impl = check_impl(impl, cov_factor)
     shape = torch.Size(sample_shape) + check_shapes(None, loc, cov_factor, d)
     N, R = cov_factor.shape[-2:]
-    fused = impl == "triton" and not forward_mode() and (isinstance(cov_factor, Tensor) or _has_kernel(cov_factor, d))
-    if noise is None and fused:
+    fused = not forward_mode() and (
+        impl != "reference" if isinstance(cov_factor, Tensor) else impl == "triton" and _has_kernel(cov_factor, d)
+    )
+    if noise is None and fused and impl == "triton":
         omega_p = torch.randn(*shape, R, dtype=loc.dtype, device=loc.device)
         return _rsample_fused(loc, cov_factor, d, shape, omega_p, None, impl)
     if noise is None:
@@ -140,17 +142,12 @@ def rsample(
         return _rsample_fused(loc, cov_factor, d, shape, omega_p, omega_d, impl)
     dtype = torch.promote_types(loc.dtype, cov_factor.dtype)
     with ops.without_autocast(cov_factor.device):
-        loc = materialised(loc)
+        loc, high = materialised(loc), result_dtype(loc, cov_factor, d)
         if impl == "reference":
             return reference.rsample(loc, materialised(cov_factor), d, omega_p, omega_d).to(dtype)
-        if isinstance(cov_factor, LinearFactor):
-            y = cov_factor.times(omega_p)
-        else:
-            layout = _Layout(shape, cov_factor.shape[:-2])
-            omega = layout.samples(omega_p, everything=True).to(cov_factor.dtype)  # [S, B, R]
-            P = layout.items(cov_factor, 2)
-            y = layout.restore(torch.bmm(P, omega.permute(1, 2, 0)).permute(2, 0, 1))
-        high = result_dtype(loc, cov_factor, d)
+        if isinstance(cov_factor, Tensor):  # in forward mode
+            return reference.rsample(*(t.to(high) for t in (loc, cov_factor, d, omega_p, omega_d))).to(dtype)
+        y = cov_factor.times(omega_p)
         return (loc.to(high) + y.to(high) + d.to(high).sqrt() * omega_d.to(high)).to(dtype)
 
 
