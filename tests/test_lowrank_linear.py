@@ -103,6 +103,20 @@ def test_nothing_of_the_size_of_the_factor_is_kept_or_made():
     assert D.cov_factor.shape == (B, C * side * side, R)
 
 
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_a_linear_mean_of_the_same_features_joins(monkeypatch, with_gradients):
+    """With gradients or without (each then holds the features detached): μ is not made."""
+    inputs = tensors(2, 3, 4, 2, (5,), "pixel", False, torch.float64)
+    F, weight, bias, mean_weight, mean_bias, d, x, _ = (t.requires_grad_() for t in inputs)
+    with torch.set_grad_enabled(with_gradients):
+        mean, factor = LinearMean(F, mean_weight, mean_bias), LinearFactor(F, weight, bias)
+        expected = LowRankMultivariateNormal(mean.materialise(), factor, d).log_prob(x)
+        other = LinearMean(F.clone(), mean_weight, mean_bias)
+        torch.testing.assert_close(LowRankMultivariateNormal(other, factor, d).log_prob(x), expected)
+        monkeypatch.setattr(LinearMean, "materialise", lambda self: pytest.fail("the mean was made"))
+        torch.testing.assert_close(LowRankMultivariateNormal(mean, factor, d).log_prob(x), expected)
+
+
 def test_exact_where_the_textbook_is_not():
     """d = 1e-5 and correlated features: log p and gradients against float64."""
     inputs = list(tensors(2, 16, 10, 3, (40, 30), "scalar", False, torch.float32))

@@ -22,7 +22,8 @@ from .verdict import verdict
 
 HEADER = (
     f"{'kernel':26}{'target':8}{'case':26}{'regs':>5}{'spill':>6}{'shared':>8}{'occ.':>6}{'flight':>8}"
-    f"{'loads':>18}{'stores':>11}{'tensor':>7}{'ins/B':>7}{'cap':>7}  by"
+    f"{'loads':>18}{'stores':>11}{'tensor':>7}{'ins/B':>7}{'cap':>7}  by, then every other pipe"
+    f" [TB/s; memory {model.MEMORY / 1e12:.1f}]"
 )
 # sm_86 takes sm_80's launches, where they fit its shared memory.
 DEFAULT_TARGETS = [target for target in TARGETS if target != "sm_86"]
@@ -46,8 +47,9 @@ def line(row: dict) -> str:
         text += f"{row['bytes_in_flight']:8}{widths('loads'):>18}{widths('stores'):>11}{row['tensor']:7}"
         text += f"{row['instructions_per_byte']:7.2f}"
     if "caps" in row:
-        pipe = min(row["caps"], key=row["caps"].__getitem__)
-        text += f"{row['caps'][pipe] / 1e12:7.2f}  {pipe}"
+        first, *others = sorted(row["caps"], key=row["caps"].__getitem__)
+        text += f"{row['caps'][first] / 1e12:7.2f}  {first}, "
+        text += " ".join(f"{pipe} {row['caps'][pipe] / 1e12:.1f}" for pipe in others)
     return text
 
 

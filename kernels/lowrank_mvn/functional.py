@@ -5,7 +5,8 @@ Shapes broadcast as in `torch.distributions`: with event size N and rank R,
     value, loc   [..., N]
     cov_factor   [..., N, R], any strides (the transposed view of [..., R, N] is read as it lies), or a
                  `LinearFactor` of features, which is never materialised; `loc` may then be a `LinearMean`
-    cov_diag     [..., N] or [..., 1], a 0-d tensor or a number: one variance for every pixel, never expanded
+    cov_diag     [..., N] or [..., 1], a 0-d tensor or a number: one variance for every pixel, never expanded; where
+                 there is a density, not below the smallest normal number (1.2e-38 in float32): 1/d has to exist
 
 float32 and float64 are computed in as they are; float16 and bfloat16 are read as such, computed in float32, and
 give a float32 log-density and entropy. `impl` is "aten" (closed forms, any device), "triton" (the same as GPU kernels;
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import linear, ops, ops_linear_rsample, ops_rsample, reference
-from .linear import LinearFactor, LinearMean, broadcast
+from .linear import LinearFactor, LinearMean, broadcast, joined
 
 __all__ = ["Conditional", "condition", "entropy", "log_prob", "log_prob_and_entropy", "rsample"]
 
@@ -161,13 +162,12 @@ def _rsample_fused(
 ) -> Tensor:
     """The operators of `ops_rsample` and `ops_linear_rsample`; ω_d, if not given, comes from one seed per item."""
     layout = _Layout(shape, broadcast(P.shape[:-2], d.shape[:-1]))
-    joins = isinstance(P, LinearFactor) and isinstance(loc, LinearMean) and loc.features is P.features
-    shift = None if joins else layout.samples(materialised(loc))
+    mean = joined(loc, P)
+    shift = layout.samples(materialised(loc)) if mean is None else None
     seed = torch.randint(2**62, (layout.B,), device=P.device) if omega_d is None else None
     noise = None if omega_d is None else layout.samples(omega_d.expand(*shape, P.shape[-2]), everything=True)
     omega, diag = layout.samples(omega_p, everything=True), layout.items(d, 1)
     if isinstance(P, LinearFactor):
-        mean = loc if joins and isinstance(loc, LinearMean) else None
         return layout.restore(ops_linear_rsample.rsample(shift, P, mean, diag, omega, noise, seed, impl))
     assert shift is not None
     y = ops_rsample.rsample(shift, layout.items(P, 2), diag, omega, noise, seed, impl)
@@ -260,9 +260,8 @@ def _condition_linear(
     d = d.to(high).expand(*d.shape[:-1], N)
     precision = torch.where(known, d, d.new_ones(())).reciprocal() * known
     x = torch.where(observed, value.to(high), torch.zeros((), dtype=high, device=value.device))
-    with torch.autocast(P.device.type, enabled=False):
-        joins = isinstance(loc, LinearMean) and loc.features is P.features
-        mean = loc if isinstance(loc, LinearMean) and joins else None
+    with ops.without_autocast(P.device):
+        mean = joined(loc, P)
         loc = materialised(loc).to(high)
         shift = None if mean is not None else layout.samples(loc)
         x, precision = layout.samples(x, everything=True), layout.items(precision, 1)
@@ -287,8 +286,8 @@ def mahalanobis_and_logdet(
     items_shape = broadcast(P.shape[:-2], d.shape[:-1])
     if isinstance(P, LinearFactor) and not _stays_linear(P, impl):
         P = P.materialise()
-    if isinstance(loc, LinearMean) and not (isinstance(P, LinearFactor) and loc.features is P.features):
-        loc = loc.materialise()
+    if joined(loc, P) is None:
+        loc = materialised(loc)
     if isinstance(P, LinearFactor):
         return *_linear(value, loc, P, d, items_shape, impl), None
     assert isinstance(loc, Tensor)

@@ -21,6 +21,7 @@ class _Linear:
     """What a linear map of features has in common with the tensor it stands for."""
 
     features: Tensor
+    source: Tensor  # the features as they were given
     shape: torch.Size
 
     @property
@@ -148,6 +149,8 @@ class LinearFactor(_Linear):
         if self.mask is not None:
             if self.mask.dtype != torch.bool:
                 raise TypeError(f"mask must be a tensor of dtype bool, got one of dtype {self.mask.dtype}")
+            if self.mask.device != self.device:
+                raise ValueError(f"mask is on {self.mask.device}, features on {self.device}")
             if self.mask.shape[-1:] != (N,):
                 raise ValueError(f"mask has shape {list(self.mask.shape)}, expected [..., {N}]")
         batch = broadcast(
@@ -267,6 +270,13 @@ class LinearFactor(_Linear):
                 yield slice(start, start + B), F
 
 
+def joined(loc: Tensor | LinearMean, P: Tensor | LinearFactor) -> LinearMean | None:
+    """The mean, if it is a linear map of the features that P is one of: both share the passes over them then."""
+    if isinstance(loc, LinearMean) and isinstance(P, LinearFactor) and loc.source is P.source:
+        return loc
+    return None
+
+
 def _check_features(features: Tensor) -> int:
     if features.dim() < 3:
         raise ValueError(f"features has shape {list(features.shape)}, expected [B, K, *spatial]")
@@ -275,6 +285,7 @@ def _check_features(features: Tensor) -> int:
 
 def _keep_grad_mode(linear: _Linear) -> None:
     """Made without gradients, it stays so, as the output of a convolution would, whenever it is made a tensor."""
+    object.__setattr__(linear, "source", linear.features)
     if not torch.is_grad_enabled():
         for name, t in linear.tensors().items():
             if t.requires_grad:

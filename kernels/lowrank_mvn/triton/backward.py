@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import common, tiles
 from .common import Block, aligned, narrow, split
-from .tiles import in_memory, load_placed, operand, ordered, places, result, rows_of, store_result
+from .tiles import in_memory, load_placed, operand, ordered, places, product, result, rows_of, store_result
 
 # By padded rank, and whether neighbouring columns of P are neighbours in memory.
 BLOCKS = {
@@ -171,7 +171,7 @@ def backward_kernel(
                         high, low = split(C_t)
                         rows_k = other * BLOCK_R + rows
                         P_k = load_placed(P_ptr, rows_k, columns_p, n, N, stride_pr, stride_pn, R, NARROW)
-                        T += _product(operand(P_k), high, low, C_t, SPLIT_TF32)
+                        T += product(operand(P_k), high, low, C_t, SPLIT_TF32)
                     diagonal = tl.sum(T * P.to(tl.float32), 1)
                 if NEED_D and not SCALAR_D:
                     pi -= diagonal * d_inv * d_inv
@@ -242,28 +242,15 @@ def _product_and_diagonal(tile, C_high, C_low, C, SPLIT_TF32: tl.constexpr):
         R: tl.constexpr = P.shape[1]
         P1, P2 = tl.split(tl.permute(tl.reshape(P, (2, half, R)), (1, 2, 0)))
         P1_result, P2_result = tl.split(tl.permute(tl.reshape(P_result, (2, half, R)), (1, 2, 0)))
-        T1 = _product(P1, C_high, C_low, C, SPLIT_TF32)
+        T1 = product(P1, C_high, C_low, C, SPLIT_TF32)
         diagonal1 = tl.sum(T1 * P1_result.to(tl.float32), 1)
-        T2 = _product(P2, C_high, C_low, C, SPLIT_TF32)
+        T2 = product(P2, C_high, C_low, C, SPLIT_TF32)
         diagonal2 = tl.sum(T2 * P2_result.to(tl.float32), 1)
         T = tl.reshape(tl.permute(tl.join(T1, T2), (2, 0, 1)), (columns, R))
         return T, tl.reshape(tl.permute(tl.join(diagonal1, diagonal2), (1, 0)), (columns,))
     else:
-        T = _product(P, C_high, C_low, C, SPLIT_TF32)
+        T = product(P, C_high, C_low, C, SPLIT_TF32)
         return T, tl.sum(T * P_result.to(tl.float32), 1)
-
-
-@triton.jit
-def _product(P, C_high, C_low, C, SPLIT_TF32: tl.constexpr):
-    """PᵀC of tiles, P as [columns, rows]."""
-    P = P.to(tl.float32)
-    if SPLIT_TF32:
-        high, low = split(P)
-        T = tl.dot(low, C_high, input_precision="tf32")
-        T = tl.dot(high, C_low, T, input_precision="tf32")
-        return tl.dot(high, C_high, T, input_precision="tf32")
-    else:
-        return tl.dot(P, C, input_precision="ieee")
 
 
 def gradients(

@@ -27,6 +27,8 @@ FUSED_SHARED = 150_000
 # Columns that one program adds up in float32, if R does not ask for more (`split_columns`). Tensor cores cut off what
 # does not fit the accumulator: 2⁻²⁴ of it per 8 columns on average, 4e-6 after 1024. Partial sums are added in float64.
 MIN_COLUMNS, MAX_COLUMNS = 1024, 2048
+# Below so many columns of an item a program has fewer, but not below LEAST_COLUMNS.
+LARGE, LEAST_COLUMNS = 12_288, 256
 
 # Relative error of a sum of products, by how they are made: that of the split into 11 bits and the rest, or of float32.
 ROUNDING = {"tf32": 2.0**-21, "float32": 2.0**-23}
@@ -116,9 +118,18 @@ def padded_rank(R: int) -> int:
 
 
 def split_columns(N: int, R: int, block_n: int) -> int:
-    """Columns per program: many enough that what is stored per program (R² values) stays below 4 % of P."""
-    wanted = max(MIN_COLUMNS, 40 * R)
+    """Columns per program: many enough that what is stored per program (R² values) stays below 4 % of P.
+
+    An item of fewer than LARGE columns is cut into as many programs as one of LARGE: there latency counts, not bytes.
+    The number does not depend on the batch, so that neither do an item's results.
+    """
+    wanted = fewer(max(MIN_COLUMNS, 40 * R), N)
     return ceil_div(wanted, block_n) * block_n
+
+
+def fewer(columns: int, N: int) -> int:
+    """What LARGE columns are cut into, for an item of N."""
+    return max(min(columns, ceil_div(columns * N, LARGE)), min(columns, LEAST_COLUMNS))
 
 
 def alignment(P: Tensor, *vectors: Tensor) -> int:

@@ -126,8 +126,7 @@ def linear_mahalanobis_and_logdet_backward(
     sums = F.new_empty(B, splits, dtype=torch.float64)
     grad_d = torch.empty_like(d, memory_format=torch.contiguous_format) if need_d else d.new_empty(0)
     zF = F.new_empty(B, splits, S if rides else 0, C, K1, dtype=torch.float64)
-    A = torch.nn.functional.pad(A, (0, -K1 % 4))  # rows that can be read four values at a time
-    small = A.contiguous(), u_step.contiguous(), minus_2au.contiguous()
+    small = tuple(linear_backward.placed(t, F) for t in (A, u_step, minus_2au))
     grads = grad_x if need_x else None, grad_F, sums if scalar_d else grad_d if need_d else None
     if kind != "float64":
         narrow = small[0].float(), small[1].float(), small[2].float()

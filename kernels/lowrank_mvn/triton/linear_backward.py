@@ -10,10 +10,10 @@ of v, whose share in u is `step`:
     one d:        grad_F = A F̃ − 2 Σ a u zᵀ                        A = 2b/d Σ_c M_c, made beforehand
     per pixel:    grad_F = Σ_c 2b M_c F̃D_c⁻¹ − 2 Σ a u zᵀ           grad_d = bπ − Σₛ az²,  πₙ = 1/d − f̃ₙᵀM_c f̃ₙ/d²
 
-AF̃ and M_cF̃ are products of a K × K matrix with a tile of F, in three tf32 products of high and low parts; 1/d scales
-the columns of M_cF̃ afterwards, so that a tile is split once for all channels. Operations for a pixel: 2K² with one d,
-2CK² with a d per pixel, each three times over, beside 6K for each of S·C columns in float32. A stays in registers; M_c
-is loaded for every tile, from the first-level cache.
+F̃ᵀA and F̃ᵀM_c are products of a tile of F, which stays in the registers where tensor cores read it (`tiles`), and a
+K × K matrix, in three tf32 products of high and low parts; 1/d scales the rows of F̃ᵀM_c afterwards, so that a tile is
+split once for all channels. Operations for a pixel: 2K² with one d, 2CK² with a d per pixel, each three times over,
+beside 6K for each of S·C columns in float32. A's parts stay in shared memory; those of M_c are made for every tile.
 
 WIDE is for the items that needed float64 for C: every product in it, and each of the two kernels leaves the other's
 items alone. F̃z is added up on the way if S·C ≤ MAX_RIDERS; beyond, `linear_residual` makes it.
@@ -24,10 +24,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import common, linear_common
-from .common import Block, aligned, narrow, split, tile_offsets
-from .linear_common import MAX_RIDERS, both, channels_last, columns_per_program, fold, nothing, one_value, width
-from .linear_tile import column, curvature, precision, rows, tile_of
+from . import common, linear_common, tiles
+from .common import Block, aligned, narrow, split
+from .linear_common import MAX_RIDERS, both, columns_per_program, one_value
+from .linear_tile import curvature, folded, precision, score, tile_of, times
+from .tiles import places, result, rows_of, store_result
 
 # With one d, A is kept in registers; where a group of four warps does not multiply straight from shared memory (before
 # sm_90) or into memory of its own (sm_100), they last for a narrower tile, or for one that more warps share.
@@ -52,7 +53,7 @@ PIXEL_BLOCKS = {
     (64, True, "sm_100"): Block(4, 16),
     (64, False, "sm_100"): Block(4, 16),
 }
-WIDE_COLUMNS = 16
+WIDE_BLOCK = Block(4, 16)
 
 
 @triton.jit
@@ -62,9 +63,9 @@ def linear_backward_kernel(
     r_ptr,  # [S, B, C, M]
     F_ptr,  # [B, K, M]
     d_ptr,  # [B, C, M], or [B, 1, 1] if SCALAR_D
-    A_ptr,  # [B, GROUPS, K+1, LD]: A if SCALAR_D, else M_c
-    step_ptr,  # [B, S, C, K+1]
-    u_ptr,  # [B, S, C, K+1]: −2au
+    A_ptr,  # [B, GROUPS, K+1, LD] (`placed`): A if SCALAR_D, else M_c
+    step_ptr,  # [B, S, C, LD] (`placed`)
+    u_ptr,  # [B, S, C, LD] (`placed`): −2au
     wide_ptr,  # [B]
     grad_x_ptr,  # [S, B, C, M]
     grad_F_ptr,  # [B, K, M]
@@ -99,8 +100,10 @@ def linear_backward_kernel(
     TILES: tl.constexpr,
     ALIGN: tl.constexpr,
     NARROW: tl.constexpr,
-    LAST: tl.constexpr,
-    WIDTH: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+    LIKE_F: tl.constexpr,
+    J: tl.constexpr,
+    W: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -114,73 +117,80 @@ def linear_backward_kernel(
     stride_gb, stride_gk = aligned((stride_gb, stride_gk), ALIGN)
     if not SCALAR_D:
         stride_db, stride_dc = aligned((stride_db, stride_dc), ALIGN)
+    if LIKE_F:  # the offsets of one are those of the other
+        stride_gb = stride_fb
+        stride_gk = stride_fk
+        stride_gn = stride_fn
     KT: tl.constexpr = K + 1
     GROUPS: tl.constexpr = 1 if SCALAR_D else C
-    CURVED: tl.constexpr = (NEED_F or NEED_D) and not SCALAR_D
     kind: tl.constexpr = tl.float64 if WIDE else tl.float32
     F_ptr += item * stride_fb
     grad_F_ptr += item * stride_gb
     A_ptr += item * GROUPS * KT * LD
-    step_ptr += item * S * C * KT
-    u_ptr += item * S * C * KT
+    step_ptr += item * S * C * LD
+    u_ptr += item * S * C * LD
     offs_k = tl.arange(0, BLOCK_K)
+    rows, columns = places(BY_COLUMN, J, W, BLOCK_K, BLOCK_N)
     b = tl.load(b_ptr + item).to(kind)
     if SCALAR_D:
         d_inv_one = 1.0 / tl.load(d_ptr + item * stride_db).to(kind)
-    # What every tile needs again stays in registers: A if there is one, and the vectors of the columns that ride along.
     kept_A = ()
-    if KEPT and NEED_F and SCALAR_D and not WIDE:
-        inside = (offs_k < K)[:, None] & (offs_k < K)[None, :]
-        whole = tl.load(A_ptr + offs_k[:, None] * LD + offs_k[None, :], mask=inside, other=0.0)
+    if KEPT and NEED_F:
+        whole = tl.load(A_ptr + offs_k[:, None] * LD + offs_k[None, :], mask=(offs_k < K)[:, None], other=0.0)
         high, low = split(whole)
         kept_A = (whole, high, low)
-    kept = ()
-    for j in tl.static_range(RIDERS * C if KEPT else 0):
-        step = tl.load(step_ptr + j * KT + offs_k, mask=offs_k < K, other=0.0)
-        kept = kept + ((step, tl.load(u_ptr + j * KT + offs_k, mask=offs_k < K, other=0.0)),)
-    zF = nothing(RIDERS * C * TILES, BLOCK_K, BLOCK_N // WIDTH, kind)
-    z_ones = nothing(RIDERS * C, 1, BLOCK_N // WIDTH, kind)
-    az2_sum = tl.zeros((1, BLOCK_N // WIDTH), tl.float64)
-    vectors = (a_ptr + item * S, r_ptr, step_ptr, u_ptr, grad_x_ptr)
+    zF = ()
+    z_ones = ()
+    for each in tl.static_range(RIDERS * C):  # noqa: B007
+        z_ones = z_ones + (tl.zeros((BLOCK_N,), kind),)
+    for each in tl.static_range(RIDERS * C * TILES):  # noqa: B007
+        zF = zF + (tl.zeros((W, 8, BLOCK_K), kind),)
+    az2_sum = tl.zeros((BLOCK_N,), tl.float64)
+    vectors = (a_ptr + item * S, r_ptr, step_ptr, grad_x_ptr)
     diagonal = (d_ptr + item * stride_db, stride_dc, stride_dn)
     if not SCALAR_D:
         grad_d_ptr += item * C * M
     start = pid_s * COLUMNS
     for n in range(start, min(start + COLUMNS, M), BLOCK_N):
-        features = (F_ptr, n, M, stride_fk, stride_fn)
+        features = (F_ptr, n, M, stride_fk, stride_fn, rows, columns)
+        none = tl.zeros((BLOCK_N,), kind)
         added = ()
         added_ones = ()
         for tile in tl.static_range(TILES):
             offs_t = tile * BLOCK_K + offs_k
-            F = tile_of(features, offs_t, K, NARROW, BLOCK_N, kind)
-            if SCALAR_D and NEED_F:
-                grad_F, _ = rows(
-                    A_ptr, kept_A, F, features, offs_t, K, LD, KEPT and not WIDE, SPLIT_TF32, TILES, NARROW
-                )
-            else:
-                grad_F = tl.zeros((BLOCK_K, BLOCK_N), kind)
-            none = tl.zeros((BLOCK_N,), kind)
+            F_tile = tile_of(features, tile, K, NARROW)
+            F = result(F_tile).to(kind)
+            # Columns that ride come first: their sums need F, what they add to grad_F only z.
             az2 = none
+            scores = ()
             squares = ()
             for c in tl.static_range(C if RIDERS > 0 else 0):
-                d_inv = d_inv_one if SCALAR_D else precision(diagonal, c, F, features)
+                d_inv = d_inv_one if SCALAR_D else precision(diagonal, c, F, features, BY_COLUMN)
                 if not SCALAR_D:
                     az2 = none
                 for s in tl.static_range(RIDERS):
-                    grad_F, az2, z = column(
-                        grad_F, az2, s, c, item, vectors, kept[s * C + c] if KEPT else None, d_inv, F, features, offs_t,
-                        B, K, C, tile == 0, NEED_X, KEPT, TILES, NARROW,
+                    z, az2 = score(
+                        s, c, item, az2, vectors, d_inv, F, features, B, K, C, LD,
+                        NEED_X and tile == 0, TILES, NARROW, BY_COLUMN,
                     )  # fmt: skip
-                    Fz = fold(F * z[None, :], WIDTH, LAST)
-                    added = added + (zF[(tile * C + c) * RIDERS + s] + Fz,)
+                    added = added + (zF[(tile * C + c) * RIDERS + s] + folded(F * z[:, None], W),)
                     if tile == 0:
-                        total = fold(z[None, :], WIDTH, LAST)
-                        added_ones = added_ones + (z_ones[c * RIDERS + s] + total,)
-                if not SCALAR_D:
-                    squares = squares + (az2,)
+                        added_ones = added_ones + (z_ones[c * RIDERS + s] + z,)
+                    scores = scores + (z,)
+                squares = squares + (az2,)
+            if SCALAR_D and NEED_F:
+                grad_F = times(
+                    A_ptr, kept_A, F_tile, features, tile, K, LD, KEPT, SPLIT_TF32, TILES, NARROW, BY_COLUMN,
+                    BLOCK_N, BLOCK_K, kind,
+                )[0]  # fmt: skip
+            else:
+                grad_F = tl.zeros((BLOCK_N, BLOCK_K), kind)
+            for j in tl.static_range(RIDERS * C if NEED_F else 0):  # of sample j % S
+                u = tl.load(u_ptr + (j % RIDERS * C + j // RIDERS) * LD + offs_t)
+                grad_F += scores[j][:, None] * u[None, :]
             if RIDERS == 0 or not SCALAR_D:
                 for c in range(C):
-                    d_inv = d_inv_one if SCALAR_D else precision(diagonal, c, F, features)
+                    d_inv = d_inv_one if SCALAR_D else precision(diagonal, c, F, features, BY_COLUMN)
                     if not SCALAR_D:
                         az2 = none
                     if RIDERS > 0:
@@ -188,35 +198,34 @@ def linear_backward_kernel(
                             az2 = tl.where(c == i, squares[i], az2)
                     else:
                         for s in range(S):
-                            grad_F, az2, z = column(
-                                grad_F, az2, s, c, item, vectors, None, d_inv, F, features, offs_t,
-                                B, K, C, tile == 0, NEED_X, False, TILES, NARROW,
+                            z, az2 = score(
+                                s, c, item, az2, vectors, d_inv, F, features, B, K, C, LD,
+                                NEED_X and tile == 0, TILES, NARROW, BY_COLUMN,
                             )  # fmt: skip
-                    if CURVED:
+                            grad_F += z[:, None] * tl.load(u_ptr + (s * C + c) * LD + offs_t)[None, :]
+                    if (NEED_F or NEED_D) and not SCALAR_D:
                         grad_F = curvature(
-                            grad_F, az2, c, b, A_ptr, grad_d_ptr, d_inv, F, features, offs_t,
-                            K, LD, NEED_D and tile == 0, SPLIT_TF32, TILES, NARROW,
+                            grad_F, az2, c, b, A_ptr, grad_d_ptr, d_inv, F_tile, F, features, tile,
+                            K, LD, NEED_D and tile == 0, SPLIT_TF32, TILES, NARROW, BY_COLUMN,
                         )  # fmt: skip
             if SCALAR_D and tile == 0:
-                az2_sum += fold(az2[None, :], WIDTH, LAST).to(tl.float64)
+                az2_sum += az2.to(tl.float64)
             if NEED_F:
-                mask_n = (n + tl.arange(0, BLOCK_N)) < M
-                offsets = tile_offsets(offs_t, stride_gk, stride_gn, NARROW, BLOCK_N)
-                tile_ptr = grad_F_ptr + tl.full((), 1, tl.int64) * n * stride_gn
-                tl.store(tile_ptr + offsets, narrow(grad_F, grad_F_ptr), mask=(offs_t < K)[:, None] & mask_n[None, :])
+                grad_F = narrow(grad_F, grad_F_ptr)
+                store_result(grad_F_ptr, grad_F, tile, n, M, stride_gk, stride_gn, K, NARROW, BY_COLUMN, J, W)
         zF = added
         z_ones = added_ones
     out = item * SPLITS + pid_s
     if SCALAR_D:
-        tl.store(grad_d_ptr + out + tl.arange(0, 1), -tl.sum(az2_sum, 1))
-    one = tl.arange(0, 1)
+        tl.store(grad_d_ptr + out, -tl.sum(az2_sum, 0))
     for c in tl.static_range(C if RIDERS > 0 else 0):
         for s in tl.static_range(RIDERS):
             zF_row = zF_ptr + ((out * RIDERS + s) * C + c) * KT
-            tl.store(zF_row + K + one, tl.sum(z_ones[c * RIDERS + s], 1))
+            tl.store(zF_row + K, tl.sum(z_ones[c * RIDERS + s], 0))
             for tile in tl.static_range(TILES):
-                offs_t = tile * BLOCK_K + offs_k
-                tl.store(zF_row + offs_t, tl.sum(zF[(tile * C + c) * RIDERS + s], 1), mask=offs_t < K)
+                offs_t = tile * BLOCK_K + rows_of(offs_k)
+                total = tl.sum(tl.sum(zF[(tile * C + c) * RIDERS + s], 0), 0)
+                tl.store(zF_row + offs_t, total, mask=offs_t < K)
 
 
 def gradients(
@@ -235,22 +244,17 @@ def gradients(
 ) -> None:
     """Fills what there is of `grads` of x, F and d (−Σ az² [B, SPLITS], if d is one value), and zF if it rides.
 
-    zF is [B, SPLITS, S, C, K+1]; `small` is A [B, C or 1, K+1, K+1 or more], step and −2au
-    [B, S, C, K+1], of the kind of the products.
+    zF is [B, SPLITS, S, C, K+1]; `small` is A [B, C or 1, K+1, …], step and −2au [B, S, C, …], all `placed` and of the
+    kind of the products.
     """
     A, step, u = small
-    (S, B, C, M), K, P = r.shape, F.shape[1], F.mT
+    (S, B, C, M), K = r.shape, F.shape[1]
     grad_x, grad_F, grad_d = grads
     G = grad_F if grad_F is not None else F
     is_wide, scalar_d = kind == "float64", one_value(d)
     block_k = _block_k(F)
-    block = _block(F, scalar_d)
-    # Without tensor cores a product needs whole rows of A in a thread: registers that keeping A would take.
-    keeps = scalar_d and kind != "float32"
-    block_n = WIDE_COLUMNS if is_wide else block.columns
-    tiles = common.ceil_div(K, block_k)
-    align = min(common.alignment(P, r, d), common.alignment(G.mT, r))
-    last = channels_last(F)
+    block = WIDE_BLOCK if is_wide else _block(F, scalar_d)
+    count = common.ceil_div(K, block_k)
     common.launch(
         linear_backward_kernel,
         (B * zF.shape[1],),
@@ -294,20 +298,38 @@ def gradients(
         WIDE=is_wide,
         FLAGGED=flagged,
         SPLIT_TF32=kind == "tf32",
-        KEPT=tiles == 1 and keeps,
-        TILES=tiles,
-        ALIGN=align,
-        NARROW=common.narrow_offsets(P, block_n) and common.narrow_offsets(G.mT, block_n),
-        LAST=last,
-        WIDTH=width(align, last, block_n, min(block_n, 32 * block.num_warps // max(1, block_k // 4))),
+        # Without tensor cores a product needs whole columns of A in a thread: registers that keeping A would take.
+        KEPT=scalar_d and kind == "tf32" and count == 1,
+        TILES=count,
+        ALIGN=min(common.alignment(F.mT, r, d), common.alignment(G.mT, r)),
+        NARROW=common.narrow_offsets(F.mT, block.columns) and common.narrow_offsets(G.mT, block.columns),
+        LIKE_F=G.stride() == F.stride(),
         BLOCK_K=block_k,
-        BLOCK_N=block_n,
+        BLOCK_N=block.columns,
+        **_shape(block, F),
     )
+
+
+def placed(t: Tensor, F: Tensor) -> Tensor:
+    """The last dimension of `t`, K features and the row of ones, as the kernel reads it: as many features as tiles
+    have, in the order of a result's columns, then the value for the ones and three zeros."""
+    K, block_k = F.shape[1], _block_k(F)
+    m = torch.arange(common.ceil_div(K, block_k) * block_k, device=t.device)
+    features = torch.nn.functional.pad(t[..., :K], (0, len(m) - K))[..., rows_of.fn(m)]
+    return torch.cat([features, t[..., K:], t.new_zeros(*t.shape[:-1], 3)], -1)
 
 
 def rides(S: int, C: int) -> bool:
     """Whether F̃z of every column is added up on the way."""
     return 0 < S * C <= MAX_RIDERS
+
+
+def _shape(block: Block, F: Tensor) -> dict:
+    """As `tiles.shape`, but a warp's rows in one piece, where tiles are no wider than a group of four warps."""
+    found = tiles.shape(block, by_column=F.stride(2) == 1)
+    if found["J"] == 4 and block.columns < 32 * block.num_warps:
+        found |= {"J": 2, "W": min(block.num_warps, block.columns // 16)}
+    return found
 
 
 def _block_k(F: Tensor) -> int:
@@ -328,4 +350,4 @@ def splits(F: Tensor, d: Tensor) -> tuple[int, int]:
     return max(1, common.ceil_div(M, columns)), columns
 
 
-__all__ = ["gradients", "rides", "splits"]
+__all__ = ["gradients", "placed", "rides", "splits"]

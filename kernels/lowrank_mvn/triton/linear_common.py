@@ -68,8 +68,9 @@ def width(align: int, last: bool, block_n: int, lanes: int) -> int:
 
 
 def columns_per_program(M: int, B: int, least: int, block_n: int) -> int:
-    """Few enough for PROGRAMS programs, but at least `least`, so that what a program stores is little beside F."""
-    wanted = min(max(M * B // PROGRAMS, least), common.MAX_COLUMNS)
+    """Few enough for PROGRAMS programs, but at least `least`, so that what a program stores is little beside F (less
+    than that where an item is small, `common.fewer`)."""
+    wanted = min(max(M * B // PROGRAMS, common.fewer(least, M)), common.MAX_COLUMNS)
     return max(1, common.ceil_div(wanted, block_n)) * block_n
 
 

@@ -14,7 +14,7 @@ turned from one of these forms into the other by naming its dimensions anew, whi
 import triton
 import triton.language as tl
 
-from .common import Block
+from .common import Block, split
 
 
 @triton.jit
@@ -61,6 +61,19 @@ def result(tile):
     W: tl.constexpr = tile.shape[4]
     tile = tl.reshape(tile, (I, 2, H, J // 2, 2, W, 8, 4))
     return tl.reshape(tl.permute(tile, (2, 3, 5, 4, 6, 0, 7, 1)), (8 * H * J * W, 8 * I))
+
+
+@triton.jit
+def product(P, high, low, whole, SPLIT_TF32: tl.constexpr):
+    """PᵀA of an operand P and a matrix A [rows, m] = high + low = whole: in three tf32 products, or in float32."""
+    P = P.to(tl.float32)
+    if SPLIT_TF32:
+        P_high, P_low = split(P)
+        T = tl.dot(P_low, high, input_precision="tf32")
+        T = tl.dot(P_high, low, T, input_precision="tf32")
+        return tl.dot(P_high, high, T, input_precision="tf32")
+    else:
+        return tl.dot(P, whole, input_precision="ieee")
 
 
 @triton.jit
@@ -149,4 +162,15 @@ def shape(block: Block, by_column: bool) -> dict:
     return {"BY_COLUMN": by_column, "J": J, "W": max(1, min(block.num_warps, block.columns // (8 * J)))}
 
 
-__all__ = ["in_memory", "load_placed", "operand", "ordered", "places", "result", "rows_of", "shape", "store_result"]
+__all__ = [
+    "in_memory",
+    "load_placed",
+    "operand",
+    "ordered",
+    "places",
+    "product",
+    "result",
+    "rows_of",
+    "shape",
+    "store_result",
+]
