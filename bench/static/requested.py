@@ -13,7 +13,7 @@ from unittest.mock import patch
 import torch
 
 B, N = 1, 12288
-LINEAR_N = 6400  # a few programs of a linear factor's kernels, C · LINEAR_N = 19 200
+LINEAR_N = 12_288
 
 
 def count(R: int, layout: str) -> list[dict]:

@@ -179,8 +179,8 @@ def linear_gram(
 
 
 def linear_mahalanobis_and_logdet(x: Tensor, loc: Tensor | None, F: Tensor, W: Tensor, m: Tensor | None, d: Tensor):
-    """q [S, B], log|Σ| [B], and for the backward pass C⁻¹, v [S, B, R], its last step, W_cG_c [B, C, R, K+1], the
-    residual and `wide` [B].
+    """q [S, B], log|Σ| [B], and for the backward pass C⁻¹, v [S, B, R], its last step, W_cG_c [B, C, R, K+1], F̃z_c
+    [B, S, C, K+1], the residual and `wide` [B].
 
     All float64 but the residual r = δ − F̃ᵀ(u + m) [S, B, C, M], made in float64 and rounded once, at v before its last
     step.
@@ -209,10 +209,11 @@ def linear_mahalanobis_and_logdet(x: Tensor, loc: Tensor | None, F: Tensor, W: T
             f = exact[:, :K] if products == torch.float64 else f.to(products)
             zF[b, :, :K] += torch.bmm(z, f.mT)
             zF[b, :, K] += z.sum(2, dtype=torch.float64)
-    g = g + linear_forms.projection(zF.unflatten(1, (S, channels)), WG, W64, None)
+    zF = zF.unflatten(1, (S, channels))
+    g = g + linear_forms.projection(zF, WG, W64, None)
     step = g @ C_inv
-    q = q - (g * step).sum(-1)
-    return q.T.contiguous(), logdet, C_inv, (v + step).transpose(0, 1), step.transpose(0, 1), WG, residual, wide
+    q, zF = q - (g * step).sum(-1), linear_forms.of_scores(zF, WG, step)
+    return q.T.contiguous(), logdet, C_inv, (v + step).transpose(0, 1), step.transpose(0, 1), WG, zF, residual, wide
 
 
 def linear_mahalanobis_and_logdet_backward(
@@ -228,13 +229,14 @@ def linear_mahalanobis_and_logdet_backward(
     v: Tensor,
     step: Tensor,
     WG: Tensor,
+    zF: Tensor,
     residual: Tensor,
     wide: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """grad_x [S, B, C, M], grad_F, grad_W, grad_m (empty without m) and grad_d; `needs` is for x, F and d: what is not
     needed is empty. grad_loc is −grad_x."""
-    (S, B, channels, M), (R, K1), K = x.shape, W.shape[2:], F.shape[1]
+    (S, _, channels, M), (R, K1), K = x.shape, W.shape[2:], F.shape[1]
     need_x, need_F, need_d = needs
     SC, one = S * channels, linear_forms.one_value(d)
     tiles = linear_forms.from_tiles(channels, R, K1, not one)
@@ -247,7 +249,6 @@ def linear_mahalanobis_and_logdet_backward(
     grad_x = x.new_empty(x.shape if need_x else 0, dtype=residual.dtype)
     grad_F = empty_gradient(F) if need_F else F.new_empty(0)
     grad_d = d.new_zeros(d.shape if need_d else 0, dtype=torch.float64 if one else d.dtype)
-    zF = F.new_zeros(B, SC, K1, dtype=torch.float64)
     if need_d and one:
         # Σₙ πₙ = (N − R + tr C⁻¹)/d, because PᵀD⁻¹P = C − I.
         trace = C_inv.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -279,7 +280,6 @@ def linear_mahalanobis_and_logdet_backward(
                 stack, z = made, z_made
             else:
                 z.copy_(z_made)
-            zF[b] += torch.bmm(z_made, f.mT)
             z_c = z_made.unflatten(1, (S, channels))
             if need_x:
                 grad_x[:, b, :, n] = (2 * a_[b, :, None, None] * z_c).transpose(0, 1)
@@ -310,7 +310,6 @@ def linear_mahalanobis_and_logdet_backward(
                     grad_f.addcmul_(Mf[:, :K], two_b[b] * p.unsqueeze(1))
             if need_F:
                 grad_F[b, :, n] = grad_f
-    zF = zF.unflatten(1, (S, channels))
     grad_W = linear_forms.grad_weight(a, b_, C_inv, v, WG, zF, shared=W.shape[0] == 1)
     grad_m = F.new_empty(0) if m is None else linear_forms.grad_mean(a, zF).to(m.dtype)
     return grad_x, grad_F, grad_W.to(W.dtype), grad_m, grad_d.to(d.dtype)

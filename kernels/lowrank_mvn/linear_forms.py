@@ -127,6 +127,11 @@ def too_rough(diagonal_G: Tensor, W: Tensor, C_inv: Tensor, rounding: float, til
     return ~(rounding * moved <= aten.LOG_DET_TOLERANCE)
 
 
+def of_scores(zF: Tensor, WG: Tensor, step: Tensor) -> Tensor:
+    """F̃z_c [B, S, C, K+1] of z = D⁻¹(r − F̃ᵀW_cᵀstep), step [B, S, R]: F̃D⁻¹r, less (W_cG_c)ᵀ step."""
+    return zF - torch.matmul(step.unsqueeze(1), WG).transpose(1, 2)
+
+
 def grad_weight(a: Tensor, b: Tensor, C_inv: Tensor, v: Tensor, WG: Tensor, zF: Tensor, shared: bool) -> Tensor:
     """grad_W_c = 2b C⁻¹W_cG_c − 2a v(F̃z_c)ᵀ [1 or B, C, R, K+1], summed over items that share W; a [B, S], b [B]."""
     grad = weighted(2 * b[:, None, None] * C_inv, WG)

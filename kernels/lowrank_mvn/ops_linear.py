@@ -40,6 +40,7 @@ def _forward_fake(x, loc, F, W, m, d, impl):
         new(S, B, R),
         new(S, B, R),
         new(B, C, R, K1),
+        new(B, S, C, K1),
         new(S, B, C, M if keeps else 0, dtype=aten.product_dtype(x, F, W, d) if keeps else torch.float64),
         new(B, dtype=torch.bool),
     )
@@ -47,21 +48,21 @@ def _forward_fake(x, loc, F, W, m, d, impl):
 
 ops.define(
     "linear_mahalanobis_and_logdet(Tensor x, Tensor? loc, Tensor F, Tensor W, Tensor? m, Tensor d, str impl)"
-    " -> (Tensor mahalanobis, Tensor logdet, Tensor C_inv, Tensor v, Tensor step, Tensor WG, Tensor residual,"
-    " Tensor wide)",
+    " -> (Tensor mahalanobis, Tensor logdet, Tensor C_inv, Tensor v, Tensor step, Tensor WG, Tensor zF,"
+    " Tensor residual, Tensor wide)",
     _forward,
     _forward_fake,
 )
 
 
-def _backward(a, b, x, loc, F, W, m, d, C_inv, v, step, WG, residual, wide, needs, impl):
+def _backward(a, b, x, loc, F, W, m, d, C_inv, v, step, WG, zF, residual, wide, needs, impl):
     with ops.without_autocast(F.device):
         return IMPLEMENTATIONS[impl].linear_mahalanobis_and_logdet_backward(
-            a, b, x, loc, F, W, m, d, C_inv, v, step, WG, residual, wide, needs
+            a, b, x, loc, F, W, m, d, C_inv, v, step, WG, zF, residual, wide, needs
         )
 
 
-def _backward_fake(a, b, x, loc, F, W, m, d, C_inv, v, step, WG, residual, wide, needs, impl):
+def _backward_fake(a, b, x, loc, F, W, m, d, C_inv, v, step, WG, zF, residual, wide, needs, impl):
     contiguous, (need_x, need_F, need_d) = torch.contiguous_format, needs
     return (
         x.new_empty(x.shape if need_x else (0,), dtype=aten.product_dtype(x, F, W, d)),
@@ -74,7 +75,8 @@ def _backward_fake(a, b, x, loc, F, W, m, d, C_inv, v, step, WG, residual, wide,
 
 ops.define(
     "linear_mahalanobis_and_logdet_backward(Tensor a, Tensor b, Tensor x, Tensor? loc, Tensor F, Tensor W, Tensor? m,"
-    " Tensor d, Tensor C_inv, Tensor v, Tensor step, Tensor WG, Tensor residual, Tensor wide, bool[3] needs, str impl)"
+    " Tensor d, Tensor C_inv, Tensor v, Tensor step, Tensor WG, Tensor zF, Tensor residual, Tensor wide, bool[3] needs,"
+    " str impl)"
     " -> (Tensor grad_x, Tensor grad_F, Tensor grad_W, Tensor grad_m, Tensor grad_d)",
     _backward,
     _backward_fake,
@@ -119,7 +121,7 @@ def _grad_loc(grad_x, x, loc):
 
 def _setup_context_twice(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:8])
-    ctx.needs = inputs[14]
+    ctx.needs = inputs[15]
 
 
 def _ones(F: Tensor) -> Tensor:
@@ -142,7 +144,7 @@ def _differentiate_twice(ctx, *grads):
         delta, P = _full(x, loc, F, W, m)
         return reference.mahalanobis_and_logdet(delta, delta.new_zeros(()), P, d.flatten(1))
 
-    return *_twice(textbook, (a, b), saved, ctx.needs, grads), *[None] * 8
+    return *_twice(textbook, (a, b), saved, ctx.needs, grads), *[None] * 9
 
 
 def _twice(textbook, cotangents, saved, needs, grads):
@@ -335,7 +337,13 @@ mahalanobis_and_logdet: Any = ops._register(
     _setup_context,
     _differentiate,
     _batched(
-        lambda *inputs: mahalanobis_and_logdet(*inputs), 6, (1, 1, 0, 0, 0, 0), (1, 0, 0, 1, 1, 0, 1, 0), F=2, W=3, m=4
+        lambda *inputs: mahalanobis_and_logdet(*inputs),
+        6,
+        (1, 1, 0, 0, 0, 0),
+        (1, 0, 0, 1, 1, 0, 0, 1, 0),
+        F=2,
+        W=3,
+        m=4,
     ),
 )
 mahalanobis_and_logdet_backward: Any = ops._register(
@@ -344,8 +352,8 @@ mahalanobis_and_logdet_backward: Any = ops._register(
     _differentiate_twice,
     _batched(
         lambda *inputs: mahalanobis_and_logdet_backward(*inputs),
-        14,
-        (1, 0, 1, 1, 0, 0, 0, 0, 0, 1, 1, 0, 1, 0),
+        15,
+        (1, 0, 1, 1, 0, 0, 0, 0, 0, 1, 1, 0, 0, 1, 0),
         (1, 0, -1, 0, 0),
         F=4,
         W=5,

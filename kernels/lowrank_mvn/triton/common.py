@@ -140,7 +140,7 @@ def alignment(P: Tensor, *vectors: Tensor) -> int:
     """
     if P.stride(1) != 1 or (P.stride(2) == 1 and P.shape[2] != 1):
         return 1
-    return min(_divisor(P.stride(0), P.stride(2)), vector_alignment(P.shape[1], *vectors))
+    return min(divisor(P.stride(0), P.stride(2)), vector_alignment(P.shape[1], *vectors))
 
 
 def vector_alignment(N: int, *vectors: Tensor) -> int:
@@ -151,10 +151,10 @@ def vector_alignment(N: int, *vectors: Tensor) -> int:
             if t.stride(-1) != 1:
                 return 1
             numbers += t.stride()[:-1]
-    return _divisor(*numbers)
+    return divisor(*numbers)
 
 
-def _divisor(*numbers: int) -> int:
+def divisor(*numbers: int) -> int:
     """The largest power of two, at most 16, that divides all."""
     return math.gcd(16, *numbers)
 

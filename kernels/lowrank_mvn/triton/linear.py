@@ -71,9 +71,8 @@ def linear_gram(
 
 
 def linear_mahalanobis_and_logdet(x: Tensor, loc: Tensor | None, F: Tensor, W: Tensor, m: Tensor | None, d: Tensor):
-    """q [S, B], log|Σ| [B], and for the backward pass C⁻¹, v [S, B, R], its last step, W_cG_c, the residual and `wide`.
-
-    As `aten_linear`'s.
+    """q [S, B], log|Σ| [B], and for the backward pass C⁻¹, v [S, B, R], its last step, W_cG_c, F̃z_c, the residual and
+    `wide`, as `aten_linear`'s.
     """
     S, W64, m64 = x.shape[0], W.double(), None if m is None else m.double()
     WG, wF, _, C_inv, logdet, wide = _factorised(x, loc, F, W64, d, False)
@@ -86,7 +85,8 @@ def linear_mahalanobis_and_logdet(x: Tensor, loc: Tensor | None, F: Tensor, W: T
     g = linear_forms.projection(zF, WG, W64, None) - v
     step = g @ C_inv
     q = q + (v.square() - g * step).sum(-1)
-    return q.mT, logdet, C_inv, (v + step).transpose(0, 1), step.transpose(0, 1), WG, residual, wide
+    zF = linear_forms.of_scores(zF, WG, step)
+    return q.mT, logdet, C_inv, (v + step).transpose(0, 1), step.transpose(0, 1), WG, zF, residual, wide
 
 
 def linear_mahalanobis_and_logdet_backward(
@@ -102,13 +102,14 @@ def linear_mahalanobis_and_logdet_backward(
     v: Tensor,
     step: Tensor,
     WG: Tensor,
+    zF: Tensor,
     residual: Tensor,
     wide: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """grad_x [S, B, C, M], grad_F, grad_W, grad_m (empty without m) and grad_d; `needs` is for x, F and d: what is not
     needed is empty. grad_loc is −grad_x."""
-    (S, B, C, M), (R, K1), W64 = x.shape, W.shape[2:], W.double()
+    (_, B, C, M), R, W64 = x.shape, W.shape[2], W.double()
     need_x, need_F, need_d = needs
     scalar_d, kind = one_value(d), common.products(F, residual, d)
     a, b = grad_mahalanobis.T.double().contiguous(), grad_logdet.double().contiguous()  # [B, S], [B]
@@ -120,23 +121,21 @@ def linear_mahalanobis_and_logdet_backward(
     if scalar_d:
         A = 2 * b[:, None, None, None] / d.double().unsqueeze(-1) * A.sum(1, keepdim=True)
     splits, columns = linear_backward.splits(F, d)
-    rides = linear_backward.rides(S, C)
     grad_x = x.new_empty(x.shape if need_x else 0, dtype=residual.dtype)
     grad_F = torch.empty_like(F) if need_F else None
     sums = F.new_empty(B, splits, dtype=torch.float64)
     grad_d = torch.empty_like(d, memory_format=torch.contiguous_format) if need_d else d.new_empty(0)
-    zF = F.new_empty(B, splits, S if rides else 0, C, K1, dtype=torch.float64)
-    small = tuple(linear_backward.placed(t, F) for t in (A, u_step, minus_2au))
+    small = (
+        linear_backward.placed(A, F, matrix=True),
+        linear_backward.placed(u_step, F),
+        linear_backward.placed(minus_2au, F),
+    )
     grads = grad_x if need_x else None, grad_F, sums if scalar_d else grad_d if need_d else None
     if kind != "float64":
         narrow = small[0].float(), small[1].float(), small[2].float()
-        linear_backward.gradients(a, b, residual, F, d, narrow, wide, grads, zF, columns, kind, flagged=True)
+        linear_backward.gradients(a, b, residual, F, d, narrow, wide, grads, splits, columns, kind, flagged=True)
     flagged = kind != "float64"
-    linear_backward.gradients(a, b, residual, F, d, small, wide, grads, zF, columns, "float64", flagged)
-    if rides:
-        zF = zF.sum(1)
-    else:
-        zF, _ = residual_sums(residual, None, F, d, u_step, None)
+    linear_backward.gradients(a, b, residual, F, d, small, wide, grads, splits, columns, "float64", flagged)
     if scalar_d and need_d:
         # Σ π = (N − R + tr C⁻¹)/d.
         trace = C_inv.diagonal(dim1=-2, dim2=-1).sum(-1)
