@@ -194,11 +194,12 @@ def _scratch(block_values: int, bytes_per_value: int) -> Callable[..., tuple[int
     return scratch
 
 
-# What an operator of `lowrank_mvn` allocates and frees inside, and the most that it ever does: two blocks in float64,
-# of P where its columns are nearly collinear, as they are at the start of training, or of F and the rows added to it.
+# What an operator of `lowrank_mvn` allocates and frees inside, and the most that it ever does: of P a block in float64,
+# or two of half the size where its columns are nearly collinear, as they are at the start of training; two blocks in
+# float64 of F and the rows added to it.
 SCRATCH: dict[str, Callable[..., tuple[int, str, float]]] = {
-    "mahalanobis_and_logdet": _scratch(aten.BLOCK_VALUES, 16),
-    "mahalanobis_and_logdet_backward": _scratch(aten.BLOCK_VALUES, 16),
+    "mahalanobis_and_logdet": _scratch(aten.BLOCK_VALUES, 8),
+    "mahalanobis_and_logdet_backward": _scratch(aten.BLOCK_VALUES, 8),
     "linear_mahalanobis_and_logdet": _scratch(aten_linear.BLOCK_VALUES // 2, 16),
     "linear_mahalanobis_and_logdet_backward": _scratch(aten_linear.BACKWARD_BLOCK_VALUES, 16),
 }

@@ -73,16 +73,17 @@ def _blocks(items: slice, N: int, row: int, values: int):
             yield slice(b, min(b + step_b, items.stop)), slice(n, min(n + step_n, N))
 
 
-def _vector_blocks(P: Tensor, S: int, items: slice):
-    """Blocks for vectors of S samples, with the part of P that goes with each."""
-    for b, n in _blocks(items, P.shape[1], max(1, S), VECTOR_VALUES):
+def _vector_blocks(P: Tensor, S: int, items: slice, dtype: torch.dtype):
+    """Blocks for vectors of S samples, with the part of P that goes with each. For float64, which takes twice the
+    memory, of half as many values."""
+    for b, n in _blocks(items, P.shape[1], max(1, S), VECTOR_VALUES * 4 // dtype.itemsize):
         yield b, n, P[b, n]
 
 
-def _factor_blocks(P: Tensor, S: int):
-    """Blocks of a part of P: a row of it, and δ, r, z of every sample."""
+def _factor_blocks(P: Tensor, S: int, dtype: torch.dtype):
+    """Blocks of a part of P for products in `dtype`: a row of it, and δ, r, z of every sample."""
     B, N, R = P.shape
-    for b, n in _blocks(slice(0, B), N, R + 3 * S, BLOCK_VALUES):
+    for b, n in _blocks(slice(0, B), N, R + 3 * S, BLOCK_VALUES * 4 // dtype.itemsize):
         yield b, n, P[b, n]
 
 
@@ -145,14 +146,14 @@ def _gram(x: Tensor, loc: Tensor, P: Tensor, d: Tensor, items: slice, dtype: tor
     whole = R - R % 8 if R % 8 <= 2 else R
     half = (whole + 15) // 16 * 8
     one_d = d.shape[1] == 1
-    for b, n, part in _vector_blocks(P, S, items):
+    for b, n, part in _vector_blocks(P, S, items, dtype):
         delta, scale = _delta(x, loc, b, n, dtype), None
         if not one_d:
             scale = _diagonal(d, b, n, dtype)
             scale = scale.sqrt() if inverted else scale.rsqrt()
             delta = delta.mul_(scale.unsqueeze(1))
         C_part, w_part = C[b], w[b]
-        for i, j, p in _factor_blocks(part, S):
+        for i, j, p in _factor_blocks(part, S, dtype):
             Q = _scaled(p, None if scale is None else scale[i, j], scratch)
             C_part[i, :half, :half].add_(torch.bmm(Q[..., :half].mT, Q[..., :half]))
             C_part[i, half:whole, :whole].add_(torch.bmm(Q[..., half:whole].mT, Q[..., :whole]))
@@ -267,11 +268,11 @@ def mahalanobis_and_logdet(
     residual = x.new_empty(x.shape, dtype=dtype)
     scratch = Scratch(torch.float64, P.device)
     for items, products in runs(wide, dtype) if S else ():
-        for b, n, part in _vector_blocks(P, S, items):
+        for b, n, part in _vector_blocks(P, S, items, products):
             delta = _delta(x, loc, b, n, torch.float64)
             d_inv = _diagonal(d, b, n, products).reciprocal()
             r, g_part = residual.transpose(0, 1)[b, :, n], g[b]
-            for i, j, p in _factor_blocks(part, S):
+            for i, j, p in _factor_blocks(part, S, products):
                 # Where d is small, r is what is left of numbers hundreds of times its size: in float64, rounded once.
                 exact = torch.baddbmm(delta[i, :, j], v[b][i], scratch.like(p).copy_(p).mT, alpha=-1)
                 rounded = r[i, :, j].copy_(exact)
@@ -359,12 +360,12 @@ def mahalanobis_and_logdet_backward(
         if scalar_d:  # D⁻¹ is in the R×R part, and Q is P
             W, minus_step = (t / d.double().unsqueeze(-1) for t in (W, minus_step))
         W, minus_step = W.to(products), minus_step.to(products)
-        for b, n, part in _vector_blocks(P, S, items):
+        for b, n, part in _vector_blocks(P, S, items, products):
             d_inv = _diagonal(d, b, n, products).reciprocal()
             r = residual[:, b, n].to(products).transpose(0, 1)
             z = torch.empty_like(r)
             row_sums = d_inv.new_empty(part.shape[:2]) if need_d and not scalar_d else None
-            for i, j, p in _factor_blocks(part, S):
+            for i, j, p in _factor_blocks(part, S, products):
                 # With Q = D⁻¹P: z = D⁻¹r − QC⁻¹g and T = 2bQC⁻¹.
                 Q = _scaled(p, None if scalar_d else d_inv[i, j], Q_scratch)
                 zj = torch.addcmul(
@@ -402,11 +403,11 @@ def rsample(loc: Tensor, P: Tensor, d: Tensor, omega_p: Tensor, omega_d: Tensor 
     S, (B, N, _) = omega_p.shape[0], P.shape
     dtype = product_dtype(loc, P, d)
     y, omega = loc.new_empty(S, B, N), omega_p.transpose(0, 1).to(dtype)
-    for b, n, part in _vector_blocks(P, S, slice(0, B)) if S else ():
+    for b, n, part in _vector_blocks(P, S, slice(0, B), dtype) if S else ():
         root = _diagonal(d, b, n, dtype).sqrt()
         shift = loc[:, b, n].to(dtype).addcmul(omega_d[:, b, n].to(dtype), root).transpose(0, 1)
         out = y.transpose(0, 1)[b, :, n]
-        for i, j, p in _factor_blocks(part, S):
+        for i, j, p in _factor_blocks(part, S, dtype):
             out[i, :, j] = torch.baddbmm(shift[i, :, j], omega[b][i], p.to(dtype).mT)
     return y
 
@@ -429,7 +430,7 @@ def rsample_backward(
     grad_d = d.new_zeros(d.shape, dtype=torch.float64 if d.shape[1] == 1 else dtype) if need_d else d.new_empty(0)
     grad_omega_d = omega_d.new_empty(omega_d.shape if need_omega_d else 0)
     omega = omega_p.transpose(0, 1).to(dtype)
-    for b, n, part in _vector_blocks(P, S, slice(0, B)):
+    for b, n, part in _vector_blocks(P, S, slice(0, B), dtype):
         g = grad_y[:, b, n].to(dtype).transpose(0, 1)
         root = _diagonal(d, b, n, dtype).sqrt()
         if need_d:
@@ -440,7 +441,7 @@ def rsample_backward(
                 grad_d[b, n] = product / (2 * root)
         if need_omega_d:
             grad_omega_d[:, b, n] = (g * root.unsqueeze(1)).transpose(0, 1)
-        for i, j, p in _factor_blocks(part, S) if need_P else ():
+        for i, j, p in _factor_blocks(part, S, dtype) if need_P else ():
             z, out = g[i, :, j].mT, grad_P[b, n][i, j]
             if S == 1 and p.dtype == dtype:  # straight into the gradient: a step less
                 torch.mul(z, omega[b][i], out=out)
