@@ -200,7 +200,7 @@ def test_offsets_beyond_int32(kernels, monkeypatch):
     """A batch stride and a row stride beyond 2³¹ elements, of P and of its gradients, over memory of which next to
     nothing is touched."""
     B, N, R = 2, 3, 2
-    stride_b, stride_n = 2**31 + 5, 2**30 + 3
+    stride_b, stride_n = 2**31 + 101, 2**30 + 3  # no two values in one place
     size = 4 * (stride_b + (N - 1) * stride_n + R)
     if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 3 * size:
         pytest.skip("needs 52 GB of the GPU's memory: nothing is lazy there")
