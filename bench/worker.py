@@ -45,7 +45,7 @@ class Timed:
         self.flush: Any = None
 
     def prepare(self) -> tuple[int, str]:
-        """Makes the inputs, calls once, and returns the peak memory of the second call."""
+        """Makes the inputs, calls once, and returns the peak memory of calls after that."""
         self.inputs = self.operator.inputs(self.case)
         self.job = self.build(self.case, self.inputs)
         self.job.call()

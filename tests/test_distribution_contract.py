@@ -17,9 +17,19 @@ import torch.distributions as td
 from lowrank_cases import draw, gradients, oracle, parameters
 
 import lowrank_mvn
-from lowrank_mvn import LowRankMultivariateNormal
+from lowrank_mvn import LinearFactor, LowRankMultivariateNormal
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def from_features(loc, P, d, **options):
+    """Ours with P as a linear map of features, where it has one batch dimension."""
+    if P.dim() == 3:
+        identity = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
+        P = LinearFactor(P.mT, identity.unsqueeze(1))
+    return LowRankMultivariateNormal(loc, P, d, **options)
+
+
 CLASSES = [td.LowRankMultivariateNormal, LowRankMultivariateNormal]
 
 
@@ -34,8 +44,13 @@ def backend(request, backend):
         torch.set_default_device(None)
 
 
-@pytest.fixture(params=CLASSES, ids=["torch", "ours"])
+@pytest.fixture(params=[*CLASSES, from_features], ids=["torch", "ours", "features"])
 def cls(request):
+    return request.param
+
+
+@pytest.fixture(params=CLASSES, ids=["torch", "ours"])
+def kind(request):
     return request.param
 
 
@@ -81,19 +96,19 @@ def test_repr(cls):
     )
 
 
-def test_signature_and_doc(cls):
+def test_signature_and_doc(kind):
     expected = inspect.signature(td.LowRankMultivariateNormal.__init__).parameters.values()
-    found = inspect.signature(cls.__init__).parameters.values()
+    found = inspect.signature(kind.__init__).parameters.values()
     assert [(p.name, p.kind, p.default) for p in found] == [(p.name, p.kind, p.default) for p in expected]
     for ours, theirs in zip(found, expected, strict=True):  # what torch's takes; ours says what else it does
         assert theirs.annotation in (ours.annotation, *get_args(ours.annotation))
-    assert "cov_factor" in cls.__doc__
+    assert "cov_factor" in kind.__doc__
 
 
 def test_expand(cls):
     D = make(cls)
     E = D.expand((4, 3))
-    assert type(E) is cls
+    assert type(E) is type(D)
     assert E.batch_shape == (4, 3)
     x = draw(*parameters((3,), 7, 2))
     torch.testing.assert_close(E.log_prob(x), D.log_prob(x).expand(4, 3))
@@ -102,15 +117,15 @@ def test_expand(cls):
     assert E.loc.data_ptr() == D.loc.data_ptr()
 
 
-def test_subclasses_expand_as_torchs_do(cls):
-    class Named(cls):
+def test_subclasses_expand_as_torchs_do(kind):
+    class Named(kind):
         def hello(self):
             return "hello"
 
     D = make(Named)
     assert D.expand((4, 3)).hello() == "hello"
 
-    class Other(cls):
+    class Other(kind):
         def __init__(self, only):
             super().__init__(only, only.unsqueeze(-1), torch.ones_like(only))
 

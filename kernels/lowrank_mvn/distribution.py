@@ -115,6 +115,14 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
     def cov_factor(self) -> Tensor:
         return self._unbroadcasted_cov_factor.expand(self._batch_shape + self._P.shape[-2:])
 
+    def __repr__(self) -> str:
+        """As torch's, and of what is linear in features the shape, without making it."""
+        shape = self._batch_shape + self._event_shape
+        shapes = {"loc": shape, "cov_factor": self._batch_shape + self._P.shape[-2:], "cov_diag": shape}
+        made = {name: self.__dict__.get(name) for name in shapes}
+        values = (f"{n}: {shapes[n] if t is None or t.numel() != 1 else t}" for n, t in made.items())
+        return f"{type(self).__name__}({', '.join(values)})"
+
     @property
     def _mean(self) -> Tensor | LinearMean:
         """The mean in the whole batch shape, a `LinearMean` as long as it has that."""
