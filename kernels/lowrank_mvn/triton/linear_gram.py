@@ -30,8 +30,15 @@ from .common import Block, aligned, load_tile, split
 from .linear_common import MAX_RIDERS, both, channels_last, columns_per_program, fold, nothing, one_value, width
 
 # By padded number of features: one warp multiplies every column of its tile with itself; from 64 rows on four warps are
-# one tensor-core group.
-BLOCKS = both({16: Block(1, 64), 32: Block(1, 32), 64: Block(4, 32), 128: Block(8, 32)})
+# one tensor-core group, for which neighbouring features would be turned in shared memory.
+BLOCKS = {
+    **both({16: Block(1, 64), 32: Block(1, 32), 64: Block(4, 32), 128: Block(8, 32)}),
+    (64, False): Block(2, 16),
+    (64, False, "sm_75"): Block(4, 32),
+    (64, False, "sm_80"): Block(4, 32),
+    (64, False, "sm_100"): Block(4, 32),
+    (64, False, "gfx"): Block(4, 32),
+}
 
 
 @triton.jit
