@@ -34,7 +34,7 @@ from .tiles import operand_rows, places, rows_of, store_result
 # two of them share what is loaded for a tile: step, u and a row of A.
 BLOCKS = {
     **both({16: Block(1, 64), 32: Block(1, 32), 64: Block(8, 128), 128: Block(8, 32)}),
-    (64, True, "sm_75"): Block(8, 32),
+    (64, True, "sm_75"): Block(8, 16),
     (64, False, "sm_75"): Block(8, 32),
     (64, True, "sm_80"): Block(4, 64),
     (64, False, "sm_80"): Block(4, 32),
@@ -146,9 +146,11 @@ def linear_backward_kernel(
             kept = kept + split(tl.load(half_ptr + HALF))
     az2_sum = tl.zeros((BLOCK_N,), tl.float64)
     vectors = (a_ptr + item * S, r_ptr, step_ptr, u_ptr, grad_x_ptr)
-    if not SCALAR_D:
-        grad_d_ptr += item * C * M
-    diagonal = (d_ptr + item * stride_db, stride_dc, stride_dn, grad_d_ptr, b)
+    d_ptr += item * stride_db
+    if SCALAR_D:
+        diagonal = (1.0 / tl.load(d_ptr).to(kind), stride_dc, stride_dn, grad_d_ptr, b)
+    else:
+        diagonal = (d_ptr, stride_dc, stride_dn, grad_d_ptr + item * C * M, b)
     start = pid_s * COLUMNS
     for n in range(start, min(start + COLUMNS, M), BLOCK_N):
         features = (F_ptr, n, M, stride_fk, stride_fn, rows, columns)

@@ -40,7 +40,7 @@ def _back(a, features, BY_COLUMN: tl.constexpr):
 @triton.jit
 def times(
     A_ptr,
-    kept,  # high and low parts of A's first and second half of rows, or of A if BLOCK_K is 16; if KEPT
+    kept,  # if KEPT, for products in tf32: high and low parts of A's two halves of rows, or of A if BLOCK_K is 16
     F_tile,
     features,
     tile,
@@ -70,11 +70,11 @@ def times(
             F_k = tl.load(F_row + offs_n.to(tl.int64) * stride_fn, mask=inside, other=0.0).to(tl.float64)
             T += _in_order(F_k, features, BY_COLUMN)[:, None] * A_k[None, :]
     elif KEPT and BLOCK_K == 16:
-        T = product(operand(F_tile), kept[0], kept[1], kept[0], SPLIT_TF32)
+        T = product(operand(F_tile), kept[0], kept[1], None, True)
     elif KEPT:  # in two halves of the features: the parts of one are in registers, not those of both
         first, second = halves(F_tile)
-        T = product(operand(first), kept[0], kept[1], kept[0], SPLIT_TF32)
-        T = product(operand(second), kept[2], kept[3], kept[2], SPLIT_TF32, T)
+        T = product(operand(first), kept[0], kept[1], None, True)
+        T = product(operand(second), kept[2], kept[3], None, True, T)
     else:
         for other in range(TILES):
             offs_o = other * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -175,7 +175,7 @@ def channel(
     item,
     A_ptr,  # M_0
     vectors,  # as `_score` has it
-    diagonal,  # d's pointer, the strides of channels and pixels, grad_d's pointer, and b
+    diagonal,  # d's pointer, or 1/d if SCALAR_D, the strides of channels and pixels, grad_d's pointer, and b
     F_tile,
     features,
     tile,
@@ -202,7 +202,7 @@ def channel(
     offs_n = features[1] + tl.arange(0, F.shape[0])
     mask_n = offs_n < features[2]
     if SCALAR_D:
-        d_inv = 1.0 / tl.load(d_ptr).to(F.dtype)
+        d_inv = d_ptr
     else:
         where = tl.full((), 1, tl.int64) * c * stride_dc + offs_n.to(tl.int64) * stride_dn
         d_inv = 1.0 / _in_order(tl.load(d_ptr + where, mask=mask_n, other=1.0).to(F.dtype), features, BY_COLUMN)

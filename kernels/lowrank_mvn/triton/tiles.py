@@ -105,7 +105,7 @@ def product(P, high, low, whole, SPLIT_TF32: tl.constexpr, T=None):
         T = tl.dot(P_high, low, T, input_precision="tf32")
         return tl.dot(P_high, high, T, input_precision="tf32")
     else:
-        return tl.dot(P, whole, input_precision="ieee")
+        return tl.dot(P, whole, T, input_precision="ieee")
 
 
 @triton.jit
