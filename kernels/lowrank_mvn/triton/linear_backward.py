@@ -54,7 +54,7 @@ PIXEL_BLOCKS = {
     (64, True, "sm_100"): Block(4, 32),
     (64, False, "sm_100"): Block(4, 32),
 }
-WIDE_BLOCK = Block(4, 16)
+WIDE_BLOCK = Block(8, 16)
 MAX_WRITTEN = 4  # channels
 
 
