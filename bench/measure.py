@@ -1,4 +1,5 @@
-"""Measures one operator on one case: all peers, each in a process of its own, one round after the other.
+"""Measures one operator on one case: all peers, each in a process of its own, one round after the other; and before
+that in another one for its memory.
 
 Round by round every peer has its turn (A B C A B C ...), so that what slows the machine down slows all of them, and
 ratios are taken within a round. While one computes the others wait for a line on their pipe.
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NoReply
 from contextlib import ExitStack, contextmanager, suppress
@@ -23,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from . import machine, peers
+from . import machine, memory, peers
 from .operators import Case, Operator
 from .store import Row
 from .worker import turn_seconds
@@ -71,10 +72,19 @@ class Worker:
 
     Args:
         source: folder with `lowrank_mvn` and `sosvae` to measure, by default this checkout's (see `sources`).
+        environment: variables of the process beside those of this one.
     """
 
     def __init__(
-        self, operator: Operator, case: Case, peer: str, device: str, folder: Path, source: Path, patience: float
+        self,
+        operator: Operator,
+        case: Case,
+        peer: str,
+        device: str,
+        folder: Path,
+        source: Path,
+        patience: float,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         spec = {"operator": operator.name, "case": dataclasses.asdict(case), "peer": peer, "device": device}
         self.log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  (closed in close)
@@ -87,7 +97,7 @@ class Worker:
             stderr=self.log,
             text=True,
             cwd=folder,  # -m puts it first on the path, and nothing to import is there
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, **(environment or {}), "PYTHONPATH": path},
         )
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
@@ -178,12 +188,20 @@ def measure(
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         workers: dict[str, Worker] = {}
+        versions: dict[str, tuple[str, Path]] = {}  # peer, and where our code comes from
 
-        def start(peer: str, checkout: Path) -> Worker:
-            source = stack.enter_context(sources(checkout))
-            worker = Worker(operator, case, peer, device, folder, source, settings.patience)
+        def start(peer: str, source: Path, environment: Mapping[str, str] | None = None) -> Worker:
+            worker = Worker(operator, case, peer, device, folder, source, settings.patience, environment)
             stack.callback(worker.close)
             return worker
+
+        def peak(name: str) -> dict[str, Any]:
+            worker = start(*versions[name], memory.ENVIRONMENT)
+            try:
+                worker.ask("prepare")
+                return worker.ask("peak")
+            finally:
+                worker.close()
 
         def drop(name: str, error: WorkerError) -> None:
             measured[name].status, measured[name].note = error.status, error.note
@@ -194,11 +212,13 @@ def measure(
             if checkouts is None and (reason := peers.missing(peers.PEERS[name])):
                 drop(name, WorkerError("missing", reason))
                 continue
-            workers[name] = start(name if checkouts is None else "ours", (checkouts or {}).get(name, ROOT))
+            source = stack.enter_context(sources((checkouts or {}).get(name, ROOT)))
+            versions[name] = (name if checkouts is None else "ours", source)
+            workers[name] = start(*versions[name])
 
         def compute_oracle() -> None:
             if operator.oracle and workers:
-                oracle = start("oracle", ROOT)
+                oracle = start("oracle", stack.enter_context(sources(ROOT)))
                 oracle.ask("oracle")
                 oracle.close()
 
@@ -208,8 +228,9 @@ def measure(
                 expected = (workers[name].source / "lowrank_mvn").resolve()
                 if imported and Path(imported) != expected:
                     return WorkerError("failed", "another lowrank_mvn was imported than the one to be measured")
-                for key, value in workers[name].ask("prepare").items():
+                for key, value in peak(name).items():
                     setattr(measured[name], key, value)
+                workers[name].ask("prepare")
                 oracle.result()
                 measured[name].errors = workers[name].ask("check")["errors"]
                 return None

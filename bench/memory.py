@@ -1,7 +1,7 @@
 """Peak memory above the inputs, by the account of the operating system or of the GPU's allocator.
 
-To be called in a fresh process, after the inputs are made and after one call, so that what a library sets up once
-(code, thread pools) is not charged to the operator.
+To be called in a fresh process with `ENVIRONMENT`, after the inputs are made and after one call, so that what a library
+sets up once (code, thread pools) is not charged to the operator.
 """
 
 import ctypes
@@ -9,19 +9,27 @@ import gc
 import resource
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["peak_above"]
+__all__ = ["ENVIRONMENT", "peak_above"]
 
-CALLS = 5
+CALLS, SECONDS = 3, 10.0  # so many calls, or as many as begin within that time
+
+# Of the process in which memory is measured. glibc takes what is larger than this from the system and gives it back
+# when it is freed, but raises the limit, up to 32 MiB, with each such piece that is freed. From then on a resident peak
+# counts what lies idle between two pieces too, and wanders by a fifth from call to call where a call makes thousands of
+# them, as a training step does. Set, the limit stays. It costs time, so nothing is timed there.
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
 
 
 def peak_above(call: Callable[[], Any], device: str) -> tuple[int, str]:
     """Bytes that `call` needs at its peak beyond what is there before it, and by whose account: the median of a few
-    calls. What an allocator holds between two pieces of memory makes a resident peak wander by a tenth and more where a
-    call makes thousands of them, as a training step does."""
-    peaks = [_of_one_call(call, device) for _ in range(CALLS)]
+    calls."""
+    peaks, begun = [_of_one_call(call, device)], time.perf_counter()
+    while len(peaks) < CALLS and time.perf_counter() - begun < SECONDS:
+        peaks.append(_of_one_call(call, device))
     return int(statistics.median(peak for peak, _ in peaks)), peaks[0][1]
 
 

@@ -24,6 +24,7 @@ ORACLE_PEAK = 2 * (PEAK["torch"] + 1)  # torch's class in float64, on a copy of 
 
 PROCESS = 3e8  # bytes of a process with its libraries
 START = 4.0  # s, of a process: imports, inputs, first call, check
+MEASURING = 12  # times of a call, for its memory: a few calls, each with all of its pieces fresh from the system
 COMPILING = 15.0  # s
 PER_PIXEL = 1.5e-5  # s of a training step, for each value of a batch of images
 NETWORK = 1e4  # bytes of a training step, for each value of a batch of images
@@ -53,7 +54,9 @@ def estimate(entry: Entry, where: dict[str, Any], settings: Settings) -> Estimat
     )
     least, most = settings.rounds
     rounds = min(most, max(least, math.floor(settings.budget / turns)))
-    start = sum(START + 5 * seconds + COMPILING * ("compile" in peer) for peer, seconds in calls.items())
+    start = sum(
+        2 * START + (MEASURING + 4) * seconds + COMPILING * ("compile" in peer) for peer, seconds in calls.items()
+    )
     if operator.oracle:
         start += START + 2 * max(calls.values())
     together = max(1, min(int(where["cores"]), len(entry.peers)))  # as `measure.measure` prepares them
@@ -66,7 +69,8 @@ def estimate(entry: Entry, where: dict[str, Any], settings: Settings) -> Estimat
         peaks = sorted((P * PEAK.get(peer, PEAK[OTHER_PEER]) for peer in entry.peers), reverse=True)
         oracle = P * ORACLE_PEAK if operator.oracle else 0.0
     # Every peer keeps its inputs; the oracle has gone, but for its results, before the last of the largest begin.
-    memory = len(entry.peers) * (PROCESS + inputs) + max(oracle + peaks[0], sum(peaks[:together])) + PROCESS
+    processes = (len(entry.peers) + together) * PROCESS
+    memory = processes + len(entry.peers) * inputs + max(oracle + peaks[0], sum(peaks[:together])) + PROCESS
     return Estimate(start / together + rounds * turns, memory)
 
 

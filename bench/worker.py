@@ -1,7 +1,8 @@
 """One peer on one case, in a process of its own: `python -m bench.worker SPEC`, driven line by line over its pipes.
 
-The order is fixed: peak memory first, in a fresh process; then the result is checked against the float64 oracle; only
-then can it be timed. Requests and replies are JSON, one per line; arrays go through files of numbers.
+Peak memory is measured in a process that does nothing else (`memory.ENVIRONMENT`). In the one that is timed the order
+is fixed: the result is checked against the float64 oracle, and only then can it be timed. Requests and replies are
+JSON, one per line; arrays go through files of numbers.
 """
 
 import json
@@ -36,7 +37,7 @@ class WrongResult(Exception):
 
 
 class Timed:
-    """A job that has been measured for memory and errors, and can then be timed."""
+    """A job whose memory is measured, or which is checked and can then be timed."""
 
     def __init__(self, operator: Operator, case: Case, build: Callable[[Case, Arrays], peers.Job], device: str) -> None:
         self.operator, self.case, self.build, self.device = operator, case, build, device
@@ -44,11 +45,15 @@ class Timed:
         self.checked = False
         self.flush: Any = None
 
-    def prepare(self) -> tuple[int, str]:
-        """Makes the inputs, calls once, and returns the peak memory of calls after that."""
+    def prepare(self) -> None:
+        """Makes the inputs, and calls once."""
         self.inputs = self.operator.inputs(self.case)
         self.job = self.build(self.case, self.inputs)
         self.job.call()
+
+    def peak(self) -> tuple[int, str]:
+        """Peak memory of a call, and by whose account."""
+        assert self.job is not None, "prepare() comes before peak()"
         return memory.peak_above(self.job.call, self.device)
 
     def check(self, oracle: Arrays, exact: bool) -> dict[str, float]:
@@ -210,8 +215,11 @@ class _Worker:
         return {}
 
     def prepare(self) -> dict[str, Any]:
-        peak, by = self.timed.prepare()
-        return {"memory": peak, "memory_by": by}
+        self.timed.prepare()
+        return {}
+
+    def peak(self) -> dict[str, Any]:
+        return dict(zip(("memory", "memory_by"), self.timed.peak(), strict=True))
 
     def check(self) -> dict[str, Any]:
         same_job(self.operator, self.peer, self.device, self.folder)
@@ -228,7 +236,7 @@ class _Worker:
         return {"error": self.timed.captured()}
 
 
-REQUESTS = ("import_libraries", "oracle", "prepare", "check", "calibrate", "turn", "capture")
+REQUESTS = ("import_libraries", "oracle", "prepare", "peak", "check", "calibrate", "turn", "capture")
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -391,12 +392,15 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch):
 @pytest.mark.slow
 def test_peers_take_turns_in_processes_of_their_own(monkeypatch):
     """From operator to row; and a process that dies is named, the others go on."""
-    asked = []
+    asked: list[str] = []
+    alone: dict[str, set[int]] = {}
     ask = measure.Worker.ask
 
     def recorded(self, do, **arguments):
         if do == "turn":
             asked.append(self.name)
+        if do in ("peak", "turn"):
+            alone.setdefault(do, set()).add(self.process.pid)
         if do == "prepare" and self.name == "textbook":
             self.process.kill()
         return ask(self, do, **arguments)
@@ -409,6 +413,8 @@ def test_peers_take_turns_in_processes_of_their_own(monkeypatch):
     assert "ended with" in dead.note
     assert len(ours.seconds) >= 2
     assert ours.memory >= 0
+    assert len(alone["peak"]) == 1  # the other died before
+    assert not alone["peak"] & alone["turn"]
     assert set(ours.errors) == {"mean", "factor", "diagonal"}
 
     asked.clear()
@@ -431,6 +437,30 @@ def test_memory_is_what_a_call_needs():
     assert by in ("resident", "maxrss")
     if by == "resident":
         assert 0.95 * size < peak < 1.3 * size
+
+
+FRAGMENTS = """
+import numpy as np
+from bench import memory
+
+def call():
+    first, between = np.ones(2 << 20), np.ones(1 << 17)  # 16 MiB and, beside it, 1
+    del first
+    return np.ones(17 << 17).sum() + between.sum()  # a MiB more than the hole holds
+
+np.ones(3 << 20)  # freed: from now on glibc keeps pieces of up to 24 MiB, unless the environment says otherwise
+call()
+print(*memory.peak_above(call, "cpu"))
+"""
+
+
+def test_memory_is_not_what_an_allocator_holds_between_two_pieces():
+    environment = {**os.environ, **memory.ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", FRAGMENTS]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    peak, by = done.stdout.split()
+    if by == "resident":
+        assert 17 << 20 < int(peak) < 20 << 20
 
 
 # --- The machine, versions, the guard ---------------------------------------------------------------------------------
