@@ -7,7 +7,7 @@ of a tiny network, so that code loaded once is not charged to it. Two measures:
 
 - allocator: every allocation and release of torch's CPU allocator, as its profiler reports them. Exact, and what the
   model counts; it holds the temporaries inside torch's operators and those of `lowrank_mvn`.
-- resident: what the operating system says (`bench.memory`), which holds oneDNN's own memory too, and wanders by 5 %.
+- resident: what the operating system says (`bench.memory`), which holds oneDNN's own memory too.
 
 Both above what is there before the step; weights, Adam's states and images are added to both.
 """
@@ -15,10 +15,13 @@ Both above what is there before the step; weights, Adam's states and images are 
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from . import memory
 
 __all__ = ["POINTS", "Point", "measure", "measure_allocator", "predict", "table"]
 
@@ -83,11 +86,9 @@ def predict(point: Point) -> int:
 
 def measure(point: Point) -> dict[str, int]:
     """Bytes at the peak of one step by both accounts; to be called in a fresh process."""
-    from .memory import peak_above
-
     _prepared(point._replace(side=32, width=0.125))[0]()
     step, there = _prepared(point)
-    resident, _ = peak_above(step, "cpu")
+    resident, _ = memory.peak_above(step, "cpu")
     return {"resident": there + resident, "allocator": there + _allocator_peak(step)}
 
 
@@ -207,7 +208,8 @@ def main(args: list[str] | None = None) -> int:
         if options.only is not None and i not in options.only:
             continue
         command = [sys.executable, "-m", "bench.fit", "--point", json.dumps(point._asdict())]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        environment = {**os.environ, **memory.ENVIRONMENT}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         measured = json.loads(done.stdout.splitlines()[-1])
         model = predict(point)
         ratios = {name: model / size for name, size in measured.items()}

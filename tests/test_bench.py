@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import compare, machine, measure, memory, operators, peers, plan, report, store, worker
+from bench import compare, exactness, machine, measure, memory, operators, peers, plan, report, store, worker
 from bench.operators import CELEBA, OPERATORS, Case
 
 ROOT = Path(__file__).parent.parent
@@ -461,6 +461,20 @@ def test_memory_is_not_what_an_allocator_holds_between_two_pieces():
     peak, by = done.stdout.split()
     if by == "resident":
         assert 17 << 20 < int(peak) < 20 << 20
+
+
+def test_exactness_of_the_table():
+    n = 3000
+    for ratio in exactness.KINDS.values():
+        log_p, gradients = exactness.errors(exactness.LowRankMultivariateNormal, ratio, n)
+        assert 0 < log_p < 0.05
+        assert 0 < gradients < 1e-3
+    independent = exactness.errors(exactness.Textbook, 1.0, n)
+    assert independent[0] > 1  # d = 1e-5 in float32
+    lines = exactness.table(n).splitlines()
+    assert [line.split("|")[1].strip() for line in lines] == ["columns of P", "---", *exactness.KINDS]
+    assert "raises" in lines[-1]
+    assert lines[0] in (ROOT / "README.md").read_text()
 
 
 # --- The machine, versions, the guard ---------------------------------------------------------------------------------

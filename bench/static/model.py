@@ -49,7 +49,8 @@ mma.sync reaches {SYNC:.0%} (arXiv:2402.13499); wgmma's operands in shared memor
 in the main loop (read and,
 for grad_P, written). Every instruction of the loop is counted once per step, cold branches and those under a \
 predicate too. In flight:
-tiles of P that resident programs have asked for (stages − 1 of each, at least one), against {LATENCY * 1e9:.0f} ns × \
+tiles of P that resident programs have asked for (stages − 1 of each, at least one), with the columns of x, μ and d \
+that go with them, against {LATENCY * 1e9:.0f} ns × \
 {MEMORY / 1e12:.1f} TB/s / {MULTIPROCESSORS} = {LATENCY * MEMORY / MULTIPROCESSORS / 1e3:.1f} kB.
 No latency, nothing outside the loop. These are bounds, not timings: nothing was run on a GPU."""
 

@@ -16,6 +16,8 @@ BARS = {
     "sample": {"BRN": 6.0e12, "BNR": 3.0e12},
     "sample_backward": {"BRN": 6.0e12, "BNR": 3.0e12},
 }
+# Vectors over N that a turn loads beside its tile of P: x, μ and d, or of sampling μ (the gradient of a sample) and d.
+VECTORS = {"capacitance": 3, "residual": 3, "backward": 3, "sample": 2, "sample_backward": 2}
 REQUESTED = 1.05  # times the least possible
 
 
@@ -47,7 +49,8 @@ def verdict(rows: list[dict], requested: dict[str, list[dict]]) -> list[Bar]:
                 bars.append(Bar(f"{kernel} ≥ {bar / 1e12:.1f} TB/s, {layout}", cap >= bar, seen))
             own = [row for row in own if row["target"] == "sm_90"]
             if own:
-                flight = min(row["bytes_in_flight"] for row in own)
+                # Memory's rate is of all that it delivers.
+                flight = min(row["bytes_in_flight"] * (1 + VECTORS[kernel] / row["R"]) for row in own)
                 name = f"{kernel} in flight ≥ {model.needed_in_flight() / 1e3:.1f} kB, {layout}"
                 bars.append(Bar(name, flight >= model.needed_in_flight(), f"{flight / 1e3:.1f} kB"))
             if own and layout == "BRN":
