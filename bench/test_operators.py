@@ -5,6 +5,8 @@ its tests runs (`bench.measure`). Every test then gives its peer's rounds to pyt
 one that the peers' processes have read.
 """
 
+import math
+
 import pytest
 
 pytest.importorskip("pytest_benchmark", reason="needs the extra `bench`")
@@ -62,9 +64,9 @@ def test_operator(entry, peer, measured, benchmark):
 def test_graph_capture(name, where):
     if where["kind"] == "cpu":
         pytest.skip("no GPU: there is no graph to capture; `python -m bench.static` reports on the compiled kernels")
-    if name == "rsample_backward":
-        pytest.skip("each replay draws other noise")
-    assert measure.capture(OPERATORS[name], SMALL, where["kind"]) < 1e-5
+    error = measure.capture(OPERATORS[name], SMALL, where["kind"])
+    # Each replay of a sample draws other noise: that it can be captured, and gives numbers, is what can be said.
+    assert error < (math.inf if name == "rsample_backward" else 1e-5)
 
 
 def test_tune(request, capsys):
