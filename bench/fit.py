@@ -7,7 +7,8 @@ of a tiny network, so that code loaded once is not charged to it. Two measures:
 
 - allocator: every allocation and release of torch's CPU allocator, as its profiler reports them. Exact, and what the
   model counts; it holds the temporaries inside torch's operators and those of `lowrank_mvn`.
-- resident: what the operating system says (`bench.memory`), which holds oneDNN's own memory too.
+- resident: what the operating system says (`bench.memory`, with a C library that gives back what is freed), which
+  would show what goes past torch's allocator.
 
 Both above what is there before the step; weights, Adam's states and images are added to both.
 """

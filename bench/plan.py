@@ -26,7 +26,8 @@ PROCESS = 3e8  # bytes of a process with its libraries
 START = 4.0  # s, of a process: imports, inputs, first call, check
 MEASURING = 12  # times of a call, for its memory: a few calls, each with all of its pieces fresh from the system
 COMPILING = 15.0  # s
-PER_PIXEL = 1.5e-5  # s of a training step, for each value of a batch of images
+STEP = 1.4  # s of a training step of small images: what weights and optimiser take
+PER_PIXEL = 1.7e-5  # s more of it, for each value of a batch of images
 NETWORK = 1e4  # bytes of a training step, for each value of a batch of images
 
 
@@ -40,7 +41,7 @@ def _call(operator: Operator, case: Case, peer: str, where: dict[str, Any]) -> f
     """Seconds of a call."""
     floor = operator.floor(case, float(where["copy_bandwidth"]), float(where["product_rate"]))
     if floor is None:
-        return PER_PIXEL * case.batch * case.N
+        return STEP + PER_PIXEL * case.batch * case.N
     return floor * OVER_FLOOR.get(peer, OVER_FLOOR[OTHER_PEER])
 
 

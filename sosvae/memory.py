@@ -9,8 +9,8 @@ Every piece is a constant, times the images of a micro-batch or not, times the p
 run is of images and a batch whose numbers are large primes, so that each piece's size says what it grows with, and the
 peak of any other size is had by adding up again.
 
-Counted are tensors as torch's allocator sees them. What a library allocates past it (oneDNN's reordered weights, a
-GPU's context and workspaces, fragmentation) is not; `python -m bench.fit` measures how much that is on a CPU.
+Counted are tensors as torch's allocator sees them. What is held past it (by the C library between two pieces of
+memory, a GPU's context and workspaces) is not; `python -m bench.fit` measures the tensors on a CPU, without the former.
 """
 
 import dataclasses

@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import compare, exactness, machine, measure, memory, operators, peers, plan, report, store, worker
+from bench import compare, machine, measure, operators, peers, plan, report, store, worker
 from bench.operators import CELEBA, OPERATORS, Case
 
 ROOT = Path(__file__).parent.parent
@@ -425,56 +424,6 @@ def test_peers_take_turns_in_processes_of_their_own(monkeypatch):
     assert rows[0].ratio == 1
     assert rows[1].ratio > 0
     assert rows[0].error_entropy < 1e-4
-
-
-def test_memory_is_what_a_call_needs():
-    size = 1 << 26
-
-    def call():
-        return np.ones(size // 8).sum() + np.ones(size // 16).sum()  # the first is gone before the second is made
-
-    peak, by = memory.peak_above(call, "cpu")
-    assert by in ("resident", "maxrss")
-    if by == "resident":
-        assert 0.95 * size < peak < 1.3 * size
-
-
-FRAGMENTS = """
-import numpy as np
-from bench import memory
-
-def call():
-    first, between = np.ones(2 << 20), np.ones(1 << 17)  # 16 MiB and, beside it, 1
-    del first
-    return np.ones(17 << 17).sum() + between.sum()  # a MiB more than the hole holds
-
-np.ones(3 << 20)  # freed: from now on glibc keeps pieces of up to 24 MiB, unless the environment says otherwise
-call()
-print(*memory.peak_above(call, "cpu"))
-"""
-
-
-def test_memory_is_not_what_an_allocator_holds_between_two_pieces():
-    environment = {**os.environ, **memory.ENVIRONMENT, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", FRAGMENTS]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    peak, by = done.stdout.split()
-    if by == "resident":
-        assert 17 << 20 < int(peak) < 20 << 20
-
-
-def test_exactness_of_the_table():
-    n = 3000
-    for ratio in exactness.KINDS.values():
-        log_p, gradients = exactness.errors(exactness.LowRankMultivariateNormal, ratio, n)
-        assert 0 < log_p < 0.05
-        assert 0 < gradients < 1e-3
-    independent = exactness.errors(exactness.Textbook, 1.0, n)
-    assert independent[0] > 1  # d = 1e-5 in float32
-    lines = exactness.table(n).splitlines()
-    assert [line.split("|")[1].strip() for line in lines] == ["columns of P", "---", *exactness.KINDS]
-    assert "raises" in lines[-1]
-    assert lines[0] in (ROOT / "README.md").read_text()
 
 
 # --- The machine, versions, the guard ---------------------------------------------------------------------------------

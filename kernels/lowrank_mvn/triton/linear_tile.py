@@ -197,15 +197,15 @@ def channel(
     """What channel c adds to a tile of grad_F, and Σₛ az² (of all channels if SCALAR_D); the first tile of a pixel
     writes grad_x, and grad_d where there is one for each pixel."""
     BLOCK_K: tl.constexpr = grad_F.shape[1]
-    d_ptr, stride_dc, stride_dn, grad_d_ptr, b = diagonal
+    d, stride_dc, stride_dn, grad_d_ptr, b = diagonal
     F = result(F_tile).to(grad_F.dtype)
     offs_n = features[1] + tl.arange(0, F.shape[0])
     mask_n = offs_n < features[2]
     if SCALAR_D:
-        d_inv = d_ptr
+        d_inv = d
     else:
         where = tl.full((), 1, tl.int64) * c * stride_dc + offs_n.to(tl.int64) * stride_dn
-        d_inv = 1.0 / _in_order(tl.load(d_ptr + where, mask=mask_n, other=1.0).to(F.dtype), features, BY_COLUMN)
+        d_inv = 1.0 / _in_order(tl.load(d + where, mask=mask_n, other=1.0).to(F.dtype), features, BY_COLUMN)
         az2 = tl.zeros((F.shape[0],), F.dtype)
         if NEED_F or NEED_D:
             A_ptr += tl.full((), 1, tl.int64) * c * ((TILES * BLOCK_K + 1) * LD)
