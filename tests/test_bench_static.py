@@ -36,13 +36,16 @@ def document(tmp_path_factory):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def rows(document, target="sm_90"):
-    return {row["kernel"]: row for row in document["kernels"] if row["target"] == target}
+def rows(document, target="sm_90", dtype="float32"):
+    return {row["kernel"]: row for row in document["kernels"] if row["target"] == target and dtype in row["case"]}
 
 
 @pytest.mark.slow
 def test_no_spills(document):
     assert {name: row["spills"] for name, row in rows(document).items() if row["spills"]} == {}
+    half = rows(document, dtype="bfloat16")
+    assert {"capacitance", "capacitance (float64)", "backward", "sample"} <= half.keys()
+    assert not any(row["spills"] for row in half.values())
     assert rows(document, "gfx942").keys() == rows(document).keys()
 
 
@@ -220,6 +223,23 @@ def test_every_configuration_is_captured(target):
     assert {"capacitance", "residual", "backward", "sample", "sample_backward", "gram"} <= seen
 
 
+def test_what_several_cases_launch_is_compiled_once():
+    pytest.importorskip("triton")
+    from bench.static.launches import Case, LinearCase, all_linear_cases, captured, distinct
+
+    cases = [Case(25), Case(25, diagonal="item"), Case(25), Case(25, "BNR"), LinearCase(64)]
+    tasks = list(distinct((case, target) for target in ("sm_80", "sm_90") for case in cases))
+    assert [(case, target) for case, target, _ in tasks] == [
+        (case, target) for target in ("sm_80", "sm_90") for case in (cases[0], cases[1], cases[3], cases[4])
+    ]
+    names = [[captured(case, target)[i].name for i in new] for case, target, new in tasks[:3]]
+    assert "refine" in names[0]
+    assert "refine" not in names[1]  # which knows nothing of d, nor of the layout
+    assert "refine" not in names[2]
+    assert "residual" in names[2]
+    assert {case.dtype for case in all_linear_cases([64], ["BKM"])} >= {torch.float32, torch.bfloat16}
+
+
 def test_a_linear_factor_is_covered(monkeypatch, capsys):
     """Both diagonals and layouts on every target, their own kernels only, and bytes over the least with one d."""
     pytest.importorskip("triton")
@@ -248,6 +268,9 @@ def test_a_linear_factor_is_covered(monkeypatch, capsys):
     assert {case.rows for case, _ in asked["tasks"]} == {16}
     static.main(["--rank", "25"])
     assert not any(isinstance(case, LinearCase) for case, _ in asked["tasks"])
+    static.main(["--all", "--no-requested"])
+    assert {case.rows for case, _ in asked["tasks"] if isinstance(case, LinearCase)} >= {32, 64, 128, 200}
+    assert {case.rows for case, _ in asked["tasks"] if not isinstance(case, LinearCase)} >= {16, 32, 64, 128, 200}
 
     parts = ("linear_gram", "linear_residual", "linear_backward", "linear_sample")
     for layout in ("BKM", "BMK"):
@@ -259,8 +282,8 @@ def test_a_linear_factor_is_covered(monkeypatch, capsys):
 
 def _hang(pipe):
     """A child whose second launch never ends, and that starts again after it."""
-    case, target, skip = pipe.recv()
-    for i in range(skip, 3):
+    case, target, wanted = pipe.recv()
+    for i in wanted:
         head = {"kernel": f"k{i}", "case": case.name, "target": target}
         pipe.send(("begins", head))
         if i == 1:
@@ -276,6 +299,7 @@ def test_a_compiler_that_hangs_costs_one_row(monkeypatch):
     from bench.static.launches import Case
 
     monkeypatch.setattr(children, "_work", _hang)
+    monkeypatch.setattr(children, "distinct", lambda tasks: [(*task, [0, 1, 2]) for task in tasks])
     fork = multiprocessing.get_context("fork")  # "_hang" as it is here, and nothing imported again
     monkeypatch.setattr(children.multiprocessing, "get_context", lambda kind: fork)
     rows = children.compile_all([(Case(3), "sm_90")], 1, 0.5, lambda row: None)

@@ -1,7 +1,7 @@
 """Compiles every kernel for every target, and prints what the machine code and the interpreter say of it.
 
 python -m bench.static                      R = 10, 25, 64, and a linear factor of 64 features; float32, both layouts,
-                                            all targets (minutes)
+                                            all targets; R = 25 in bfloat16 (minutes)
 python -m bench.static --features 16 64     linear factors alone, R = 25, C = 3, one d and a d per pixel
 python -m bench.static --rank 25 --target sm_90 --json static.json
 python -m bench.static --all                every configuration that dispatch can choose (hours)
@@ -13,10 +13,12 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 from . import model
 from .children import compile_all
 from .compiled import TARGETS
-from .launches import Case, LinearCase, all_cases
+from .launches import Case, LinearCase, all_cases, all_linear_cases
 from .requested import in_interpreter
 from .verdict import verdict
 
@@ -27,8 +29,10 @@ HEADER = (
 )
 # sm_86 takes sm_80's launches, where they fit its shared memory.
 DEFAULT_TARGETS = [target for target in TARGETS if target != "sm_86"]
-# One rank for every padded one, one that fills its padding, and one that is walked over in tiles.
+# Ranks that fill their padding and ranks that do not, and one that is walked over in tiles.
 ALL_RANKS = [10, 16, 25, 32, 48, 64, 100, 128, 200]
+# One number of features for every padded one, and one that is walked over in tiles.
+ALL_FEATURES = [10, 32, 64, 128, 200]
 
 
 # The layout of F in which columns are neighbours where those of P are.
@@ -61,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--layout", nargs="+", choices=["BRN", "BNR"], default=["BRN", "BNR"], help="P in memory (F, likewise)"
     )
     parser.add_argument("--target", nargs="+", choices=list(TARGETS), default=DEFAULT_TARGETS)
-    parser.add_argument("--all", action="store_true", help="all padded ranks, dtypes, diagonals, several samples")
+    parser.add_argument("--all", action="store_true", help="all dtypes, diagonals, channels, samples, and padded sizes")
     parser.add_argument("--json", type=Path, help="write everything there")
     parser.add_argument("--check", action="store_true", help="exit status 1 if a bar is not reached")
     parser.add_argument("--no-requested", action="store_true", help="leave out the bytes counted in the interpreter")
@@ -74,10 +78,14 @@ def main(arguments: list[str] | None = None) -> int:
     features = options.features or ([] if named else [64])
     plain = [Case(R, layout) for R in ranks for layout in options.layout]
     one_d = [LinearCase(K, LINEAR_LAYOUT[layout]) for K in features for layout in options.layout]
-    cases: list[Case | LinearCase] = [*plain]
-    if options.all and (options.rank or not named):
-        cases = [*all_cases(options.rank or ALL_RANKS, options.layout)]
+    # Half precision is loaded, and given to matrix products, in ways of its own.
+    halves = [Case(R, layout, torch.bfloat16) for R in ranks if R == 25 for layout in options.layout]
+    cases: list[Case | LinearCase] = [*plain, *halves]
     cases += [case._replace(diagonal=diagonal) for case in one_d for diagonal in ("item", "pixel")]
+    if options.all:
+        own = [LINEAR_LAYOUT[layout] for layout in options.layout]
+        cases = [*all_cases(options.rank or ([] if named else ALL_RANKS), options.layout)]
+        cases += all_linear_cases(options.features or ([] if named else ALL_FEATURES), own)
     tasks = [(case, target) for target in options.target for case in cases]
     rows = compile_all(tasks, options.processes, options.seconds, lambda row: print(line(row), flush=True))
     rows.sort(key=lambda row: (options.target.index(row["target"]), row["case"], row["kernel"]))

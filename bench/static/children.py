@@ -6,9 +6,9 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from multiprocessing import connection
 
-from .launches import Case, Launch, LinearCase, captured
+from .launches import Case, Launch, LinearCase, captured, distinct
 
-Task = tuple[Case | LinearCase, str, int]  # a case, a target, and how many of its launches to leave out
+Task = tuple[Case | LinearCase, str, list[int]]  # a case, a target, and which of its launches
 
 
 def row_of(launch: Launch, case: Case | LinearCase, target: str) -> dict:
@@ -67,8 +67,9 @@ def _head(launch: Launch, case: Case | LinearCase, target: str) -> dict:
 
 def _work(pipe: connection.Connection) -> None:
     while (task := pipe.recv()) is not None:
-        case, target, skip = task
-        for launch in captured(case, target)[skip:]:
+        case, target, wanted = task
+        launches = captured(case, target)
+        for launch in (launches[i] for i in wanted):
             pipe.send(("begins", _head(launch, case, target)))
             try:
                 pipe.send(("row", row_of(launch, case, target)))
@@ -102,8 +103,9 @@ class _Child:
 def compile_all(
     tasks: Iterable[tuple[Case | LinearCase, str]], processes: int, seconds: float, show: Callable[[dict], None]
 ) -> list[dict]:
-    """One row per launch, in the order in which they are done; one that takes longer than `seconds` says so."""
-    waiting = deque((case, target, 0) for case, target in tasks)
+    """One row per launch, in the order in which they are done, once where several cases have the same; one that takes
+    longer than `seconds` says so."""
+    waiting = deque(distinct(tasks))
     children: list[_Child] = []
     rows: list[dict] = []
 
@@ -128,7 +130,7 @@ def compile_all(
                         child.head = content
                     elif kind == "row":
                         assert child.task is not None
-                        child.task = (*child.task[:2], child.task[2] + 1)
+                        child.task[2].pop(0)
                         add(content)
                     else:
                         child.task = None
@@ -138,11 +140,11 @@ def compile_all(
                 reason = f"given up after {seconds:g} s"
             except EOFError:
                 reason = "the compiler died"
-            case, target, skip = child.task or (None, "", 0)
+            case, target, wanted = child.task or (None, "", [])
             head = child.head or {"kernel": "(dispatch)", "case": case.name, "target": target}  # type: ignore[union-attr]
             add(head | {"error": reason})
             if child.head is not None:
-                waiting.appendleft((case, target, skip + 1))  # type: ignore[arg-type]
+                waiting.appendleft((case, target, wanted[1:]))  # type: ignore[arg-type]
             child.end()
             children.remove(child)
     for child in children:

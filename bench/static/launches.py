@@ -1,6 +1,6 @@
 """The launches of a step, captured with their arguments: every configuration that dispatch can choose."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -18,6 +18,7 @@ SHARED = {
     "sm_100": 232448,
     "gfx942": 65536,
 }
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Case(NamedTuple):
@@ -63,6 +64,7 @@ class LinearCase(NamedTuple):
     @property
     def name(self) -> str:
         several = f" S={self.S}" if self.S != 1 else ""
+        several += f" C={self.C}" if self.C != 3 else ""
         return f"K={self.K} {self.layout} {str(self.dtype).removeprefix('torch.')} {self.diagonal}{several}"
 
     @property
@@ -90,18 +92,16 @@ class Launch(NamedTuple):
     @property
     def configuration(self) -> tuple:
         """What the compiler sees of the launch."""
+        constants = {p.name for p in self.kernel.params if p.is_constexpr}
 
-        def seen(value: Any) -> Any:
+        def seen(name: str, value: Any) -> Any:
             if isinstance(value, torch.Tensor):
                 return value.dtype
-            return (value, isinstance(value, bool))
+            if name in constants or not isinstance(value, int):
+                return value, type(value)
+            return value == 1, value % 16 == 0, abs(value) < 2**31  # of other numbers it is told no more
 
-        constants = {p.name for p in self.kernel.params if p.is_constexpr}
-        arguments = tuple(
-            (name, seen(value))
-            for name, value in self.arguments.items()
-            if name in constants or isinstance(value, torch.Tensor)
-        )
+        arguments = tuple((name, seen(name, value)) for name, value in self.arguments.items())
         return self.kernel.fn.__name__, self.num_warps, self.num_stages, arguments
 
     @property
@@ -171,13 +171,41 @@ def captured(case: Case | LinearCase, target: str) -> list[Launch]:
     return list(seen.values())
 
 
+def distinct(tasks: Iterable[tuple[Case | LinearCase, str]]) -> Iterator[tuple[Case | LinearCase, str, list[int]]]:
+    """The tasks, with the positions of those of their launches that no earlier task of the same target had."""
+    seen: dict[str, set[tuple]] = {}
+    for case, target in tasks:
+        known, new = seen.setdefault(target, set()), []
+        for i, launch in enumerate(captured(case, target)):
+            if launch.configuration not in known:
+                known.add(launch.configuration)
+                new.append(i)
+        if new:
+            yield case, target, new
+
+
 def all_cases(ranks: list[int], layouts: list[str]) -> list[Case]:
     """Every configuration that dispatch can choose for these ranks: dtypes, diagonals, several samples, given noise."""
-    cases = []
-    for R in ranks:
-        for layout in layouts:
-            for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-                for diagonal in ("pixel", "item"):
-                    cases.append(Case(R, layout, dtype, diagonal))
-                    cases.append(Case(R, layout, dtype, diagonal, S=2, given=True, gram=True))
-    return cases
+    return [
+        case
+        for R in ranks
+        for layout in layouts
+        for dtype in DTYPES
+        for diagonal in ("pixel", "item")
+        for case in (
+            Case(R, layout, dtype, diagonal),
+            Case(R, layout, dtype, diagonal, S=2, given=True, gram=True),
+        )
+    ]
+
+
+def all_linear_cases(features: list[int], layouts: list[str]) -> list[LinearCase]:
+    """Likewise for these numbers of features: dtypes, diagonals, one channel or three, and of three several samples."""
+    return [
+        LinearCase(K, layout, dtype, diagonal, C=C, S=S)
+        for K in features
+        for layout in layouts
+        for dtype in DTYPES
+        for diagonal in ("item", "pixel")
+        for C, S in ((3, 1), (1, 1), (3, 2))
+    ]

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common
-from .common import Block, aligned, fold, load_tile, split, tile_offsets
+from .common import Block, aligned, fold, load_tile, scaled, split, tile_offsets
 
 # By padded rank, and whether neighbouring columns of P are neighbours in memory. A single warp multiplies every column
 # of its tile with itself, so that neither operand goes through another warp. With two stages the tile is copied to
@@ -207,11 +207,12 @@ def capacitance_kernel(
             delta = x.to(kind) - loc.to(kind)
         if AUGMENTED:
             P = tl.where((offs_i == R)[:, None], delta[None, :], P)
-        Q = P * scale[None, :]
+        Q = scaled(P, scale[None, :], n, N, kind)
         if WITH_W and not AUGMENTED and not STACKED:
             w += fold(_fold_far(Q * (delta * scale)[None, :], FAR), NEAR)
         if TILES > 1:
-            Q_j = load_tile(P_ptr, offs_j, n, N, stride_pr, stride_pn, R, NARROW, BLOCK_N).to(kind) * scale[None, :]
+            P_j = load_tile(P_ptr, offs_j, n, N, stride_pr, stride_pn, R, NARROW, BLOCK_N)
+            Q_j = scaled(P_j, scale[None, :], n, N, kind)
         else:
             Q_j = Q
         if WIDE:

@@ -64,6 +64,22 @@ def load_tile(P_ptr, offs_r, n, N, stride_pr, stride_pn, R: tl.constexpr, NARROW
 
 
 @triton.jit
+def scaled(P, scale, n, N, KIND: tl.constexpr):
+    """P·scale of a tile [R, n], its first column n, in the dtype KIND, for `tl.dot`.
+
+    In float64 behind a branch that is always taken: where Triton 3.7 sees that an operand of sm_80's or sm_90's float64
+    product was loaded with 16 bits, it lays it out in pairs, and then fails to compile the product.
+    """
+    if KIND == tl.float64:  # noqa: SIM300  (not a constant before it is compiled)
+        out = tl.zeros(P.shape, KIND)
+        if n < N:
+            out = P.to(KIND) * scale
+        return out
+    else:
+        return P.to(KIND) * scale
+
+
+@triton.jit
 def split(a):
     """a = high + low: high has the 11 significant bits that a tensor core reads, low is exact in float32."""
     bits = a.to(tl.int32, bitcast=True)

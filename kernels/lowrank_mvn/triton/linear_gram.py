@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import common, linear_common
 from .capacitance import WIDE_BLOCK, WIDE_ROWS, _log_of_product, _square
-from .common import Block, aligned, load_tile, split
+from .common import Block, aligned, load_tile, scaled, split
 from .linear_common import MAX_RIDERS, both, channels_last, columns_per_program, fold, nothing, one_value, width
 
 # By padded number of features: one warp multiplies every column of its tile with itself; from 64 rows on four warps are
@@ -126,8 +126,9 @@ def linear_gram_kernel(
         offs_n = n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < M
         columns = offs_n.to(tl.int64)
-        Q = load_tile(F_ptr, offs_i, n, M, stride_fk, stride_fn, K, NARROW, BLOCK_N).to(kind)
+        F = load_tile(F_ptr, offs_i, n, M, stride_fk, stride_fn, K, NARROW, BLOCK_N)
         if SCALAR_D:
+            Q = scaled(F, 1.0, n, M, kind)
             corner += fold(mask_n.to(kind)[None, :], WIDTH, LAST)
             ones += fold(Q, WIDTH, LAST)
         else:
@@ -143,7 +144,7 @@ def linear_gram_kernel(
                 scale = tl.sqrt(d) if INVERTED else 1.0 / tl.sqrt(d)
             else:
                 scale = tl.sqrt(d) if INVERTED else tl.rsqrt(d)
-            Q = Q * scale[None, :]
+            Q = scaled(F, scale[None, :], n, M, kind)
             corner += fold(tl.where(mask_n, scale * scale, 0.0)[None, :], WIDTH, LAST)
             ones += fold(Q * scale[None, :], WIDTH, LAST)
         added = ()
@@ -165,9 +166,8 @@ def linear_gram_kernel(
         w = added
         w_ones = added_ones
         if TILES > 1:
-            Q_j = load_tile(F_ptr, offs_j, n, M, stride_fk, stride_fn, K, NARROW, BLOCK_N).to(kind)
-            if not SCALAR_D:
-                Q_j = Q_j * scale[None, :]
+            F_j = load_tile(F_ptr, offs_j, n, M, stride_fk, stride_fn, K, NARROW, BLOCK_N)
+            Q_j = scaled(F_j, 1.0, n, M, kind) if SCALAR_D else scaled(F_j, scale[None, :], n, M, kind)
         else:
             Q_j = Q
         if WIDE:
