@@ -258,7 +258,8 @@ def test_a_linear_factor_is_covered(monkeypatch, capsys):
     assert "NO  linear_gram asks for ≤ 1.05 × the least" in output
     linear = [(case, target) for case, target in asked["tasks"] if isinstance(case, LinearCase)]
     assert {(case[:4], target) for case, target in linear} == {
-        ((64, layout, torch.float32, diagonal), target)
+        ((K, layout, torch.float32, diagonal), target)
+        for K in (64, 256)
         for layout in ("BKM", "BMK")
         for diagonal in ("item", "pixel")
         for target in TARGETS
@@ -278,6 +279,8 @@ def test_a_linear_factor_is_covered(monkeypatch, capsys):
         assert launches.keys() == {*parts, "linear_gram (float64)", "linear_backward (float64)"}
         assert all(launches[name].tile_rows == 64 for name in parts)
         assert all(launches[name].tile.shape == (1, 64, 64) for name in parts)
+        many = {launch.name for launch in captured(LinearCase(256, layout, B=1, M=64), "sm_80")}
+        assert many == {"linear_residual", "linear_sample", "product", "product (float64)"}
 
 
 def _hang(pipe):

@@ -38,10 +38,14 @@ IDS = ["-".join(str(v).removeprefix("torch.") for v in case) for case in MATRIX]
 NAMES = ("grad_x", "grad_F", "grad_W", "grad_m", "grad_d")
 
 
-@pytest.fixture(scope="module")
-def kernels():
-    from lowrank_mvn.triton import linear
+@pytest.fixture(params=["features", "blocks"])
+def kernels(request, monkeypatch):
+    """Either way through the features, whatever would be the cheaper one; blocks of few pixels."""
+    from lowrank_mvn.triton import linear, linear_blocks
 
+    monkeypatch.setattr(linear_blocks, "chosen", lambda *sizes: request.param == "blocks")
+    monkeypatch.setattr(linear_blocks, "BLOCK_VALUES", 1)
+    monkeypatch.setattr(linear_blocks, "LEAST_PIXELS", 48)
     return linear
 
 
@@ -146,6 +150,33 @@ def test_more_features_than_one_tile(kernels, diagonal, S):
         assert relative(ours, theirs) < 2e-6
 
 
+def test_which_way_is_taken():
+    from lowrank_mvn.triton.linear_blocks import chosen
+
+    assert chosen(1, 8, 257, per_pixel=False)
+    assert chosen(3, 25, 257, per_pixel=True)
+    assert not chosen(3, 100, 257, per_pixel=False)  # P would cost more than the features
+    assert not chosen(1, 8, 129, per_pixel=True)  # one tile holds the features
+
+
+def test_never_more_of_the_factor_than_a_block(monkeypatch):
+    from lowrank_mvn.triton import linear, linear_blocks
+
+    made, product = [], linear_blocks.product
+
+    def counted(A, X, out, *rest, **options):
+        made.append(X.shape[2])
+        product(A, X, out, *rest, **options)
+
+    monkeypatch.setattr(linear_blocks, "BLOCK_VALUES", 2 * 2 * 3 * 64)
+    monkeypatch.setattr(linear_blocks, "LEAST_PIXELS", 16)
+    monkeypatch.setattr(linear_blocks, "product", counted)
+    args, (a, b) = inputs(F32, 1, 2, 130, 3, 2, 300, "BKM", "pixel", True, True, False), weights(1, 2)
+    both(linear, args, a, b)
+    assert len(made) > 15
+    assert max(made) <= 64
+
+
 def test_empty_batch(kernels):
     args, (a, b) = inputs(F32, 2, 0, 5, 3, 2, 20, "BKM", "pixel", True, True, False), weights(2, 0)
     out, grads = both(kernels, args, a, b)
@@ -190,8 +221,10 @@ def test_small_diagonal_and_what_is_collinear(kernels, collinear, log_p, gradien
     b = torch.full((B,), -0.5, dtype=F64, device=DEVICE)
     expected, expected_grads = oracle(x, None, F, W, m, d, a, b)
     out, grads = both(kernels, (x, None, F, W, m, d), a, b)
-    # Rounding is in G, so that only features can ask for float64; then C is as exact as G, whatever W is.
-    assert out[-1].tolist() == [False, collinear == "features"]
+    # Rounding is in G, so that only features can ask for float64; then C is as exact as G, whatever W is. In blocks it is
+    # in P.
+    blocks = kernels.linear_blocks.chosen()
+    assert out[-1].tolist() == [False, collinear == "features" or (blocks and collinear == "weights")]
     assert (out[1] - expected[1]).abs().max() < LOG_DET_TOLERANCE
     assert (0.5 * ((out[0] - expected[0]).abs() + (out[1] - expected[1]).abs())).max() < log_p
     for name, ours, theirs in zip(NAMES, grads, expected_grads, strict=True):
@@ -282,7 +315,7 @@ def test_the_class_and_every_gradient(diagonal, last):
 
 
 @pytest.mark.parametrize("diagonal", ["pixel", "item"])
-def test_gradcheck(diagonal):
+def test_gradcheck(kernels, diagonal):
     args = [t.requires_grad_() for t in tensors(B=1, K=2, R=2, C=2, spatial=(2, 1), diagonal=diagonal)]
 
     def joint(F, weight, bias, mean_weight, mean_bias, d, x):
@@ -373,7 +406,7 @@ def test_opcheck():
         torch.library.opcheck(operators.linear_rsample.default, arguments)
 
 
-def test_compiled_without_a_graph_break():
+def test_compiled_without_a_graph_break(kernels):
     F, weight, bias, mean_weight, mean_bias, d, x = tensors(F32)
 
     def loss(F, weight):

@@ -81,7 +81,9 @@ def main(arguments: list[str] | None = None) -> int:
     # Half precision is loaded, and given to matrix products, in ways of its own.
     halves = [Case(R, layout, torch.bfloat16) for R in ranks if R == 25 for layout in options.layout]
     cases: list[Case | LinearCase] = [*plain, *halves]
-    cases += [case._replace(diagonal=diagonal) for case in one_d for diagonal in ("item", "pixel")]
+    # More features than a tile holds: blocks of P.
+    many = [] if named else [LinearCase(256, LINEAR_LAYOUT[layout]) for layout in options.layout]
+    cases += [case._replace(diagonal=diagonal) for case in (*one_d, *many) for diagonal in ("item", "pixel")]
     if options.all:
         own = [LINEAR_LAYOUT[layout] for layout in options.layout]
         cases = [*all_cases(options.rank or ([] if named else ALL_RANKS), options.layout)]

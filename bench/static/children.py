@@ -48,7 +48,8 @@ def row_of(launch: Launch, case: Case | LinearCase, target: str) -> dict:
         "steps_in_a_turn": built.steps,
         "bank_conflicts": built.conflicts,
     }
-    if target == "sm_90" and case.rows <= 128:  # beyond, tiles of R are loops in the loop, whose turns are not counted
+    # Beyond 128, tiles of R are loops in the loop, whose turns are not counted.
+    if target == "sm_90" and (case.rows <= 128 or kernel == "product_kernel"):
         row["caps"] = model.caps(built.loop, launch.num_warps, moved, built.conflicts)
     return row
 

@@ -109,7 +109,8 @@ class Launch(NamedTuple):
         """P, its gradient, or F, if the main loop walks over it: the kernels whose bandwidth counts."""
         if "BLOCK_N" not in self.arguments:
             return None
-        return next((self.arguments[name] for name in ("P_ptr", "grad_P_ptr", "F_ptr") if name in self.arguments), None)
+        names = ("P_ptr", "grad_P_ptr", "F_ptr", "X_ptr")
+        return next((self.arguments[name] for name in names if name in self.arguments), None)
 
     @property
     def tile_rows(self) -> int:
@@ -158,7 +159,7 @@ def captured(case: Case | LinearCase, target: str) -> list[Launch]:
 
     def launch(kernel, grid, num_warps, num_stages=1, **arguments):
         found = Launch(kernel, grid, num_warps, num_stages, arguments)
-        if isinstance(case, Case) or found.name.startswith("linear"):
+        if isinstance(case, Case) or found.name.startswith(("linear", "product")):
             seen.setdefault(found.configuration, found)
 
     name = "gfx" if target.startswith("gfx") else "sm_80" if target == "sm_86" else target

@@ -33,8 +33,11 @@ from torch import Tensor
 from . import linear_forms
 from .aten import Scratch, empty_gradient, product_dtype, runs
 
-# The residual of the forward pass is an output of it.
-KEEPS_RESIDUAL = True
+
+def keeps_products(channels: int, R: int, K1: int, per_pixel: bool) -> bool:
+    """Whether W_cG_c and F̃z_c are outputs of the forward pass: here always."""
+    return True
+
 
 # Values of F in one block and of what is made of it, forward and backward: larger ones are faster, but in the backward
 # pass, where memory is at its peak, 2 MiB in float32 are to be small beside grad_F (kernels/LOG.md).

@@ -1,7 +1,7 @@
 """The operators for linear factors as torch sees them: schema, shapes, derivatives and batching, as in `ops`.
 
-Canonical shapes are those of `aten_linear`. An implementation is a module with three of its functions (`linear_gram`,
-`linear_mahalanobis_and_logdet` and its backward) and KEEPS_RESIDUAL: whether the residual is an output, or empty.
+Canonical shapes are those of `aten_linear`. An implementation is a module with four of its functions: `linear_gram`,
+`linear_mahalanobis_and_logdet` and its backward, and `keeps_products`, which says of what shape their outputs are.
 Nothing here makes P but derivatives beyond the first.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import aten, aten_linear, ops, reference
+from . import aten, aten_linear, linear_forms, ops, reference
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {"aten": aten_linear}
 if "triton" in ops.IMPLEMENTATIONS:
@@ -28,7 +28,7 @@ def _forward(x, loc, F, W, m, d, impl):
 
 def _forward_fake(x, loc, F, W, m, d, impl):
     (S, B, C, M), (R, K1) = x.shape, W.shape[2:]
-    keeps = IMPLEMENTATIONS[impl].KEEPS_RESIDUAL
+    kept = K1 if IMPLEMENTATIONS[impl].keeps_products(C, R, K1, not linear_forms.one_value(d)) else 0
 
     def new(*shape, dtype=torch.float64):
         return x.new_empty(shape, dtype=dtype)
@@ -39,9 +39,9 @@ def _forward_fake(x, loc, F, W, m, d, impl):
         new(B, R, R),
         new(S, B, R),
         new(S, B, R),
-        new(B, C, R, K1),
-        new(B, S, C, K1),
-        new(S, B, C, M if keeps else 0, dtype=aten.product_dtype(x, F, W, d) if keeps else torch.float64),
+        new(B, C, R, kept),
+        new(B, S, C, kept),
+        new(S, B, C, M, dtype=aten.product_dtype(x, F, W, d)),
         new(B, dtype=torch.bool),
     )
 

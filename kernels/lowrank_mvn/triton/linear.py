@@ -5,6 +5,8 @@ r"""The Triton implementation of a linear factor: the functions of `aten_linear`
     linear_residual   pass 2: the residual, the quadratic form as a sum of squares, and F̃D⁻¹r
     linear_backward   every gradient in one pass; `linear_tile` has its parts
     linear_sampling   samples
+    linear_blocks     pass 1 and the gradients where K is much larger than C·R: blocks of P, through a full factor's
+                      kernels; `product` makes them
 
 What is of the size of G or smaller is made in float64 between the passes (`linear_forms`); C is factorised by `solve`.
 As for a full factor nothing waits for the host: items that need float64 are found and made again on the device.
@@ -15,14 +17,27 @@ from torch import Tensor
 
 from .. import linear_forms
 from ..aten import product_dtype
-from . import common, linear_backward, solve
+from . import common, linear_backward, linear_blocks, solve
 from .linear_common import one_value
 from .linear_gram import sums as gram_sums
 from .linear_residual import sums as residual_sums
 from .linear_sampling import linear_rsample
 
-# The residual of the forward pass is an output of it.
-KEEPS_RESIDUAL = True
+
+def keeps_products(channels: int, R: int, K1: int, per_pixel: bool) -> bool:
+    """Whether W_cG_c and F̃z_c are outputs of the forward pass: where blocks of P are made, they are not."""
+    return not linear_blocks.chosen(channels, R, K1, per_pixel)
+
+
+def _keeps_products(W: Tensor, d: Tensor) -> bool:
+    channels, R, K1 = W.shape[1:]
+    return keeps_products(channels, R, K1, not one_value(d))
+
+
+def _projected(x: Tensor, loc: Tensor | None, F: Tensor, W: Tensor, m: Tensor | None, d: Tensor, inverted: bool):
+    """w = PᵀD⁻¹δ [B, S, R] from a pass of its own; W and m in float64."""
+    u = None if m is None else m.expand(F.shape[0], x.shape[0], -1, -1)
+    return linear_forms.projection(residual_sums(x, loc, F, d, u, None, inverted)[0], None, W, None)
 
 
 def _factorised(x: Tensor, loc: Tensor | None, F: Tensor, W: Tensor, d: Tensor, inverted: bool):
@@ -63,29 +78,41 @@ def linear_gram(
 ) -> tuple[Tensor, Tensor]:
     """C = I + Σ_c W_cF̃D_c⁻¹F̃ᵀW_cᵀ [B, R, R] and w = Σ_c W_cF̃D_c⁻¹δ_c [S, B, R], float64; precision is diag D⁻¹."""
     W64 = W.double()
-    WG, _, gram, *_ = _factorised(x[:0], loc, F, W64, precision, True)
-    u = None if m is None else m.double().expand(F.shape[0], x.shape[0], -1, -1)
-    zF, _ = residual_sums(x, loc, F, precision, u, None, inverted=True)
-    identity = torch.eye(W.shape[2], dtype=torch.float64, device=F.device)
-    return gram + identity, linear_forms.projection(zF, WG, W64, None).transpose(0, 1).contiguous()
+    if _keeps_products(W, precision):
+        _, _, gram, *_ = _factorised(x[:0], loc, F, W64, precision, True)
+        C = gram + torch.eye(W.shape[2], dtype=torch.float64, device=F.device)
+    else:
+        C, *_ = linear_blocks.factorised(F, W, precision, True, common.products(F, precision))
+    w = _projected(x, loc, F, W64, None if m is None else m.double(), precision, inverted=True)
+    return C, w.transpose(0, 1).contiguous()
 
 
 def linear_mahalanobis_and_logdet(x: Tensor, loc: Tensor | None, F: Tensor, W: Tensor, m: Tensor | None, d: Tensor):
     """q [S, B], log|Σ| [B], and for the backward pass C⁻¹, v [S, B, R], its last step, W_cG_c, F̃z_c, the residual and
-    `wide`, as `aten_linear`'s.
+    `wide`, as `aten_linear`'s; W_cG_c and F̃z_c are empty where `keeps_products` says no.
     """
-    S, W64, m64 = x.shape[0], W.double(), None if m is None else m.double()
-    WG, wF, _, C_inv, logdet, wide = _factorised(x, loc, F, W64, d, False)
+    (S, B, channels, _), R, W64, m64 = x.shape, W.shape[2], W.double(), None if m is None else m.double()
+    WG = None
+    if _keeps_products(W, d):
+        WG, wF, _, C_inv, logdet, wide = _factorised(x, loc, F, W64, d, False)
+        if S and not wF.shape[1]:
+            wF, _ = residual_sums(x, loc, F, d, None, None)
+        w = linear_forms.projection(wF, WG, W64, m64)
+    else:
+        kind = common.products(F, x, d, *([] if loc is None else [loc]))
+        _, C_inv, logdet, wide = linear_blocks.factorised(F, W, d, False, kind)
+        w = _projected(x, loc, F, W64, m64, d, inverted=False)
     residual = x.new_empty(x.shape, dtype=product_dtype(x, F, W, d))
-    if S and not wF.shape[1]:
-        wF, _ = residual_sums(x, loc, F, d, None, None)
-    v = linear_forms.projection(wF, WG, W64, m64) @ C_inv
+    v = w @ C_inv
     u = linear_forms.coefficients(v, W64)
     zF, q = residual_sums(x, loc, F, d, u if m64 is None else u + m64, residual)
-    g = linear_forms.projection(zF, WG, W64, None) - v
+    g = linear_forms.projection(zF, None, W64, None) - v
     step = g @ C_inv
     q = q + (v.square() - g * step).sum(-1)
-    zF = linear_forms.of_scores(zF, WG, step)
+    if WG is None:
+        WG, zF = W64.new_empty(B, channels, R, 0), W64.new_empty(B, S, channels, 0)
+    else:
+        zF = linear_forms.of_scores(zF, WG, step)
     return q.mT, logdet, C_inv, (v + step).transpose(0, 1), step.transpose(0, 1), WG, zF, residual, wide
 
 
@@ -112,6 +139,10 @@ def linear_mahalanobis_and_logdet_backward(
     (_, B, C, M), R, W64 = x.shape, W.shape[2], W.double()
     need_x, need_F, need_d = needs
     scalar_d, kind = one_value(d), common.products(F, residual, d)
+    if not _keeps_products(W, d):
+        a, b = grad_mahalanobis.double(), grad_logdet.double()
+        kept = C_inv.contiguous(), v.contiguous(), step.contiguous(), residual, wide.contiguous()
+        return linear_blocks.gradients(a, b, F, W, m, d, *kept, needs, kind)
     a, b = grad_mahalanobis.T.double().contiguous(), grad_logdet.double().contiguous()  # [B, S], [B]
     v, step = v.transpose(0, 1), step.transpose(0, 1)  # [B, S, R]
     u = linear_forms.coefficients(v, W64)
@@ -146,6 +177,7 @@ def linear_mahalanobis_and_logdet_backward(
 
 
 __all__ = [
+    "keeps_products",
     "linear_gram",
     "linear_mahalanobis_and_logdet",
     "linear_mahalanobis_and_logdet_backward",
