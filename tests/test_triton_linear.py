@@ -221,8 +221,8 @@ def test_small_diagonal_and_what_is_collinear(kernels, collinear, log_p, gradien
     b = torch.full((B,), -0.5, dtype=F64, device=DEVICE)
     expected, expected_grads = oracle(x, None, F, W, m, d, a, b)
     out, grads = both(kernels, (x, None, F, W, m, d), a, b)
-    # Rounding is in G, so that only features can ask for float64; then C is as exact as G, whatever W is. In blocks it is
-    # in P.
+    # Rounding is in G, so that only features can ask for float64; then C is as exact as G, whatever W is. With blocks
+    # it is in P.
     blocks = kernels.linear_blocks.chosen()
     assert out[-1].tolist() == [False, collinear == "features" or (blocks and collinear == "weights")]
     assert (out[1] - expected[1]).abs().max() < LOG_DET_TOLERANCE
