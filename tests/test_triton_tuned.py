@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lowrank_mvn.triton import (
+    backward,
     capacitance,
     common,
     linear_backward,
@@ -88,6 +89,7 @@ def test_measured_comes_before_the_target_and_that_before_the_rest(monkeypatch, 
     [
         capacitance.BLOCKS,
         residual.BLOCKS,
+        backward.SPARING_BLOCKS,
         linear_gram.BLOCKS,
         linear_backward.BLOCKS,
         linear_backward.PIXEL_BLOCKS,

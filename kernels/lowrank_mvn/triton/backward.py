@@ -42,6 +42,8 @@ BLOCKS = {
     (64, True, "sm_75"): Block(8, 32),
     (64, False, "sm_75"): Block(8, 32),
 }
+# Another sample, or values to be converted, take the registers that 128 columns of 64 rows just leave.
+SPARING_BLOCKS = {**BLOCKS, (64, True): Block(4, 64)}
 WIDE_BLOCK = Block(4, 16)
 
 
@@ -275,7 +277,8 @@ def gradients(
     block_r = common.padded_rank(R) if common.fused_rank(P.device) >= R else common.TILED_R
     align = min(common.alignment(P, x, loc, d), common.alignment(G, x, loc))
     by_column = P.stride(1) == 1
-    block = WIDE_BLOCK if is_wide else common.block("backward", BLOCKS, block_r, by_column, P.device)
+    name, table = ("backward", BLOCKS) if S == 1 and P.element_size() > 2 else ("backward_sparing", SPARING_BLOCKS)
+    block = WIDE_BLOCK if is_wide else common.block(name, table, block_r, by_column, P.device)
     columns = common.split_columns(N, R, block.columns)
     splits = max(1, common.ceil_div(N, columns))
     sums = P.new_zeros(B, splits, dtype=torch.float64)
