@@ -42,12 +42,18 @@ TITLES = {
 
 @torch.no_grad()
 def predict(vae: VAE, count: int, seed: int = 0) -> Prediction:
-    """Predictions at `count` codes z ~ N(0, I). The generator of the caller is left as it was."""
+    """Predictions at `count` codes z ~ N(0, I), one at a time. The generator of the caller is left as it was."""
     device = next(vae.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        p = vae.eval().decode(torch.randn(count, vae.latents, device=device))
-        y = p.rsample()
+        codes = torch.randn(count, vae.latents, device=device)
+        parts = [_predicted(vae.eval(), z) for z in codes.split(1)]
+    return Prediction(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _predicted(vae: VAE, z: Tensor) -> Prediction:
+    p = vae.decode(z)
+    y = p.rsample()
     channels, height, width = vae.image_shape
     centre = height // 2 * width + width // 2
     rows = [vae.unflatten(p.covariance_row(c * height * width + centre))[:, c] for c in range(channels)]
@@ -60,12 +66,17 @@ def predict(vae: VAE, count: int, seed: int = 0) -> Prediction:
 
 @torch.no_grad()
 def reconstruct(vae: VAE, x: Tensor, samples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Mean [B, C, H, W] and samples [samples, B, C, H, W] of p(x|z) at the mean code of images `x` [B, C, H, W]."""
+    """Mean [B, C, H, W] and samples [samples, B, C, H, W] of p(x|z) at the mean code of images `x` [B, C, H, W], one
+    image at a time."""
     device = next(vae.parameters()).device
+    means, drawn = [], []
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        p = vae.eval().decode(vae.encode(x.to(device)).loc)
-        return vae.unflatten(p.loc).cpu(), vae.unflatten(p.rsample((samples,))).cpu()
+        for image in x.split(1):
+            p = vae.eval().decode(vae.encode(image.to(device)).loc)
+            means.append(vae.unflatten(p.loc).cpu())
+            drawn.append(vae.unflatten(p.rsample((samples,))).cpu())
+    return torch.cat(means), torch.cat(drawn, 1)
 
 
 def panels(vae: VAE, x: Tensor) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from .model import VAE
 
 __all__ = ["Quality", "neighbour_correlation", "quality"]
 
-SAMPLE_VALUES = 1 << 26  # that are made at once: 256 MiB in float32
+SAMPLE_VALUES = 1 << 20  # that are made at once: 4 MiB in float32, of which a few copies are alive
 
 
 class Quality(NamedTuple):
@@ -30,10 +30,17 @@ def neighbour_correlation(images: Tensor) -> Tensor:
     Returns:
         cov(yₙ, yₙ₊₁) / (σₙ σₙ₊₁) averaged over items and all pairs of neighbours, a 0-d tensor from −1 to 1.
     """
-    left, right = images[..., :-1], images[..., 1:]
-    covariance = (left * right).mean(0)
-    scale = left.square().mean(0).sqrt() * right.square().mean(0).sqrt()
-    return (covariance / scale.clamp_min(torch.finfo(images.dtype).tiny)).mean()
+    return _correlation(*_moments(images))
+
+
+def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ yₙyₙ₊₁ and Σ yₙ² over the samples [S, B, C, H, W]."""
+    return (images[..., :-1] * images[..., 1:]).sum(0), images.square().sum(0)
+
+
+def _correlation(products: Tensor, squares: Tensor) -> Tensor:
+    scale = squares[..., :-1].sqrt() * squares[..., 1:].sqrt()
+    return (products / scale.clamp_min(torch.finfo(squares.dtype).tiny)).mean()
 
 
 @torch.no_grad()
@@ -50,13 +57,20 @@ def quality(vae: VAE, data_deviation: float, codes: int = 64, samples: int = 64,
     correlations, total, squares = [], torch.zeros((), device=device), torch.zeros((), device=device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        at_once = max(1, min(8, SAMPLE_VALUES // (samples * math.prod(vae.image_shape))))
-        for z in torch.randn(codes, vae.latents, device=device).split(at_once):  # the samples of all may not fit
+        # The samples of all codes may not fit, nor those of one.
+        pixels = math.prod(vae.image_shape)
+        at_once = max(1, min(8, SAMPLE_VALUES // (samples * pixels)))
+        drawn = max(1, min(samples, SAMPLE_VALUES // (at_once * pixels)))
+        for z in torch.randn(codes, vae.latents, device=device).split(at_once):
             p = vae.decode(z)
-            y = p.rsample((samples,))
-            correlations.append(neighbour_correlation(vae.unflatten(y - p.loc)) * len(z))
-            total = total + y.sum((0, 1))
-            squares = squares + y.square().sum((0, 1))
+            of_pairs = of_pixels = torch.zeros((), device=device)
+            for start in range(0, samples, drawn):
+                y = p.rsample((min(drawn, samples - start),))
+                total = total + y.sum((0, 1))
+                squares = squares + y.square().sum((0, 1))
+                more = _moments(vae.unflatten(y.sub_(p.loc)))
+                of_pairs, of_pixels = of_pairs + more[0], of_pixels + more[1]
+            correlations.append(_correlation(of_pairs, of_pixels) * len(z))
     count = codes * samples
     spread = (squares / count - (total / count).square()).mean().sqrt()
     return Quality(float(sum(correlations) / codes), float(spread) / data_deviation)

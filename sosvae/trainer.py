@@ -24,6 +24,8 @@ from .run import Metrics, Run
 
 __all__ = ["NonFiniteError", "train"]
 
+EVALUATED_VALUES = 1 << 20  # of the validation images that go through the network at once
+
 
 class NonFiniteError(RuntimeError):
     """Too many steps had a loss or a gradient that is not finite; the last good checkpoint is kept."""
@@ -106,6 +108,7 @@ def train(config: Config, folder: str | Path, *, resume: bool = False, progress:
             else:
                 watch.step(terms)
             if state.step % t.evaluate_every == 0 or state.step == t.steps:
+                state.optimizer.zero_grad()  # gradients are done with, and evaluation has need of their memory
                 watch.evaluated(evaluate(state.model, images, config, device))
             if state.step % t.save_every == 0 or state.step == t.steps or watch.interrupted:
                 run.save(state.step, state.model, state.state_dict(), t.keep)
@@ -180,13 +183,15 @@ def _joined(terms: list[Terms]) -> Terms:
 def evaluate(model: VAE, images: data.Dataset, config: Config, device: torch.device) -> dict[str, float]:
     """Terms on validation images, in nats per image, and the quality of samples.
 
-    Generators are left as they were, so that how often this is called does not change what is learned.
+    Of so few images at once that it takes less memory than a step, though in float32. Generators are left as they were,
+    so that how often this is called does not change what is learned.
     """
     model.eval()
     t = config.training
+    at_once = max(1, min(t.micro_batch, EVALUATED_VALUES // config.pixels))
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(t.seed)
-        batches = images.first("validation", t.evaluate_batches * t.batch).split(t.micro_batch)
+        batches = images.first("validation", t.evaluate_batches * t.batch).split(at_once)
         rows = [evaluate_terms(model, x.to(device))[0].mean() for x in batches]
     values = {
         name: float(sum(row[name] * len(x) for row, x in zip(rows, batches, strict=True)) / sum(map(len, batches)))

@@ -202,7 +202,7 @@ def test_answers_to_what_the_class_answers_to():
         repr(D)
     mixed = LowRankMultivariateNormal(mean, factor.mix(torch.eye(4, dtype=torch.float64)[:, :2]), d)
     torch.testing.assert_close(mixed.cov_factor, full.cov_factor[..., :2])
-    batched = LowRankMultivariateNormal(mean, factor, d.expand(2, 3, 24))  # more items than features: P is made
+    batched = LowRankMultivariateNormal(mean, factor, d.expand(2, 3, 24))  # more items than features
     torch.testing.assert_close(batched.log_prob(x), full.log_prob(x))
     torch.testing.assert_close(
         torch.func.grad(lambda F: LowRankMultivariateNormal(shift, LinearFactor(F, W), d).log_prob(x).sum())(F),

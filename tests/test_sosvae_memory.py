@@ -1,20 +1,23 @@
 """The model of a training step's memory, held against torch's allocator; what fits, and the README's table of it."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from bench import fit as bench_fit
 from bench.fit import Point
-from sosvae import PRESETS, Config, DataConfig, ModelConfig, TrainingConfig, beta_vae
+from sosvae import PRESETS, Config, DataConfig, ModelConfig, TrainingConfig, beta_vae, figures, measure, trainer
 from sosvae.cli import main
 from sosvae.fit import GIB, Budget, fit, largest_side
-from sosvae.memory import PRIME_BATCH, PRIME_SIDES, StepMemory, _dry_run, _Sizes, with_images
+from sosvae.memory import PRIME_BATCH, PRIME_SIDES, StepMemory, _dry_run, _Sizes, formulated, with_images
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -33,6 +36,26 @@ README = Path(__file__).parent.parent / "README.md"
 )
 def test_peaks_are_those_of_the_allocator(point):
     assert bench_fit.predict(point) == pytest.approx(bench_fit.measure_allocator(point), rel=0.1)
+
+
+def test_evaluation_takes_less_than_a_step(monkeypatch):
+    """Validation in float32, the quality of samples and the pictures, beside the step that saves most."""
+    side = 96
+    monkeypatch.setattr(measure, "quality", functools.partial(measure.quality, codes=2))
+    x = torch.rand(8, 3, side, side)
+    images = SimpleNamespace(first=lambda part, count: x[:count], deviation=lambda: 0.3)
+    point = Point(side, 2, "linear", "stages", "bfloat16", accumulate=2, width=0.25)
+    step, _ = bench_fit._prepared(point)
+    peak = bench_fit._allocator_peak(step)
+    config = bench_fit._config(point)
+    model = formulated(config, "linear")
+
+    def evaluation():
+        trainer.evaluate(model, images, config, torch.device("cpu"))
+        figures.panels(model, x)
+
+    evaluation()
+    assert bench_fit._allocator_peak(evaluation) < peak
 
 
 SMALL = Config(

@@ -28,6 +28,7 @@ MATRIX = [
     (F32, 1, 1, 100, 3, 1, 63, "BMK", "item", True, True, False),
     (F32, 0, 2, 16, 3, 3, 63, "BKM", "pixel", False, True, False),
     (F32, 0, 1, 5, 3, 1, 63, "BMK", "item", False, False, True),
+    (F32, 1, 2, 5, 3, 1, 97, "BKM", "pixel", True, True, False),  # 2 · 48 + 1: no block has one pixel
     (F64, 1, 2, 5, 3, 3, 63, "BKM", "pixel", True, True, True),
     (F64, 2, 1, 33, 3, 1, 20, "BMK", "item", False, True, False),
     (BF16, 1, 2, 16, 3, 3, 63, "BKM", "item", False, True, False),
@@ -147,6 +148,18 @@ def test_more_features_than_one_tile(kernels, diagonal, S):
     expected, expected_grads = oracle(*args, a, b)
     out, grads = both(kernels, args, a, b)
     for ours, theirs in zip((*out[:4], *grads), (*expected, *expected_grads), strict=True):
+        assert relative(ours, theirs) < 2e-6
+
+
+def test_diagonal_of_any_strides(kernels):
+    args, (a, b) = inputs(F32, 1, 3, 5, 3, 1, 40, "BKM", "pixel", True, False, False), weights(1, 3)
+    expected, expected_grads = oracle(*args, a, b)
+    turned = args[5].permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    assert turned.stride() != args[5].stride()
+    out, grads = both(kernels, (*args[:5], turned), a, b)
+    for ours, theirs in zip(
+        (*out[:4], *grads[:3], grads[4]), (*expected, *expected_grads[:3], expected_grads[4]), strict=True
+    ):
         assert relative(ours, theirs) < 2e-6
 
 

@@ -22,7 +22,7 @@ The functions take canonical shapes; item b of F has the weight W[b], or W[0] wh
     x    [S, B, C, M]                       F  [B, K, M], any strides      d  [B, C, M] or [B, 1, 1]
     loc  [S or 1, B, C, M], or none         W  [1 or B, C, R, K+1]         m  [C, K+1], or none
 
-`linear` registers them; `linear_forms` has what follows the passes, `aten` what both kinds of factor share.
+`ops_linear` registers them; `linear_forms` has what follows the passes, `aten` what both kinds of factor share.
 """
 
 import math

@@ -87,7 +87,8 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
             self._validate_args = type(self)._validate_args if validate_args is None else validate_args
         elif self._validate_args:
             for name, t in functional.parts(loc=loc, cov_factor=cov_factor, cov_diag=d).items():
-                if not torch._is_all_true(torch.isfinite(t)):
+                # By way of the extremes, which take no memory: P, or the features, may be most of what there is.
+                if t.numel() and not torch._is_all_true(torch.isfinite(torch.stack(torch.aminmax(t.detach())))):
                     raise ValueError(f"{name} of shape {list(t.shape)} has values that are not finite")
 
     def expand(self, batch_shape, _instance=None):

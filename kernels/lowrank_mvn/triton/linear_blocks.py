@@ -26,12 +26,13 @@ from . import backward, capacitance, common, solve
 from .linear_common import one_value
 from .product import product, summed
 
-# Up to so many features a tile of the kernels of a linear factor holds them all, and memory is what they wait for, or
+# Up to so many features a tile of most kernels of a linear factor holds them all, and memory is what they wait for, or
 # near to it; beyond, G alone reads F once for each tile.
 FUSED_FEATURES = common.FUSED_R
 
-# Values in a block of P, of all items: 16 MB in float32, so that an H100's cache (50 MB) still has it when it is read,
-# and starting its kernels costs less than they do.
+# Values in a block of P, of all items: 16 MB in float32, of which an H100's cache (50 MB) may still have most when they
+# are read, while starting its kernels costs less than they do. An item has LEAST_PIXELS in it, however many items there
+# are: that much of P is little beside F.
 BLOCK_VALUES = 1 << 22
 LEAST_PIXELS = 256
 
@@ -47,8 +48,9 @@ def _blocks(F: Tensor, rows: int) -> Iterator[slice]:
     step = max(LEAST_PIXELS, BLOCK_VALUES // max(1, B * rows))
     step = common.ceil_div(M, max(1, common.ceil_div(M, step)))
     step = max(1, common.ceil_div(step, 16)) * 16  # so that blocks begin where 16 bytes do
-    for n in range(0, max(M, 1), step):
-        yield slice(n, min(n + step, M))
+    ends = [*range(step, M - 1, step), M]  # none of one pixel, whose diagonal would look like one value for all
+    for start, end in zip([0, *ends], ends, strict=False):
+        yield slice(start, end)
 
 
 def _weight(W: Tensor, B: int) -> Tensor:
@@ -72,19 +74,21 @@ def factorised(F: Tensor, W: Tensor, d: Tensor, inverted: bool, kind: str) -> tu
     C, C_inv = (F.new_empty(B, R, R, dtype=torch.float64) for _ in range(2))
     logdet, wide = F.new_empty(B, dtype=torch.float64), torch.ones(B, dtype=torch.bool, device=F.device)
     out = C_inv, F.new_empty(1, B, R, dtype=torch.float64), logdet, wide
-    nothing = flat.new_empty(0, *flat.shape)
 
     def add_up(kind: str, final: bool, flags: Tensor | None, rounding: float = 0.0) -> None:
         weight = _weight(W.to(torch.float64 if kind == "float64" else torch.float32), B)
-        sums = []
+        gram, log_D = (F.new_zeros(B, 1, *size, dtype=torch.float64) for size in ((R, R), ()))
         for n in _blocks(F, channels * R):
             P = F.new_empty(B, 1, channels * R, n.stop - n.start, dtype=weight.dtype)
             product(weight, F[:, :, n], P, kind, ones=True, flags=flags)
-            sums.append(capacitance.partial_sums(nothing, flat, _factor(P[:, 0], R), _of(d, n), inverted, kind, flags))
-        C_part, w, log_D = (torch.cat(part, 1) for part in zip(*sums, strict=True))
+            d_n = _of(d, n)
+            block = d_n.new_empty(0, *d_n.shape), d_n, _factor(P[:, 0], R), d_n  # without x and loc
+            C_part, w, log_D_part = capacitance.partial_sums(*block, inverted, kind, flags)
+            gram += C_part.sum(1, keepdim=True, dtype=torch.float64)
+            log_D += log_D_part.sum(1, keepdim=True)
         flagged, N = flags is not None, channels * M
-        solve.solve((C_part, w, log_D), flat, N, out, with_w=False, final=final, flagged=flagged, rounding=rounding)
-        solve.whole(C_part, C, flags)
+        solve.solve((gram, w, log_D), flat, N, out, with_w=False, final=final, flagged=flagged, rounding=rounding)
+        solve.whole(gram, C, flags)
 
     if kind != "float64":
         add_up(kind, final=False, flags=None, rounding=common.ROUNDING[kind])
@@ -102,7 +106,8 @@ def _too_rough(F: Tensor, W: Tensor, d: Tensor, C_inv: Tensor, inverted: bool, r
     less of F than the diagonal of G does.
     """
     squares = torch.linalg.vector_norm(F, dim=1, dtype=torch.promote_types(F.dtype, torch.float32)).square() + 1
-    precision = (d if inverted else d.reciprocal()).to(squares.dtype)
+    precision = d.to(squares.dtype)
+    precision = precision if inverted else precision.reciprocal()
     trace = (precision * squares.unsqueeze(1)).sum(2, dtype=torch.float64)  # [B, C or 1]
     a2 = (W.double().square().sum(-1) * trace.unsqueeze(-1)).sum(1)
     moved = (a2 * C_inv.diagonal(dim1=-2, dim2=-1)).sqrt().sum(-1).square()
@@ -141,18 +146,21 @@ def gradients(
         weights["float64"] = _weight(W64, B)
     sums = F.new_zeros(B, dtype=torch.float64)
     grad_rows = F.new_zeros(B, CR + SC, K1, dtype=torch.float64)
-    for n in _blocks(F, CR + SC):
+    blocks = [*_blocks(F, CR + SC)]
+    zero = residual.new_zeros(1, 1, channels * max(n.stop - n.start for n in blocks)).expand(1, B, -1)
+    for n in blocks:
         f, pixels = F[:, :, n], n.stop - n.start
         made = F.new_empty(B, CR + SC, pixels, dtype=work)  # grad_P, and below it grad_x
         r = residual[..., n].flatten(2)
-        grad_r, d_n = torch.empty_like(r), _of(d, n)
-        grad_d_n = torch.empty_like(d_n) if need_d and not scalar_d else None
+        d_n, contiguous = _of(d, n), torch.contiguous_format
+        grad_r = torch.empty_like(r, memory_format=contiguous)
+        grad_d_n = torch.empty_like(d_n, memory_format=contiguous) if need_d and not scalar_d else None
         grads = grad_r, None, _factor(made[:, :CR], R), grad_d_n
         for products, weight in weights.items():
             P = torch.empty_like(made, dtype=weight.dtype)[:, :CR]  # laid out as grad_P is
             flags = wide.view(torch.uint8) if products != kind else None
             product(weight, f, P.unsqueeze(1), products, ones=True, flags=flags)
-            block = a, b, r, r.new_zeros(1, *r.shape[1:]), _factor(P, R), d_n
+            block = a, b, r, zero[..., : r.shape[2]], _factor(P, R), d_n
             parts = backward.gradients(*block, C_inv, step, wide, grads, products, flagged=kind != "float64")
             sums += parts.sum(1)
         z = grad_r.unflatten(2, (channels, pixels))

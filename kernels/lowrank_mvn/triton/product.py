@@ -55,7 +55,7 @@ def product_kernel(
     q = pid % rows * BLOCK_Q + tl.arange(0, BLOCK_Q)
     n = pid // rows % columns * BLOCK_N + tl.arange(0, BLOCK_N)
     pid = pid // rows // columns
-    part = pid % SPLITS
+    part = (pid % SPLITS).to(tl.int64)
     b = (pid // SPLITS).to(tl.int64)
     if FLAGGED:  # noqa: SIM102  (decided when compiling)
         if tl.load(flag_ptr + b) == 0:
@@ -65,8 +65,8 @@ def product_kernel(
     X_columns = X_ptr + b * stride_xb + n.to(tl.int64)[None, :] * stride_xn
     first = tl.zeros((BLOCK_Q, BLOCK_N), kind)
     second = tl.zeros((BLOCK_Q, BLOCK_N), kind)
-    end = min((part + 1) * LENGTH, K)
-    for start in range(part * LENGTH, end, BLOCK_K):
+    end = min((pid % SPLITS + 1) * LENGTH, K)
+    for start in range(pid % SPLITS * LENGTH, end, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         offs_k = k.to(tl.int64)
         A = tl.load(A_rows + offs_k[None, :] * stride_ak, mask=(q < Q)[:, None] & (k < end)[None, :], other=0.0)
