@@ -1,10 +1,10 @@
 """Compiles every kernel for every target, and prints what the machine code and the interpreter say of it.
 
 python -m bench.static                      R = 10, 25, 64, and a linear factor of 64 features; float32, both layouts,
-                                            all targets; R = 25 in bfloat16 (minutes)
+                                            all targets; R = 25 in bfloat16, and 256 features (minutes)
 python -m bench.static --features 16 64     linear factors alone, R = 25, C = 3, one d and a d per pixel
 python -m bench.static --rank 25 --target sm_90 --json static.json
-python -m bench.static --all                every configuration that dispatch can choose (hours)
+python -m bench.static --all                dtypes, diagonals, channels, several samples, padded sizes (hours)
 python -m bench.static --check              fails where a bar is not reached
 """
 
@@ -31,7 +31,7 @@ HEADER = (
 DEFAULT_TARGETS = [target for target in TARGETS if target != "sm_86"]
 # Ranks that fill their padding and ranks that do not, and one that is walked over in tiles.
 ALL_RANKS = [10, 16, 25, 32, 48, 64, 100, 128, 200]
-# One number of features for every padded one, and one that is walked over in tiles.
+# One number of features for every padded one, and one that no tile holds.
 ALL_FEATURES = [10, 32, 64, 128, 200]
 
 

@@ -1,4 +1,4 @@
-"""The launches of a step, captured with their arguments: every configuration that dispatch can choose."""
+"""The launches of a step, captured with their arguments, as dispatch chooses them."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -65,6 +65,7 @@ class LinearCase(NamedTuple):
     def name(self) -> str:
         several = f" S={self.S}" if self.S != 1 else ""
         several += f" C={self.C}" if self.C != 3 else ""
+        several += f" R={self.R}" if self.R != 25 else ""
         return f"K={self.K} {self.layout} {str(self.dtype).removeprefix('torch.')} {self.diagonal}{several}"
 
     @property
@@ -186,7 +187,7 @@ def distinct(tasks: Iterable[tuple[Case | LinearCase, str]]) -> Iterator[tuple[C
 
 
 def all_cases(ranks: list[int], layouts: list[str]) -> list[Case]:
-    """Every configuration that dispatch can choose for these ranks: dtypes, diagonals, several samples, given noise."""
+    """Dtypes (one for all tensors), diagonals, one sample or two with given noise and conditioning; every gradient."""
     return [
         case
         for R in ranks
@@ -201,10 +202,14 @@ def all_cases(ranks: list[int], layouts: list[str]) -> list[Case]:
 
 
 def all_linear_cases(features: list[int], layouts: list[str]) -> list[LinearCase]:
-    """Likewise for these numbers of features: dtypes, diagonals, one channel or three, and of three several samples."""
+    """Likewise for these numbers of features: one channel or three, of three two samples; a linear mean, no other.
+
+    More features than a tile holds go by blocks of P if the rank is small, and are walked over if it is large.
+    """
     return [
-        LinearCase(K, layout, dtype, diagonal, C=C, S=S)
+        LinearCase(K, layout, dtype, diagonal, R, C, S=S)
         for K in features
+        for R in ((25, 100) if K > 128 else (25,))
         for layout in layouts
         for dtype in DTYPES
         for diagonal in ("item", "pixel")

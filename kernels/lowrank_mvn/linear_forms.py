@@ -49,9 +49,12 @@ def capacitance(WG: Tensor, W: Tensor) -> Tensor:
 
 
 def projection(wF: Tensor, WG: Tensor | None, W: Tensor, m: Tensor | None) -> Tensor:
-    """w = PᵀD⁻¹δ [B, S, R], with δ = x − loc − F̃ᵀm; WG is asked for the part of m."""
+    """w = PᵀD⁻¹δ [B, S, R], with δ = x − loc − F̃ᵀm; WG is needed for m alone."""
     w = torch.matmul(wF.flatten(2), W.transpose(2, 3).flatten(1, 2))
-    return w if m is None or WG is None else w - torch.matmul(WG.transpose(1, 2).flatten(2), m.flatten()).unsqueeze(1)
+    if m is None:
+        return w
+    assert WG is not None
+    return w - torch.matmul(WG.transpose(1, 2).flatten(2), m.flatten()).unsqueeze(1)
 
 
 def coefficients(v: Tensor, W: Tensor) -> Tensor:

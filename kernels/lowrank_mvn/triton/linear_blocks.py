@@ -3,7 +3,7 @@ r"""A linear factor of many features, by way of blocks of P: made of a block of 
 Where K is much larger than C·R, products of the features with themselves (K² for each G_c and each M_c) cost more than
 making P does. A block of P is then a full factor of some of the pixels, and goes through that factor's own kernels:
 
-    C and log|D|    `capacitance` of each block; `solve` adds up what all of them left
+    C and log|D|    `capacitance` of each block, added up block by block
     r, q and v      from the features, as ever (`linear_residual`): P is rounded, and r is what cancellation leaves
     gradients       `backward` of each block, with the residual in place of x − μ and the last step of v in place of v
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import linear_forms
+from ..aten import LOG_DET_TOLERANCE
 from . import backward, capacitance, common, solve
 from .linear_common import one_value
 from .product import product, summed
@@ -111,7 +112,7 @@ def _too_rough(F: Tensor, W: Tensor, d: Tensor, C_inv: Tensor, inverted: bool, r
     trace = (precision * squares.unsqueeze(1)).sum(2, dtype=torch.float64)  # [B, C or 1]
     a2 = (W.double().square().sum(-1) * trace.unsqueeze(-1)).sum(1)
     moved = (a2 * C_inv.diagonal(dim1=-2, dim2=-1)).sqrt().sum(-1).square()
-    return ~(rounding * moved <= linear_forms.aten.LOG_DET_TOLERANCE)
+    return ~(rounding * moved <= LOG_DET_TOLERANCE)
 
 
 def gradients(
