@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import common, linear_common
 from .capacitance import WIDE_BLOCK, WIDE_ROWS, _log_of_product, _square
-from .common import Block, aligned, load_tile, scaled, split
+from .common import Block, aligned, converted, load_tile, scaled, split
 from .linear_common import MAX_RIDERS, both, channels_last, columns_per_program, fold, nothing, one_value, width
 
 # By padded number of features: one warp multiplies every column of its tile with itself; from 64 rows on four warps are
@@ -128,7 +128,7 @@ def linear_gram_kernel(
         columns = offs_n.to(tl.int64)
         F = load_tile(F_ptr, offs_i, n, M, stride_fk, stride_fn, K, NARROW, BLOCK_N)
         if SCALAR_D:
-            Q = scaled(F, 1.0, n, M, kind)
+            Q = converted(F, n, M, kind)
             corner += fold(mask_n.to(kind)[None, :], WIDTH, LAST)
             ones += fold(Q, WIDTH, LAST)
         else:
@@ -167,7 +167,7 @@ def linear_gram_kernel(
         w_ones = added_ones
         if TILES > 1:
             F_j = load_tile(F_ptr, offs_j, n, M, stride_fk, stride_fn, K, NARROW, BLOCK_N)
-            Q_j = scaled(F_j, 1.0, n, M, kind) if SCALAR_D else scaled(F_j, scale[None, :], n, M, kind)
+            Q_j = converted(F_j, n, M, kind) if SCALAR_D else scaled(F_j, scale[None, :], n, M, kind)
         else:
             Q_j = Q
         if WIDE:

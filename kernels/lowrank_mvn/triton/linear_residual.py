@@ -27,6 +27,9 @@ BLOCKS = {
 # than the tile.
 SAMPLES_BLOCKS = {**BLOCKS, **both({16: Block(1, 32)})}
 
+# Where tiles of features are walked over, by whether neighbouring columns of F are neighbours in memory.
+TILED_BLOCKS = {True: Block(4, 16), False: Block(4, 32)}
+
 # Rows of one piece of a tile where features are neighbours in memory. Triton lays a warp out along them first: a tile
 # of 64 rows would have 16 lanes for each sum over features, a piece of 32 has 8, and pieces are added before lanes are.
 PIECE = 32
@@ -188,8 +191,8 @@ def sums(
     (S, B, C, M), K, P = x.shape, F.shape[1], F.mT
     block_k = min(common.padded_rank(K), common.FUSED_R)
     name, table = ("linear_residual", BLOCKS) if S == 1 else ("linear_residual_samples", SAMPLES_BLOCKS)
-    block = linear_common.block(name, table, block_k, F)
     tiles, last = common.ceil_div(K, block_k), channels_last(F)
+    block = linear_common.block(name, table, block_k, F) if tiles == 1 else TILED_BLOCKS[not last]
     piece = min(block_k, PIECE) if last else block_k
     count, rounds = riders(S * C)
     align = common.alignment(P, x, *([] if loc is None else [loc]), d)

@@ -17,6 +17,8 @@ from .sampling import _noise, _normal_pair
 
 # By padded number of features: one warp, and as many pixels as its registers hold without spills in either layout.
 BLOCKS = both({16: Block(1, 64), 32: Block(1, 32), 64: Block(1, 64), 128: Block(1, 16)})
+# Where tiles of features are walked over.
+TILED_BLOCK = Block(2, 64)
 
 
 @triton.jit
@@ -135,7 +137,7 @@ def linear_rsample(
     (B, S, C, _), (_, K, M), P = u.shape, F.shape, F.mT
     y = F.new_empty(S, B, C, M, dtype=F.dtype if loc is None else torch.promote_types(F.dtype, loc.dtype))
     block_k = common.padded_rank(K) if K <= common.FUSED_R else common.TILED_R
-    block = linear_common.block("linear_sample", BLOCKS, block_k, F)
+    block = linear_common.block("linear_sample", BLOCKS, block_k, F) if block_k >= K else TILED_BLOCK
     columns = columns_per_program(M, B, 64, block.columns)
     splits = max(1, common.ceil_div(M, columns))
     given = [t for t in (loc, omega_d) if t is not None]

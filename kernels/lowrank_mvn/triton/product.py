@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common
-from .common import Block, narrow, scaled, split
+from .common import Block, converted, narrow, split
 
 ROWS, SUMMED = 64, 32  # of one program's tile of the result, and of each step of the sum
 BLOCK = Block(4, 64)
@@ -71,8 +71,8 @@ def product_kernel(
         offs_k = k.to(tl.int64)
         A = tl.load(A_rows + offs_k[None, :] * stride_ak, mask=(q < Q)[:, None] & (k < end)[None, :], other=0.0)
         X = tl.load(X_columns + offs_k[:, None] * stride_xk, mask=(k < end)[:, None] & (n < N)[None, :], other=0.0)
-        A = scaled(A, 1.0, start, end, kind)
-        X = scaled(X, 1.0, start, end, kind)
+        A = converted(A, start, end, kind)
+        X = converted(X, start, end, kind)
         if OUTER:  # a sum of products, for targets without float64 matrix products
             first += tl.sum(A[:, :, None] * X[None, :, :], 1)
         elif WIDE:
