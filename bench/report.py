@@ -226,9 +226,12 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {"answer": answer, "operator
 
 
 def _requested_key(case: str) -> str:
-    """Under which a document has the bytes that a case asks for: "64:BKM" of "K=64 BKM float32 item", one d only."""
+    """Under which a document has the bytes that a case asks for: "64:BKM" of "K=64 BKM float32 item".
+
+    They are counted in float32, and of a linear factor with one d only.
+    """
     size, layout, *rest = case.split()
-    not_counted = size.startswith("K=") and "item" not in rest
+    not_counted = "bfloat16" in rest or (size.startswith("K=") and "item" not in rest)
     return "" if not_counted else f"{size[2:]}:{layout}"
 
 

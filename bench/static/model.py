@@ -48,7 +48,8 @@ first-level cache, with the bank conflicts that the PTX's addresses make; {TENSO
 mma.sync reaches {SYNC:.0%} (arXiv:2402.13499); wgmma's operands in shared memory are read there. Bytes are those of P \
 in the main loop (read and,
 for grad_P, written); of a linear factor those of F, where a d per pixel is counted for one channel of C; of a product \
-those of its right operand, for up to 64 rows of the left one. Every instruction of the loop is counted once per step, cold branches and those under a \
+those of its right operand, for up to 64 rows of the left one. \
+Every instruction of the loop is counted once per step, cold branches and those under a \
 predicate too. In flight:
 tiles of P that resident programs have asked for (stages − 1 of each, at least one), with the columns of x, μ and d \
 that go with them, against {LATENCY * 1e9:.0f} ns × \
