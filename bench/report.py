@@ -20,6 +20,7 @@ from . import store
 from .operators import CELEBA, OPERATORS
 from .peers import PEERS
 from .plots import plots, titles
+from .static.model import in_flight
 from .store import Row
 
 __all__ = ["TABLES", "check", "exponent", "main", "plots", "update"]
@@ -247,6 +248,7 @@ def static(document: dict[str, Any]) -> str:
             if launch.get("floor"):
                 requested[launch["kernel"], rank_layout] = launch["requested"] / launch["floor"]
     header = ("kernel", "case", "target", "registers", "spills [byte]", "shared memory [byte]", "occupancy")
+    flight = "stages × tile × programs = in flight"
     lines = []
     for row in kernels:
         caps = row.get("caps") or {}
@@ -254,13 +256,15 @@ def static(document: dict[str, Any]) -> str:
         rank_layout = _requested_key(row["case"])
         lines.append(
             [
-                *(str(row[name]) for name in ("kernel", "case", "target", "registers", "spills", "shared")),
+                f"{row['kernel']} {row.get('sizes', '')}".rstrip(),
+                *(str(row[name]) for name in ("case", "target", "registers", "spills", "shared")),
                 "–" if row["occupancy"] is None else _percent(row["occupancy"]),
+                in_flight(row) if "tile" in row else "–",
                 f"{requested[key]:.3f}" if (key := (row["kernel"], rank_layout)) in requested else "–",
                 "–" if pipe is None else f"{caps[pipe] / 1e12:.1f}, {pipe}",
             ]
         )
-    table = _table((*header, "bytes requested / least", "model: at most [TB/s of P], by"), lines)
+    table = _table((*header, flight, "bytes requested / least", "model: at most [TB/s of P], by"), lines)
     assumptions = " ".join(document.get("assumptions", "").split())
     return f"{table}\nCompiled ahead of time, without a GPU: nothing here was timed. {assumptions}".rstrip() + "\n"
 

@@ -201,7 +201,7 @@ SCRATCH: dict[str, Callable[..., tuple[int, str, float]]] = {
     "mahalanobis_and_logdet": _scratch(aten.BLOCK_VALUES, 8),
     "mahalanobis_and_logdet_backward": _scratch(aten.BLOCK_VALUES, 8),
     "linear_mahalanobis_and_logdet": _scratch(aten_linear.BLOCK_VALUES // 2, 16),
-    "linear_mahalanobis_and_logdet_backward": _scratch(aten_linear.BACKWARD_BLOCK_VALUES, 16),
+    "linear_mahalanobis_and_logdet_backward": _scratch(aten_linear.BLOCK_VALUES, 16),
 }
 
 

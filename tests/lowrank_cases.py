@@ -65,6 +65,37 @@ def gradients(function, *tensors: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(function(*leaves), leaves, allow_unused=False))
 
 
+def rounded(t: Tensor) -> Tensor:
+    """Every value moved by up to one unit in the last place of float32."""
+    return t * (1 + 2.0**-23 * (2 * torch.rand_like(t) - 1))
+
+
+def through(t: Tensor, move) -> Tensor:
+    """`t` after `move`, as is its gradient on the way back."""
+    t = t + (move(t) - t).detach()
+    if t.requires_grad:
+        t.register_hook(move)
+    return t
+
+
+def unmoved(t: Tensor) -> Tensor:
+    return t
+
+
+def tolerances(values, terms: int, draws: int = 4) -> list[float]:
+    """How far two computations in float32 may be apart, from the problem itself: of each value, relative to its norm.
+
+    The largest change when inputs, intermediate results and their gradients are moved by a unit in the last place,
+    twice (for two computations), and √`terms` times, because sums of so many terms round at each of them (Higham and
+    Mary, 2019: √n u Σ|x| in all but few cases). `values(move)` gives the values in float64, of numbers that `move`
+    went over.
+    """
+    factor = 2 * terms**0.5
+    exact = values(unmoved)
+    moved = [values(rounded) for _ in range(draws)]
+    return [factor * max(relative(m[i], t) for m in moved) for i, t in enumerate(exact)]
+
+
 def relative(a: Tensor, b: Tensor) -> float:
     """‖a − b‖ / ‖b‖ in float64."""
     b = b.double()

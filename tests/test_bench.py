@@ -187,14 +187,21 @@ def test_what_is_known_without_a_gpu_is_no_timing():
     assert "| residual | R=25 BRN | sm_90 | 96 | 0 | 1024 | 50% | – | – |" in table
     assert "nothing here was timed" in table
     # Where there are bounds, the rows that have them; keys that are not known do no harm.
-    bound = row | {"occupancy": None, "caps": {"issue": 5e12, "shared memory": 3.25e12}, "another": {"key": 1}}
+    row |= {"tile": [25, 32], "num_stages": 2, "programs": 8, "bytes_in_flight": 25600}
+    bound = row | {
+        "occupancy": None,
+        "sizes": "3×4×5",
+        "caps": {"issue": 5e12, "shared memory": 3.25e12},
+        "another": {"key": 1},
+    }
     requested = {
         "25:BRN": [{"kernel": "residual", "requested": 1003, "floor": 1000}, {"kernel": "solve", "floor": None}]
     }
     document = {"kernels": [row | {"occupancy": 0.5}, bound], "requested": requested, "assumptions": "Of an\nH100."}
     table = report.static(document)
-    assert table.count("| residual |") == 1
-    assert "| 1024 | – | 1.003 | 3.2, shared memory |" in table
+    assert table.count("| residual 3×4×5 |") == 1
+    assert "| residual |" not in table
+    assert "| 1024 | – | 1 × 25×32 × 8 = 25.6 kB | 1.003 | 3.2, shared memory |" in table
     assert table.endswith("nothing here was timed. Of an H100.\n")
 
 

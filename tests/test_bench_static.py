@@ -46,6 +46,10 @@ def test_no_spills(document):
     half = rows(document, dtype="bfloat16")
     assert {"capacitance", "capacitance (float64)", "backward", "sample"} <= half.keys()
     assert not any(row["spills"] for row in half.values())
+    residual = rows(document)["residual"]
+    rank, columns = residual["tile"]
+    assert rank == 25
+    assert residual["bytes_in_flight"] == residual["programs"] * rank * columns * 4  # one stage
     assert rows(document, "gfx942").keys() == rows(document).keys()
 
 
@@ -223,6 +227,34 @@ def test_every_configuration_is_captured(target):
     assert {"capacitance", "residual", "backward", "sample", "sample_backward", "gram"} <= seen
 
 
+def test_all_has_what_changes_a_launch():
+    pytest.importorskip("triton")
+    from bench.static.launches import all_cases, all_linear_cases, captured
+
+    def seen(cases, kernel, *names):
+        launches = [launch for case in cases for launch in captured(case, "sm_90") if launch.name == kernel]
+        values = [[launch.arguments[name] for name in names] for launch in launches]
+        return {tuple(v.dtype if isinstance(v, torch.Tensor) else v for v in row) for row in values}
+
+    full, linear = [*all_cases([25], ["BRN"])], [*all_linear_cases([64], ["BKM"])]
+    assert seen(full, "backward", "NEED_X", "NEED_LOC", "NEED_P", "NEED_D") == {
+        (True,) * 4,
+        (False, True, True, False),
+        (False, True, True, True),  # of one d for all, the sum over pixels comes with the others
+    }
+    half = (torch.float32, torch.bfloat16, torch.float32)
+    assert half in seen(full, "capacitance", "x_ptr", "P_ptr", "d_ptr")
+    assert seen(full, "residual", "ALIGN") == {(1,), (4,), (16,)}
+    assert half in seen(linear, "linear_gram", "x_ptr", "F_ptr", "d_ptr")
+    assert seen(linear, "linear_residual", "ALIGN") == {(1,), (4,), (16,)}
+    flags = seen(linear, "linear_residual", "WITH_LOC", "INVERTED", "WITH_U")
+    assert {(False, False, True), (True, False, True), (True, True, False)} <= flags
+    assert seen(linear, "linear_sample", "WITH_LOC", "GIVEN") == {(False, False), (True, True)}
+    assert (False, True, False) in seen(linear, "linear_backward", "NEED_X", "NEED_F", "NEED_D")
+    names = [case.name for case in linear]
+    assert "K=64 BKM bfloat16 item others=float32 grads=F" in names
+
+
 def test_what_several_cases_launch_is_compiled_once():
     pytest.importorskip("triton")
     from bench.static.launches import Case, LinearCase, all_linear_cases, captured, distinct
@@ -281,6 +313,8 @@ def test_a_linear_factor_is_covered(monkeypatch, capsys):
         assert all(launches[name].tile.shape == (1, 64, 64) for name in parts)
         many = {launch.name for launch in captured(LinearCase(256, layout, B=1, M=64), "sm_80")}
         assert many == {"linear_residual", "linear_sample", "product", "product (float64)"}
+        sizes = {launch.sizes for launch in captured(LinearCase(256, layout, B=1, M=64), "sm_80")}
+        assert sizes == {None, "75×256×64", "78×64×256", "256×78×64"}  # P of C·R rows, grad_W and grad_m, grad_F
 
 
 def _hang(pipe):

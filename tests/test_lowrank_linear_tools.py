@@ -6,6 +6,7 @@ from lowrank_cases import gradients, relative
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import lowrank_mvn
 from lowrank_mvn import LinearFactor, LinearMean, LowRankMultivariateNormal, aten_linear, ops_linear
 from lowrank_mvn.functional import condition
 from sosvae.tools import scale_components
@@ -251,8 +252,7 @@ def test_scale_components(dtype, scalar):
 
 
 def test_nothing_as_large_as_the_factor_is_made(monkeypatch):
-    for name in ("BLOCK_VALUES", "BACKWARD_BLOCK_VALUES"):
-        monkeypatch.setattr(aten_linear, name, 2000)  # as blocks of an image would be
+    monkeypatch.setattr(aten_linear, "BLOCK_VALUES", 2000)  # as blocks of an image would be
     monkeypatch.setattr(aten_linear, "BLOCK_PIXELS", 16)
     value, observed = edits("several")
     for last in (False, True):
@@ -360,6 +360,23 @@ def test_half_precision_features(half, last, diagonal):
     assert torch.isfinite(edited.float()).all()
     full = distribution(*doubled[:2], bias.double(), doubled[2], mean_bias.double(), doubled[3])
     torch.testing.assert_close(D.variance.double(), full.variance, rtol=torch.finfo(half).eps, atol=1e-3)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_samples_are_rounded_once(monkeypatch, half):
+    """Neither coefficients nor products: what a sample is off by is half a unit of its own dtype."""
+    monkeypatch.setattr(lowrank_mvn.linear, "CONVERTED", 7)
+    F, weight, bias, _, _, d, _ = tensors(torch.float32)
+    F, loc = F.to(half), torch.zeros(B, N, dtype=half)
+    noise = torch.randn(3, B, R).to(half), torch.randn(3, B, N).to(half)
+    leaf = F.requires_grad_()
+    y = lowrank_mvn.rsample(loc, LinearFactor(leaf, weight, bias), d, (3,), noise=noise)
+    factor = LinearFactor(*(t.detach().double() for t in (F, weight, bias)))
+    exact = lowrank_mvn.rsample(loc.double(), factor, d.double(), (3,), noise=[t.double() for t in noise])
+    assert y.dtype == half
+    assert ((y.double() - exact).abs() <= 0.501 * torch.finfo(half).eps * exact.abs() + 1e-5).all()
+    y.sum().backward()
+    assert leaf.grad.dtype == half
 
 
 def test_compiled():

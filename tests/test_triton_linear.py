@@ -212,11 +212,12 @@ def test_gram(kernels, masked):
 
 
 @pytest.mark.parametrize("layout", ["BKM", "BMK"])
+@pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize(
     ("collinear", "log_p", "gradient"), [("none", 0.05, 1e-4), ("weights", 1.0, 1e-3), ("features", 1.0, 1e-3)]
 )
-def test_small_diagonal_and_what_is_collinear(kernels, collinear, log_p, gradient, layout):
-    """The bars of a full factor, at d = 1e-5."""
+def test_small_diagonal_and_what_is_collinear(kernels, collinear, log_p, gradient, dtype, layout):
+    """The bars of a full factor, at d = 1e-5; in half precision of the features as they were rounded."""
     S, B, K, R, C, M = 1, 2, 16, 10, 3, 300
     _, _, F, W, m, d = inputs(F32, S, B, K, R, C, M, layout, "item", False, True, True, d=1e-5)
     W = 0.2 * W
@@ -224,6 +225,7 @@ def test_small_diagonal_and_what_is_collinear(kernels, collinear, log_p, gradien
         W[1] = W[1, :, :1] + 1e-4 * W[1]
     elif collinear == "features":
         F[1] = F[1, :1] + 1e-4 * F[1]
+    F = F.to(dtype)  # the layout stays; of features in half precision 1e-4 is lost, and they are the same
     d = torch.full_like(d, 1e-5)
     ones = torch.cat([F, torch.ones_like(F[:, :1])], 1).double()
     omega = torch.randn(B, R, dtype=F64, device=DEVICE)
@@ -241,7 +243,7 @@ def test_small_diagonal_and_what_is_collinear(kernels, collinear, log_p, gradien
     assert (out[1] - expected[1]).abs().max() < LOG_DET_TOLERANCE
     assert (0.5 * ((out[0] - expected[0]).abs() + (out[1] - expected[1]).abs())).max() < log_p
     for name, ours, theirs in zip(NAMES, grads, expected_grads, strict=True):
-        assert relative(ours, theirs) < gradient, name
+        assert relative(ours, theirs) < max(gradient, TOLERANCE[ours.dtype]), name
 
 
 def test_one_item_that_is_not_finite(kernels):
@@ -402,7 +404,63 @@ def test_second_derivative_of_a_sample():
     assert torch.autograd.gradgradcheck(sample, args, fast_mode=True)
 
 
-def test_opcheck():
+def test_second_derivatives_of_a_density(kernels):
+    """By way of P, in torch's operators, whichever way the first ones are made."""
+    args = [t.requires_grad_() for t in tensors(B=1, K=2, R=2, C=2, spatial=(2, 1))]
+
+    def joint(F, weight, bias, mean_weight, mean_bias, d, x):
+        loc, factor = LinearMean(F, mean_weight, mean_bias), LinearFactor(F, weight, bias)
+        return lowrank_mvn.log_prob_and_entropy(x, loc, factor, d, impl="triton")
+
+    assert torch.autograd.gradgradcheck(joint, args, fast_mode=True)
+
+
+def test_vmap_of_a_density_and_its_gradient(kernels):
+    """Over items, with their own weights or one; and over values alone."""
+    F, weight, bias, _, _, d, x = tensors()
+
+    def loss(F, weight, d, x):
+        factor = LinearFactor(F[None], weight, bias)
+        log_prob, entropy = lowrank_mvn.log_prob_and_entropy(x, torch.zeros_like(x), factor, d, impl="triton")
+        return (log_prob.sin() + entropy).squeeze(0)
+
+    weights_of_items = torch.stack([weight, 2 * weight])
+    cases = [
+        ((0, None, 0, 0), (F, weight, d, x[0])),
+        ((0, 0, None, 0), (F, weights_of_items, d[0], x[0])),
+        ((None, None, None, 0), (F[0], weight, d[0], x[0])),
+    ]
+    gradient = torch.func.grad_and_value(loss, argnums=(0, 1, 2, 3))
+    for dims, args in cases:
+        grads, values = torch.func.vmap(gradient, dims)(*args)
+        for i in range(2):
+            item = [t if dim is None else t[i] for t, dim in zip(args, dims, strict=True)]
+            expected, value = gradient(*item)
+            torch.testing.assert_close(values[i], value)
+            for ours, theirs in zip(grads, expected, strict=True):
+                torch.testing.assert_close(ours[i], theirs)
+
+
+def test_autocast_leaves_the_precision_alone(kernels):
+    """Features and values of half precision, weights and diagonal in float32, as under autocast."""
+    F, *rest, x = tensors(F32)
+    leaves = [t.requires_grad_() for t in (F.bfloat16(), *rest, x.bfloat16())]
+
+    def step(F, weight, bias, mean_weight, mean_bias, d, x):
+        loc, factor = LinearMean(F, mean_weight, mean_bias), LinearFactor(F, weight, bias)
+        log_prob, entropy = lowrank_mvn.log_prob_and_entropy(x, loc, factor, d, impl="triton")
+        return log_prob, entropy, *torch.autograd.grad(log_prob.sum() + entropy.sum(), leaves)
+
+    expected = step(*leaves)
+    with torch.autocast(DEVICE, BF16):
+        found = step(*leaves)
+    assert [t.dtype for t in found] == [F32, F32, BF16, *[F32] * 5, BF16]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+
+
+def test_opcheck(kernels):
     x, loc, F, W, m, d = inputs(F32, 1, 2, 3, 2, 2, 5, "BKM", "pixel", True, True, False)
     operators = torch.ops.lowrank_mvn
     leaves = [t.requires_grad_() for t in (x, loc, F, W, m, d)]
@@ -413,6 +471,7 @@ def test_opcheck():
         operators.linear_mahalanobis_and_logdet_backward.default,
         (q, logdet, *leaves, *kept, [True] * 3, "triton"),
     )
+    torch.library.opcheck(operators.linear_gram.default, (*leaves, "triton"))
     u, seed = torch.randn(2, 2, 2, 4, device=DEVICE, requires_grad=True), torch.tensor([1, 2], device=DEVICE)
     for shift, noise, drawn in ((loc, None, seed), (None, torch.randn(2, 2, 2, 5, device=DEVICE), None)):
         arguments = (shift, F, u, d, noise, drawn, "triton")

@@ -103,6 +103,16 @@ def test_tables_have_every_padded_rank_and_layout(table):
     assert {key[2] for key in table if len(key) == 3} <= {"sm_75", "sm_80", "sm_100", "gfx"}
 
 
+def test_tables_for_tiles_of_the_rank(monkeypatch, device):
+    table = backward.TILED_BLOCKS
+    assert {True, False} <= set(table)
+    assert {key[1] for key in table if isinstance(key, tuple)} <= {"sm_75", "sm_80", "sm_100", "gfx"}
+    assert common.tiled_block(table, False, device) == table[False]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    common.target.cache_clear()
+    assert common.tiled_block(table, False, device) == table[False, "sm_80"]
+
+
 # --- Files ----------------------------------------------------------------------------------------------------------
 
 

@@ -8,5 +8,4 @@ banks         bank conflicts in shared memory, from the addresses in the PTX
 model         what an H100's pipes would allow the main loop: bounds, never a timing
 requested     bytes that kernels ask for, counted in Triton's interpreter
 verdict       what is to be reached, and whether it is
-linear        the same of the kernels of a linear factor
 """

@@ -23,7 +23,8 @@ from .requested import in_interpreter
 from .verdict import verdict
 
 HEADER = (
-    f"{'kernel':26}{'target':8}{'case':26}{'regs':>5}{'spill':>6}{'shared':>8}{'occ.':>6}{'flight':>8}"
+    f"{'kernel':32}{'target':8}{'case':36}{'regs':>5}{'spill':>6}{'shared':>8}{'occ.':>6}"
+    f"{'stages × tile × programs = in flight':>38}"
     f"{'loads':>18}{'stores':>11}{'tensor':>7}{'ins/B':>7}{'cap':>7}  by, then every other pipe"
     f" [TB/s; memory {model.MEMORY / 1e12:.1f}]"
 )
@@ -43,12 +44,12 @@ def line(row: dict) -> str:
     def widths(name):
         return " ".join(f"{n}×{w}" for w, n in row.get(name, {}).items())
 
-    text = f"{row['kernel']:26}{row['target']:8}{row['case']:26}"
+    text = f"{row['kernel'] + ' ' + row.get('sizes', ''):32}{row['target']:8}{row['case']:36}"
     if "error" in row:
         return text + row["error"]
     text += f"{row['registers']:5}{row['spills']:6}{row['shared']:8}{row['occupancy']:6.0%}"
     if "loads" in row:
-        text += f"{row['bytes_in_flight']:8}{widths('loads'):>18}{widths('stores'):>11}{row['tensor']:7}"
+        text += f"{model.in_flight(row):>38}{widths('loads'):>18}{widths('stores'):>11}{row['tensor']:7}"
         text += f"{row['instructions_per_byte']:7.2f}"
     if "caps" in row:
         first, *others = sorted(row["caps"], key=row["caps"].__getitem__)

@@ -29,8 +29,8 @@ def row_of(launch: Launch, case: Case | LinearCase, target: str) -> dict:
     if P is None or not built.loop:
         return row
     lanes = 64 if target == "gfx942" else 32
-    columns = launch.arguments["BLOCK_N"]
-    size = min(case.rows, launch.tile_rows) * columns * P.element_size() * built.steps
+    rows, columns = min(case.rows, launch.tile_rows), launch.arguments["BLOCK_N"]
+    size = rows * columns * P.element_size() * built.steps
     kernel = launch.kernel.fn.__name__
     reads = kernel != "sample_backward_kernel"
     writes = kernel in ("backward_kernel", "sample_backward_kernel", "linear_backward_kernel")
@@ -44,6 +44,7 @@ def row_of(launch: Launch, case: Case | LinearCase, target: str) -> dict:
         "writes_tile": writes,
         "tensor": sum(n for i, n in built.loop.items() if i.startswith(tensor)),
         "instructions_per_byte": sum(built.loop.values()) * launch.num_warps * lanes / moved,
+        "tile": [rows, columns * built.steps],
         "bytes_in_flight": built.programs * size * max(1, launch.num_stages - 1),
         "steps_in_a_turn": built.steps,
         "bank_conflicts": built.conflicts,
@@ -57,6 +58,7 @@ def row_of(launch: Launch, case: Case | LinearCase, target: str) -> dict:
 def _head(launch: Launch, case: Case | LinearCase, target: str) -> dict:
     return {
         "kernel": launch.name,
+        **({"sizes": launch.sizes} if launch.sizes else {}),
         "case": case.name,
         "R": case.R,
         "layout": case.layout,

@@ -1,5 +1,6 @@
 """The launches of a step, captured with their arguments, as dispatch chooses them."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -21,8 +22,25 @@ SHARED = {
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def _named(sizes: str, case: "Case | LinearCase", *differences: str) -> str:
+    """What a table calls a case: its sizes, layout, dtype and diagonal, then what is not as usual."""
+    usual = type(case)._field_defaults
+    words = [sizes, case.layout, _short(case.dtype), case.diagonal]
+    words += [f"{name}={getattr(case, name)}" for name in differences if getattr(case, name) != usual[name]]
+    if case.others not in (None, case.dtype):
+        words.append(f"others={_short(case.others)}")
+    if not all(case.needs):
+        names = ("x", "F", "d") if len(case.needs) == 3 else ("x", "μ", "P", "d")
+        words.append("grads=" + "".join(itertools.compress(names, case.needs)))
+    return " ".join(words)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 class Case(NamedTuple):
-    """One problem: sizes, the layout of P in memory ("BRN" is a convolution's output), and the dtype of everything."""
+    """One problem: sizes, the layout of P in memory ("BRN" is a convolution's output), and dtypes."""
 
     R: int
     layout: str = "BRN"
@@ -33,11 +51,12 @@ class Case(NamedTuple):
     S: int = 1
     given: bool = False  # the noise of the sample
     gram: bool = False  # what conditioning asks for, beside the step
+    others: torch.dtype | None = None  # of x, μ and d, if not that of P
+    needs: tuple[bool, ...] = (True,) * 4  # gradients of x, μ, P and d
 
     @property
     def name(self) -> str:
-        several = f" S={self.S}" if self.S != 1 else ""
-        return f"R={self.R} {self.layout} {str(self.dtype).removeprefix('torch.')} {self.diagonal}{several}"
+        return _named(f"R={self.R}", self, "S", "N")
 
     @property
     def rows(self) -> int:
@@ -60,13 +79,13 @@ class LinearCase(NamedTuple):
     B: int = 8
     M: int = 12292
     S: int = 1
+    loc: bool = False  # a mean as a tensor; with it given noise, and what conditioning asks for
+    others: torch.dtype | None = None  # of everything but F
+    needs: tuple[bool, ...] = (True,) * 3  # gradients of x (and a mean), F and d
 
     @property
     def name(self) -> str:
-        several = f" S={self.S}" if self.S != 1 else ""
-        several += f" C={self.C}" if self.C != 3 else ""
-        several += f" R={self.R}" if self.R != 25 else ""
-        return f"K={self.K} {self.layout} {str(self.dtype).removeprefix('torch.')} {self.diagonal}{several}"
+        return _named(f"K={self.K}", self, "S", "C", "R", "M") + (" loc" if self.loc else "")
 
     @property
     def rows(self) -> int:
@@ -89,6 +108,13 @@ class Launch(NamedTuple):
         flags = self.arguments
         wide = flags.get("WIDE") or (name == "solve" and flags["FINAL"])
         return f"{name} (float64)" if wide else name
+
+    @property
+    def sizes(self) -> str | None:
+        """Of a product, whose rows are otherwise alike: those of its operands."""
+        if "LENGTH" not in self.arguments:
+            return None
+        return "×".join(str(self.arguments[name]) for name in "QKN")
 
     @property
     def configuration(self) -> tuple:
@@ -123,35 +149,42 @@ class Launch(NamedTuple):
 def inputs(case: Case, make: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """x, loc, P and d."""
     S, B, N, R = case.S, case.B, case.N, case.R
+    others = case.others or case.dtype
     P = make(B, R, N).to(case.dtype).mT if case.layout == "BRN" else make(B, N, R).to(case.dtype)
-    d = (make(B, N if case.diagonal == "pixel" else 1).abs() + 0.5).to(case.dtype)
-    return make(S, B, N).to(case.dtype), make(1, B, N).to(case.dtype), P, d
+    d = (make(B, N if case.diagonal == "pixel" else 1).abs() + 0.5).to(others)
+    return make(S, B, N).to(others), make(1, B, N).to(others), P, d
 
 
 def step(case: Case, make: Callable[..., torch.Tensor]) -> None:
     """Log-density and entropy with every gradient, and a sample with its gradients."""
     x, loc, P, d = inputs(case, make)
     q, logdet, *rest = kernels.mahalanobis_and_logdet(x, loc, P, d)
-    kernels.mahalanobis_and_logdet_backward(q, logdet, x, loc, P, d, *rest, [True] * 4)
+    kernels.mahalanobis_and_logdet_backward(q, logdet, x, loc, P, d, *rest, [*case.needs])
     seed = None if case.given else torch.zeros(case.B, dtype=torch.int64)
-    omega_p = make(case.S, case.B, case.R).to(case.dtype)
-    omega_d = make(case.S, case.B, case.N).to(case.dtype) if case.given else None
+    omega_p = make(case.S, case.B, case.R).to(loc.dtype)
+    omega_d = make(case.S, case.B, case.N).to(loc.dtype) if case.given else None
     y = kernels.rsample(loc, P, d, omega_p, omega_d, seed)
-    kernels.rsample_backward(y, P, d, omega_p, omega_d, seed, [True, True, False])
+    _, _, need_P, need_d = case.needs
+    kernels.rsample_backward(y, P, d, omega_p, omega_d, seed, [need_P, need_d, case.given])
     if case.gram:
         kernels.gram(x, loc, P, d)
 
 
 def linear_step(case: LinearCase, make: Callable[..., torch.Tensor]) -> None:
-    """Log-density and entropy with every gradient, and a sample."""
-    dtype, K, R, C, B, M, S = case.dtype, case.K, case.R, case.C, case.B, case.M, case.S
-    F = make(B, K, M).to(dtype) if case.layout == "BKM" else make(B, M, K).to(dtype).mT
-    W, m = make(1, C, R, K + 1).to(dtype), make(C, K + 1).to(dtype)
-    d = ((make(B, C, M) if case.diagonal == "pixel" else make(B, 1, 1)).abs() + 0.5).to(dtype)
-    x, loc = make(S, B, C, M).to(dtype), make(1, B, C, M).to(dtype)
-    q, logdet, *kept = linear.linear_mahalanobis_and_logdet(x, None, F, W, m, d)
-    linear.linear_mahalanobis_and_logdet_backward(q, logdet, x, None, F, W, m, d, *kept, [True] * 3)
-    linear.linear_rsample(loc, F, make(B, S, C, K + 1).to(dtype), d, None, torch.zeros(B, dtype=torch.int64))
+    """Log-density and entropy with gradients, and a sample; of a mean that is a tensor, conditioning too."""
+    others, K, R, C, B, M, S = case.others or case.dtype, case.K, case.R, case.C, case.B, case.M, case.S
+    F = make(B, K, M).to(case.dtype) if case.layout == "BKM" else make(B, M, K).to(case.dtype).mT
+    W, m = make(1, C, R, K + 1).to(others), None if case.loc else make(C, K + 1).to(others)
+    d = ((make(B, C, M) if case.diagonal == "pixel" else make(B, 1, 1)).abs() + 0.5).to(others)
+    x, loc = make(S, B, C, M).to(others), make(1, B, C, M).to(others) if case.loc else None
+    problem = x, loc, F, W, m, d
+    q, logdet, *kept = linear.linear_mahalanobis_and_logdet(*problem)
+    linear.linear_mahalanobis_and_logdet_backward(q, logdet, *problem, *kept, [*case.needs])
+    seed, noise = (None, torch.empty_like(x)) if case.loc else (torch.zeros(B, dtype=torch.int64), None)
+    u = make(B, S, C, K + 1).to(torch.promote_types(others, torch.float32))  # as `ops_linear_rsample` gives it
+    linear.linear_rsample(loc, F, u, d, noise, seed)
+    if case.loc:
+        linear.linear_gram(*problem)
 
 
 def captured(case: Case | LinearCase, target: str) -> list[Launch]:
@@ -186,32 +219,35 @@ def distinct(tasks: Iterable[tuple[Case | LinearCase, str]]) -> Iterator[tuple[C
             yield case, target, new
 
 
-def all_cases(ranks: list[int], layouts: list[str]) -> list[Case]:
-    """Dtypes (one for all tensors), diagonals, one sample or two with given noise and conditioning; every gradient."""
-    return [
-        case
-        for R in ranks
-        for layout in layouts
-        for dtype in DTYPES
-        for diagonal in ("pixel", "item")
-        for case in (
-            Case(R, layout, dtype, diagonal),
-            Case(R, layout, dtype, diagonal, S=2, given=True, gram=True),
-        )
-    ]
+def all_cases(ranks: list[int], layouts: list[str]) -> Iterator[Case]:
+    """Dtypes, diagonals, one sample or two with given noise and conditioning; and, one at a time, what changes a launch
+    beside these: a size that allows only loads of one value, or 16, gradients of μ and P alone, and float32 beside
+    bfloat16."""
+    for R, layout in itertools.product(ranks, layouts):
+        for dtype, diagonal in itertools.product(DTYPES, ("pixel", "item")):
+            yield Case(R, layout, dtype, diagonal)
+            yield Case(R, layout, dtype, diagonal, S=2, given=True, gram=True)
+        plain = Case(R, layout)
+        for N in (12288, 12293):
+            yield plain._replace(N=N)
+        for diagonal in ("pixel", "item"):
+            yield plain._replace(diagonal=diagonal, needs=(False, True, True, False))
+            yield plain._replace(diagonal=diagonal, dtype=torch.bfloat16, others=torch.float32)
 
 
-def all_linear_cases(features: list[int], layouts: list[str]) -> list[LinearCase]:
-    """Likewise for these numbers of features: one channel or three, of three two samples; a linear mean, no other.
+def all_linear_cases(features: list[int], layouts: list[str]) -> Iterator[LinearCase]:
+    """Likewise for these numbers of features: one channel or three, of three two samples; a linear mean, or a tensor.
 
     More features than a tile holds go by blocks of P if the rank is small, and are walked over if it is large.
     """
-    return [
-        LinearCase(K, layout, dtype, diagonal, R, C, S=S)
-        for K in features
-        for R in ((25, 100) if K > 128 else (25,))
-        for layout in layouts
-        for dtype in DTYPES
-        for diagonal in ("item", "pixel")
-        for C, S in ((3, 1), (1, 1), (3, 2))
-    ]
+    for K, layout in itertools.product(features, layouts):
+        for R, diagonal in itertools.product((25, 100) if K > 128 else (25,), ("item", "pixel")):
+            for dtype in DTYPES:
+                for C, S in ((3, 1), (1, 1), (3, 2)):
+                    yield LinearCase(K, layout, dtype, diagonal, R, C, S=S)
+                yield LinearCase(K, layout, dtype, diagonal, R, loc=True)
+            plain = LinearCase(K, layout, diagonal=diagonal, R=R)
+            for M in (12288, 12293):
+                yield plain._replace(M=M)
+            for dtype in (torch.float32, torch.bfloat16):  # what a step of training asks for, in either precision
+                yield plain._replace(dtype=dtype, others=torch.float32, needs=(False, True, False))

@@ -57,6 +57,13 @@ that go with them, against {LATENCY * 1e9:.0f} ns × \
 No latency, nothing outside the loop. These are bounds, not timings: nothing was run on a GPU."""
 
 
+def in_flight(row: dict) -> str:
+    """Bytes of P (or F) that one multiprocessor waits for, and how they come about."""
+    rows, columns = row["tile"]
+    stages = max(1, row["num_stages"] - 1)
+    return f"{stages} × {rows}×{columns} × {row['programs']} = {row['bytes_in_flight'] / 1e3:.1f} kB"
+
+
 def needed_in_flight() -> float:
     """Bytes per multiprocessor under way at any time for memory to deliver its rate (Little's law)."""
     return LATENCY * MEMORY / MULTIPROCESSORS

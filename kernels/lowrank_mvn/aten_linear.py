@@ -39,19 +39,18 @@ def keeps_products(channels: int, R: int, K1: int, per_pixel: bool) -> bool:
     return True
 
 
-# Values of F in one block and of what is made of it, forward and backward: larger ones are faster, but in the backward
-# pass, where memory is at its peak, 2 MiB in float32 are to be small beside grad_F (kernels/LOG.md).
-BLOCK_VALUES = 1 << 20
-BACKWARD_BLOCK_VALUES = 1 << 19
+# Values of F in one block and of what is made of it: larger ones are faster, but 2 MiB in float32 are to be small
+# beside grad_F, in the forward pass too, whose blocks the C library may keep for later (kernels/LOG.md).
+BLOCK_VALUES = 1 << 19
 # Fewer items share a block rather than that it has fewer pixels.
 BLOCK_PIXELS = 256
 
 
-def _blocks(F: Tensor, rows: int, items: slice, backward: bool = False):
+def _blocks(F: Tensor, rows: int, items: slice):
     """Index pairs (items, pixels) that cover F in blocks; `rows` is what is made of a pixel, its features included."""
-    B, M, values = items.stop - items.start, F.shape[2], BACKWARD_BLOCK_VALUES if backward else BLOCK_VALUES
-    step_b = _even(B, values // max(1, min(M, BLOCK_PIXELS) * rows))
-    step_n = _even(M, values // (step_b * rows))
+    B, M = items.stop - items.start, F.shape[2]
+    step_b = _even(B, BLOCK_VALUES // max(1, min(M, BLOCK_PIXELS) * rows))
+    step_n = _even(M, BLOCK_VALUES // (step_b * rows))
     for b in range(items.start, items.stop, step_b):
         for n in range(0, M, step_n):
             yield slice(b, min(b + step_b, items.stop)), slice(n, min(n + step_n, M))
@@ -258,7 +257,11 @@ def linear_mahalanobis_and_logdet_backward(
         grad_d += (b_ * (channels * M - R + trace))[:, None, None] / d.double()
     # `rows` make what a block needs from F̃: yₙ or M_cf̃ₙ, and what z is corrected by; grad_F = `back` · [y/d or F̃; z].
     tile = channels * R if tiles and need_rows else 0
-    A = _rows(linear_forms.weighted(linear_forms.root(C_inv), W64)) if tile else linear_forms.quadratic(C_inv, W64)
+    if tile:
+        A = _rows(linear_forms.weighted(linear_forms.root(C_inv), W64))
+    else:
+        A = linear_forms.quadratic(C_inv, W64)
+        A = A.sum(1, keepdim=True) if one else A
     back = (A.mT if tile else A.sum(1)) * (2 * b_[:, None, None] / (d.double() if one else 1))
     back = torch.cat([back, minus_2au.mT], -1)[:, :K]
     rows = torch.cat([A, -u_step], 1) if tile else -u_step
@@ -266,7 +269,7 @@ def linear_mahalanobis_and_logdet_backward(
     for items, products in runs(wide, residual.dtype):
         scratch = Scratch(products, F.device)
         A_, rows_, back_, a_, two_b = (t.to(products) for t in (A, rows, back, a, 2 * b_[:, None, None]))
-        for b, n in _blocks(F, K1 + tile + SC + extra, items, backward=True):
+        for b, n in _blocks(F, K1 + tile + SC + extra, items):
             f, precision = F[b, :, n], _precision(d, b, n, products)
             count, pixels = f.shape[0], f.shape[2]
             stack, made, spare = _carved(
@@ -344,7 +347,7 @@ def linear_gram_backward(
     grad_pi = precision.new_zeros(precision.shape if need_precision else 0, dtype=torch.float64)
     grad_rows = F.new_zeros(B, CR + SC, K1, dtype=torch.float64)
     scratch = Scratch(dtype, F.device)
-    for b, n in _blocks(F, K1 + 2 * CR + SC, slice(0, B), backward=True):
+    for b, n in _blocks(F, K1 + 2 * CR + SC, slice(0, B)):
         f = F[b, :, n]
         count, pixels = f.shape[0], f.shape[2]
         stack, p, made = _carved(scratch, (count, K1, pixels), (count, CR, pixels), (count, CR + SC, pixels))

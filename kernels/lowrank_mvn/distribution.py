@@ -226,7 +226,10 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
         if not -N <= n < N:
             raise ValueError(f"index {n} is out of range for event shape [{N}]")
         P = self._P
-        row = P.times(P.row(n)) if isinstance(P, LinearFactor) else (P @ P[..., n, :].unsqueeze(-1)).squeeze(-1)
+        if isinstance(P, LinearFactor):
+            row = P.times(P.row(n)).to(P.dtype)
+        else:
+            row = (P @ P[..., n, :].unsqueeze(-1)).squeeze(-1)
         pixel = torch.zeros(N, dtype=row.dtype, device=row.device)
         pixel[n] = 1
         return (row + self._unbroadcasted_cov_diag[..., n, None] * pixel).expand(torch.Size((*self._batch_shape, N)))

@@ -16,6 +16,9 @@ from .ops_linear import IMPLEMENTATIONS
 
 __all__ = ["IMPLEMENTATIONS", "LinearFactor", "LinearMean"]
 
+# Pixels of features in half precision that are in float32 at once where there is no kernel to convert them.
+CONVERTED = 1 << 12
+
 
 class _Linear:
     """What a linear map of features has in common with the tensor it stands for."""
@@ -182,23 +185,30 @@ class LinearFactor(_Linear):
         return torch.cat([self.weight, bias.unsqueeze(-1)], -1).transpose(-3, -2)
 
     def times(self, omega: Tensor) -> Tensor:
-        """Pω [..., N] of `omega` [..., R], which broadcasts with the batch; differentiable: F̃ᵀ(Wᵀω), whatever R is."""
+        """Pω [..., N] of `omega` [..., R], which broadcasts with the batch; differentiable: F̃ᵀ(Wᵀω), whatever R is.
+
+        In float32 where the features are of half precision.
+        """
         F, W = self.features.flatten(2), self.weight
-        high = torch.promote_types(omega.dtype, W.dtype)
+        work = _not_half(F.dtype)
+        high = torch.promote_types(torch.promote_types(omega.dtype, W.dtype), work)
         with ops.without_autocast(F.device):
             u = torch.matmul(omega.to(high).unsqueeze(-2), W.to(high).flatten(-2)).unflatten(-1, W.shape[-2:])
             u = u.squeeze(-3)  # [..., C, K]
             batch = broadcast(u.shape[:-2], self.shape[:-2])
-            u = u.expand(*batch, *u.shape[-2:]).to(F.dtype)
+            u = u.expand(*batch, *u.shape[-2:]).to(work)
             # Dimensions that the features lack are further rows of one product.
             B = F.shape[0]
             shared = math.prod(batch if B == 1 else batch[:-1])
             rows = u.reshape(shared, B, *u.shape[-2:]).transpose(0, 1).flatten(1, 2)
-            y = torch.bmm(rows, F).unflatten(1, (shared, W.shape[-2]))  # [B, shared, C, pixels]
+            parts = (F,) if F.dtype == work else F.split(CONVERTED, 2)
+            products = [torch.bmm(rows, part.to(work)) for part in parts]
+            y = products[0] if len(products) == 1 else torch.cat(products, 2)
+            y = y.unflatten(1, (shared, W.shape[-2]))  # [B, shared, C, pixels]
             if self.bias is not None:
                 bias = (omega.to(high).unsqueeze(-2) @ self.bias.to(high)).squeeze(-2)
                 bias = bias.expand(*batch, -1).reshape(shared, B, W.shape[-2]).transpose(0, 1)
-                y = y + bias.unsqueeze(-1).to(F.dtype)
+                y = y + bias.unsqueeze(-1).to(work)
         return self._masked(y.transpose(0, 1).reshape(*batch, self.shape[-2]))
 
     def row(self, n: int) -> Tensor:

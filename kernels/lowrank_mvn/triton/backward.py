@@ -44,6 +44,16 @@ BLOCKS = {
 }
 # Another sample, or values to be converted, take the registers that 128 columns of 64 rows just leave.
 SPARING_BLOCKS = {**BLOCKS, (64, True): Block(4, 64)}
+# Where tiles of rows are walked over, the accumulators of one and the products with another are in registers at once.
+TILED_BLOCKS = {
+    True: Block(4, 64),
+    False: Block(8, 32),
+    (True, "sm_75"): Block(8, 32),
+    (False, "sm_75"): Block(4, 16),
+    (True, "sm_80"): Block(8, 32),
+    (False, "sm_80"): Block(4, 16),
+    (False, "gfx"): Block(4, 16),
+}
 WIDE_BLOCK = Block(4, 16)
 
 
@@ -277,8 +287,14 @@ def gradients(
     block_r = common.padded_rank(R) if common.fused_rank(P.device) >= R else common.TILED_R
     align = min(common.alignment(P, x, loc, d), common.alignment(G, x, loc))
     by_column = P.stride(1) == 1
-    name, table = ("backward", BLOCKS) if S == 1 and P.element_size() > 2 else ("backward_sparing", SPARING_BLOCKS)
-    block = WIDE_BLOCK if is_wide else common.block(name, table, block_r, by_column, P.device)
+    if is_wide:
+        block = WIDE_BLOCK
+    elif block_r < R:
+        block = common.tiled_block(TILED_BLOCKS, by_column, P.device)
+    else:
+        sparing = S > 1 or P.element_size() <= 2
+        name, table = ("backward_sparing", SPARING_BLOCKS) if sparing else ("backward", BLOCKS)
+        block = common.block(name, table, block_r, by_column, P.device)
     columns = common.split_columns(N, R, block.columns)
     splits = max(1, common.ceil_div(N, columns))
     sums = P.new_zeros(B, splits, dtype=torch.float64)

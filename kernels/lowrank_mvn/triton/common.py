@@ -228,6 +228,12 @@ def block(kernel: str, table: dict, block_r: int, by_column: bool, device: torch
     return own if own is not None else table[block_r, by_column]
 
 
+def tiled_block(table: dict, by_column: bool, device: torch.device) -> Block:
+    """Likewise where tiles of TILED_R rows are walked over: under by_column, and (by_column, target) what differs."""
+    own = table.get((by_column, target(device)))
+    return own if own is not None else table[by_column]
+
+
 def products(*tensors: Tensor) -> str:
     """How products are made: "float64", in split "tf32" where there are tensor cores for it, else "float32"."""
     if any(t.dtype == torch.float64 for t in tensors):

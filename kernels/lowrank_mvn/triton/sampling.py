@@ -27,6 +27,8 @@ BLOCKS = {
     (128, True): Block(1, 16),
     (128, False): Block(1, 16),
 }
+# Of the gradient where tiles of rows are walked over, and rows of one column are neighbours in memory.
+TILED_BLOCK = Block(4, 32)
 
 
 @triton.jit
@@ -238,7 +240,11 @@ def sample_backward_kernel(
 def _blocks(kernel: str, P: Tensor) -> tuple[Block, dict[str, int]]:
     _, N, R = P.shape
     block_r = common.padded_rank(R) if R <= common.FUSED_R else common.TILED_R
-    block = common.block(kernel, BLOCKS, block_r, P.stride(1) == 1, P.device)
+    by_column = P.stride(1) == 1
+    if kernel == "sample_backward" and block_r < R and not by_column:
+        block = TILED_BLOCK
+    else:
+        block = common.block(kernel, BLOCKS, block_r, by_column, P.device)
     columns = common.split_columns(N, R, block.columns)
     splits = max(1, common.ceil_div(N, columns))
     tiles = common.ceil_div(R, block_r)
