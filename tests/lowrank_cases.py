@@ -82,18 +82,18 @@ def unmoved(t: Tensor) -> Tensor:
     return t
 
 
-def tolerances(values, terms: int, draws: int = 4) -> list[float]:
+def tolerances(values, terms: int, most: float, draws: int = 4) -> list[float]:
     """How far two computations in float32 may be apart, from the problem itself: of each value, relative to its norm.
 
     The largest change when inputs, intermediate results and their gradients are moved by a unit in the last place,
     twice (for two computations), and √`terms` times, because sums of so many terms round at each of them (Higham and
-    Mary, 2019: √n u Σ|x| in all but few cases). `values(move)` gives the values in float64, of numbers that `move`
-    went over.
+    Mary, 2019: √n u Σ|x| in all but few cases); and never more than `most`. `values(move)` gives the values in
+    float64, of numbers that `move` went over.
     """
     factor = 2 * terms**0.5
     exact = values(unmoved)
     moved = [values(rounded) for _ in range(draws)]
-    return [factor * max(relative(m[i], t) for m in moved) for i, t in enumerate(exact)]
+    return [min(most, factor * max(relative(m[i], t) for m in moved)) for i, t in enumerate(exact)]
 
 
 def relative(a: Tensor, b: Tensor) -> float:

@@ -22,16 +22,18 @@ SHARED = {
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def _named(sizes: str, case: "Case | LinearCase", *differences: str) -> str:
-    """What a table calls a case: its sizes, layout, dtype and diagonal, then what is not as usual."""
+def _named(sizes: str, case: "Case | LinearCase", gradients: str, *differences: str) -> str:
+    """What a table calls a case: its sizes, layout, dtype and diagonal, then what is not as usual.
+
+    `gradients` has a letter for each of `needs`.
+    """
     usual = type(case)._field_defaults
     words = [sizes, case.layout, _short(case.dtype), case.diagonal]
     words += [f"{name}={getattr(case, name)}" for name in differences if getattr(case, name) != usual[name]]
     if case.others not in (None, case.dtype):
         words.append(f"others={_short(case.others)}")
     if not all(case.needs):
-        names = ("x", "F", "d") if len(case.needs) == 3 else ("x", "μ", "P", "d")
-        words.append("grads=" + "".join(itertools.compress(names, case.needs)))
+        words.append("grads=" + "".join(itertools.compress(gradients, case.needs)))
     return " ".join(words)
 
 
@@ -56,7 +58,7 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        return _named(f"R={self.R}", self, "S", "N")
+        return _named(f"R={self.R}", self, "xμPd", "S", "N")
 
     @property
     def rows(self) -> int:
@@ -85,7 +87,7 @@ class LinearCase(NamedTuple):
 
     @property
     def name(self) -> str:
-        return _named(f"K={self.K}", self, "S", "C", "R", "M") + (" loc" if self.loc else "")
+        return _named(f"K={self.K}", self, "xFd", "S", "C", "R", "M") + (" loc" if self.loc else "")
 
     @property
     def rows(self) -> int:

@@ -16,7 +16,8 @@ from .ops_linear import IMPLEMENTATIONS
 
 __all__ = ["IMPLEMENTATIONS", "LinearFactor", "LinearMean"]
 
-# Pixels of features in half precision that are in float32 at once where there is no kernel to convert them.
+# Pixels of features in half precision that are converted to float32 at once where there is no kernel that reads them;
+# with gradients, autograd keeps what was converted.
 CONVERTED = 1 << 12
 
 

@@ -192,7 +192,11 @@ def sums(
     block_k = min(common.padded_rank(K), common.FUSED_R)
     name, table = ("linear_residual", BLOCKS) if S == 1 else ("linear_residual_samples", SAMPLES_BLOCKS)
     tiles, last = common.ceil_div(K, block_k), channels_last(F)
-    block = linear_common.block(name, table, block_k, F) if tiles == 1 else TILED_BLOCKS[not last]
+    block = (
+        linear_common.block(name, table, block_k, F)
+        if tiles == 1
+        else common.tiled_block(TILED_BLOCKS, not last, F.device)
+    )
     piece = min(block_k, PIECE) if last else block_k
     count, rounds = riders(S * C)
     align = common.alignment(P, x, *([] if loc is None else [loc]), d)
