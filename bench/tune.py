@@ -2,10 +2,10 @@
 
 What can be chosen is one `Block` (warps, columns, stages) for each kernel, padded rank and layout: a cell. The cells
 are those that `common.block` is asked for while a step runs. The kernels of a linear factor (linear_gram,
-linear_residual, linear_residual_samples, linear_backward, linear_backward_pixel, linear_sample) are looked up likewise,
-but left out here: what their registers hold depends on the number of channels, which a cell does not know. So is the
-backward pass of several samples or half precision (backward_sparing): no step here launches it; and what walks over
-tiles of R with a launch of its own (`common.tiled_block`) is not looked up. In each of the others
+linear_residual, linear_backward, linear_sample, and these with an ending) are looked up likewise, but left out here:
+what their registers hold depends on the number of channels, which a cell does not know. So is the backward pass of
+several samples or half precision (backward_sparing): no step here launches it; and what walks over tiles of R with a
+launch of its own (`common.tiled_block`) is not looked up. In each of the others
 
 1. every candidate computes a whole step, and is left out if it does not compile, if it spills registers, or if a result
    differs from that of the launch that comes with the package;

@@ -94,8 +94,9 @@ def test_measured_comes_before_the_target_and_that_before_the_rest(monkeypatch, 
         linear_backward.BLOCKS,
         linear_backward.PIXEL_BLOCKS,
         linear_residual.BLOCKS,
-        linear_residual.SAMPLES_BLOCKS,
+        linear_residual.SPARING_BLOCKS,
         linear_sampling.BLOCKS,
+        linear_sampling.SPARING_BLOCKS,
     ],
 )
 def test_tables_have_every_padded_rank_and_layout(table):

@@ -21,11 +21,19 @@ from .linear_common import both, channels_last, columns_per_program, fold, nothi
 # By padded number of features: one warp and at most 32 values of F in the registers of a lane, in float64.
 BLOCKS = {
     **both({16: Block(1, 64), 32: Block(1, 32), 64: Block(1, 16), 128: Block(2, 16)}),
+    (16, False): Block(1, 32),
+    (128, False): Block(4, 8),
     (64, False, "sm_100"): Block(2, 16),
 }
-# Each of several samples has a sum of squares of its own; with 16 features the columns that ride need more registers
-# than the tile.
-SAMPLES_BLOCKS = {**BLOCKS, **both({16: Block(1, 32)})}
+# Each of several samples has a sum of squares of its own, which needs more registers than the tile.
+SAMPLES_BLOCKS = {**BLOCKS, (16, True): Block(1, 32), (64, False): Block(1, 8)}
+# Where a lane does not hold neighbours in memory together, the sums over its columns are not folded within it; in
+# float64 F itself is twice as large. 8 values of F in a lane, or 4.
+SPARING_BLOCKS = {
+    **both({16: Block(2, 32), 64: Block(4, 16), 128: Block(4, 8)}),
+    (32, True): Block(2, 32),
+    (32, False): Block(4, 16),
+}
 
 # Where tiles of features are walked over, by whether neighbouring columns of F are neighbours in memory.
 TILED_BLOCKS = {True: Block(4, 16), False: Block(4, 32)}
@@ -190,8 +198,12 @@ def sums(
     """
     (S, B, C, M), K, P = x.shape, F.shape[1], F.mT
     block_k = min(common.padded_rank(K), common.FUSED_R)
-    name, table = ("linear_residual", BLOCKS) if S == 1 else ("linear_residual_samples", SAMPLES_BLOCKS)
     tiles, last = common.ceil_div(K, block_k), channels_last(F)
+    align = common.alignment(P, x, *([] if loc is None else [loc]), d)
+    name, table = ("linear_residual", BLOCKS) if S == 1 else ("linear_residual_samples", SAMPLES_BLOCKS)
+    together = F.element_size() == 4 and F.stride(2) % 4 == 0 if last else align >= 4
+    if F.dtype == torch.float64 or not together:
+        name, table = "linear_residual_sparing", SPARING_BLOCKS
     block = (
         linear_common.block(name, table, block_k, F)
         if tiles == 1
@@ -199,7 +211,6 @@ def sums(
     )
     piece = min(block_k, PIECE) if last else block_k
     count, rounds = riders(S * C)
-    align = common.alignment(P, x, *([] if loc is None else [loc]), d)
     lanes = min(block.columns, 32 * block.num_warps // (piece // 4))
     columns = columns_per_program(M, B, 128 * S * C, block.columns)
     splits = max(1, common.ceil_div(M, columns))

@@ -17,6 +17,8 @@ from .sampling import _noise, _normal_pair
 
 # By padded number of features: one warp, and as many pixels as its registers hold without spills in either layout.
 BLOCKS = both({16: Block(1, 64), 32: Block(1, 32), 64: Block(1, 64), 128: Block(1, 16)})
+# In float64, and where noise is drawn for single columns, fewer.
+SPARING_BLOCKS = both({16: Block(1, 32), 32: Block(2, 16), 64: Block(2, 32), 128: Block(4, 16)})
 # Where tiles of features are walked over.
 TILED_BLOCK = Block(2, 64)
 
@@ -135,12 +137,15 @@ def linear_rsample(
     if (omega_d is None) == (seed is None):
         raise ValueError("expected either omega_d or seed")
     (B, S, C, _), (_, K, M), P = u.shape, F.shape, F.mT
+    given = [t for t in (loc, omega_d) if t is not None]
     y = F.new_empty(S, B, C, M, dtype=F.dtype if loc is None else torch.promote_types(F.dtype, loc.dtype))
     block_k = common.padded_rank(K) if K <= common.FUSED_R else common.TILED_R
-    block = linear_common.block("linear_sample", BLOCKS, block_k, F) if block_k >= K else TILED_BLOCK
+    fours, double = M % 4 == 0, common.products(F, u, d, *given) == "float64"
+    sparing = double or not fours
+    name, table = ("linear_sample_sparing", SPARING_BLOCKS) if sparing else ("linear_sample", BLOCKS)
+    block = linear_common.block(name, table, block_k, F) if block_k >= K else TILED_BLOCK
     columns = columns_per_program(M, B, 64, block.columns)
     splits = max(1, common.ceil_div(M, columns))
-    given = [t for t in (loc, omega_d) if t is not None]
     shift, noise = y if loc is None else loc, y if omega_d is None else omega_d
     common.launch(
         linear_sample_kernel,
@@ -178,8 +183,8 @@ def linear_rsample(
         WITH_LOC=loc is not None,
         SCALAR_D=one_value(d),
         GIVEN=omega_d is not None,
-        FOURS=M % 4 == 0,
-        DOUBLE=common.products(F, u, d, *given) == "float64",
+        FOURS=fours,
+        DOUBLE=double,
         TILES=common.ceil_div(K, block_k),
         ALIGN=common.alignment(P, d, *given),
         NARROW=common.narrow_offsets(P, block.columns),
