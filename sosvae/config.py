@@ -28,6 +28,27 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _text(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(repr(option) for option in get_args(hint))
+    return getattr(hint, "__name__", None) or str(hint)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_args(hint):
+        return any(_fits(value, option) for option in get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+
+
+def _check_types(section: Any) -> None:
+    for name, hint in get_type_hints(type(section)).items():
+        _require(_fits(getattr(section, name), hint), f"{name} is {getattr(section, name)!r}, expected {_text(hint)}")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """What to learn from. Images are decoded once, into a memory-mapped cache of bytes."""
@@ -50,11 +71,11 @@ class DataConfig:
     """Folder of the cache; by default `sosvae` in $XDG_CACHE_HOME or ~/.cache (path)."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require(
             min(self.height, self.width) >= 16,
             f"images are {self.height}×{self.width}, at least 16×16 is needed",
         )
-        _require(self.channels in (1, 3), f"channels is {self.channels}, expected 1 or 3")
         _require(0 < self.validation < 1, f"validation is {self.validation}, expected a fraction between 0 and 1")
 
 
@@ -82,6 +103,7 @@ class ModelConfig:
     """Hold D at d·I; otherwise the structured head learns one variance per pixel."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         for name in ("rank", "latents", "depth"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, expected at least 1")
         _require(self.width > 0, f"width is {self.width}, expected a positive factor")
@@ -108,6 +130,7 @@ class ObjectiveConfig:
     """Step of the multipliers' gradient ascent (1/nat)."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         for name in ("beta", "damping", "multiplier_lr"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected at least 0")
 
@@ -167,6 +190,7 @@ class TrainingConfig:
     """`auto` (a GPU where there is one), or any name that torch knows."""
 
     def __post_init__(self) -> None:
+        _check_types(self)
         for name in (
             "steps",
             "batch",
@@ -186,6 +210,7 @@ class TrainingConfig:
         _require(self.skip_limit >= 0, f"skip_limit is {self.skip_limit}, expected at least 0")
         _require(0 <= self.decay <= 1, f"decay is {self.decay}, expected a fraction between 0 and 1")
         _require(self.lr > 0, f"lr is {self.lr}, expected a positive step size")
+        _require(self.clip is None or self.clip > 0, f"clip is {self.clip}, expected a positive norm")
 
     @property
     def micro_batch(self) -> int:
@@ -316,15 +341,5 @@ def _build(kind: Any, values: Mapping[str, Any], path: str) -> Any:
         elif _fits(value, hint):
             arguments[key] = value
         else:
-            raise ValueError(f"{path}{key} is {value!r}, expected {getattr(hint, '__name__', None) or hint}")
+            raise ValueError(f"{path}{key} is {value!r}, expected {_text(hint)}")
     return kind(**arguments)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if get_args(hint):
-        return any(_fits(value, option) for option in get_args(hint))
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))

@@ -272,9 +272,14 @@ class StepMemory:
     Args:
         config: precision, checkpointing and memory format are followed; batch and accumulation are asked for later.
         formulation: one of `FORMULATIONS`; of no consequence where the head is pixel-wise.
+
+    Raises:
+        ValueError: an unknown formulation.
     """
 
     def __init__(self, config: Config, formulation: str = "linear") -> None:
+        if formulation not in FORMULATIONS:
+            raise ValueError(f"formulation is {formulation!r}, expected one of {', '.join(FORMULATIONS)}")
         _, self.height, self.width = config.image_shape
         config = with_images(config, PRIME_SIDES[0], PRIME_SIDES[0], PRIME_BATCH)
         self.phases = [_sizes(config, formulation, False)]

@@ -81,7 +81,8 @@ def train(config: Config, folder: str | Path, *, resume: bool = False, progress:
     Raises:
         FileExistsError: `folder` holds a run and `resume` is not given.
         FileNotFoundError: `resume` is given and there is no run or no checkpoint.
-        ValueError: `resume` with a configuration that differs from the run's; the fields are named.
+        ValueError: `resume` with a configuration that differs from the run's; the fields are named. Or a device that
+            torch does not know, or has not.
         NonFiniteError: more than `skip_limit` steps were not finite; the term that went first is named.
     """
     t = config.training
@@ -221,7 +222,12 @@ def _fault(terms: Terms, loss: Tensor, norm: Tensor) -> str | None:
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's, of a name or of its own build
+        raise ValueError(f"device is {name!r}: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def _resumable(folder: str | Path, config: Config) -> Run:

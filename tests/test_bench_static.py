@@ -240,8 +240,9 @@ def test_all_has_what_changes_a_launch():
     assert seen(full, "backward", "NEED_X", "NEED_LOC", "NEED_P", "NEED_D") == {
         (True,) * 4,
         (False, True, True, False),
-        (False, True, True, True),  # of one d for all, the sum over pixels comes with the others
     }
+    assert seen(full, "sample", "CHUNKS", "GIVEN") == {(1, False), (1, True), (20, False)}
+    assert {(0, True), (1, False), (2, True), (2, False)} <= seen(full, "backward", "S", "SHARED_LOC")
     half = (torch.float32, torch.bfloat16, torch.float32)
     assert half in seen(full, "capacitance", "x_ptr", "P_ptr", "d_ptr")
     assert seen(full, "residual", "ALIGN") == {(1,), (4,), (16,)}

@@ -24,11 +24,11 @@ DTYPES = [torch.float64, torch.float32]
 
 
 class NothingAsLargeAs(TorchDispatchMode):
-    """Fails where an operator makes a tensor of `limit` values or more that are not a view."""
+    """Fails where an operator makes a tensor of `limit` values or more that are not a view, `but` for so many."""
 
-    def __init__(self, limit):
+    def __init__(self, limit, but=0):
         super().__init__()
-        self.limit = limit
+        self.limit, self.but = limit, but
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.__name__.split(".")[0]
@@ -39,7 +39,9 @@ class NothingAsLargeAs(TorchDispatchMode):
         for t in tree_leaves(out):
             if isinstance(t, torch.Tensor) and t.untyped_storage().nbytes() >= self.limit * t.element_size():
                 given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
-                assert any(a.untyped_storage()._cdata == t.untyped_storage()._cdata for a in given), (function, t.shape)
+                if not any(a.untyped_storage()._cdata == t.untyped_storage()._cdata for a in given):
+                    self.but -= 1
+                    assert self.but >= 0, (function, t.shape)
         return out
 
 
@@ -132,6 +134,118 @@ def test_errors_of_weights_and_masks():
         LinearFactor(F, torch.ones(4, 1, 5), mask=torch.ones(6, dtype=torch.bool, device="meta"))
     with pytest.raises(ValueError, match=r"bias has shape \[4, 1\], expected \[2, 4, 1\]"):
         LinearFactor(F, torch.ones(2, 4, 1, 5), torch.ones(4, 1))
+    with pytest.raises(ValueError, match=r"bias has shape \[2, 4\], expected \[4, 2\] or \[8\]"):
+        LinearFactor(F, torch.ones(4, 2, 5), torch.ones(2, 4))
+    with pytest.raises(ValueError, match=r"\[R, C, 5\] or|where `channels` says C = 2"):
+        LinearFactor(F, torch.ones(4, 1, 5), channels=2)
+    with pytest.raises(TypeError, match="weight must be a tensor, got list"):
+        LinearFactor(F, [1.0])
+    with pytest.raises(TypeError, match="mask must be a tensor, got list"):
+        LinearFactor(F, torch.ones(4, 1, 5), mask=[True] * 6)
+    with pytest.raises(TypeError, match="features must be a tensor, got NoneType"):
+        LinearMean(None, torch.ones(1, 5))
+    with pytest.raises(IndexError, match="row 6 is out of range for 6 rows"):
+        LinearFactor(F, torch.ones(4, 1, 5)).row(6)
+
+
+def test_one_feature_with_a_weight_for_each_item_is_no_convolution():
+    F = torch.randn(3, 1, 6)
+    for channels in (None, 1):
+        assert LinearFactor(F, torch.ones(3, 2, 1, 1), channels=channels).shape == (3, 6, 2)
+    assert LinearFactor(F, torch.ones(6, 1, 1, 1), channels=3).shape == (3, 18, 2)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["channels-first", "channels-last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("diagonal", ["scalar", "pixel"])
+def test_features_are_never_copied(monkeypatch, diagonal, dtype, last):
+    """Forward and backward make one tensor of their size, the gradient, in any precision and layout."""
+    monkeypatch.setattr(aten_linear, "BLOCK_VALUES", 1 << 9)
+    F = torch.randn(2, 16, 20, 20).to(dtype)
+    F = (F.to(memory_format=torch.channels_last) if last else F).requires_grad_()
+    weight, mean_weight = torch.randn(4, 3, 16, requires_grad=True), torch.randn(3, 16, requires_grad=True)
+    d, x = torch.rand(2, 1200 if diagonal == "pixel" else 1) + 0.5, torch.randn(2, 1200)
+    with torch.autocast("cpu", torch.bfloat16):
+        D = LowRankMultivariateNormal(LinearMean(F, mean_weight), LinearFactor(F, weight), d, validate_args=False)
+        with NothingAsLargeAs(F.numel()):
+            loss = D.log_prob(x).sum() + D.entropy().sum()
+        with NothingAsLargeAs(F.numel(), but=1):
+            loss.backward()
+    assert F.grad.stride() == F.stride()
+    with pytest.raises(AssertionError), NothingAsLargeAs(F.numel()):
+        F.clone()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, in jvp
+def test_half_precision_features_are_the_same_distribution_however_it_is_reached():
+    """Joined, with a mean of other features, with a mask, and in forward mode, which all but the first make P."""
+    B, K, R, N = 2, 64, 4, 600
+    F, W, Wm = torch.randn(B, K, N).bfloat16(), torch.randn(R, 1, K) / 8, torch.randn(1, K) / 8
+    d, P = torch.tensor(1e-5), torch.einsum("rck,bkn->bnr", W.double(), F.double())
+    loc = torch.einsum("ck,bkn->bn", Wm.double(), F.double())
+    x = (loc + (P @ torch.randn(B, R, 1).double())[..., 0] + 1e-5**0.5 * torch.randn(B, N)).float()
+    exact = torch.distributions.LowRankMultivariateNormal(loc, P, torch.full((B, N), 1e-5, dtype=torch.float64))
+    exact = exact.log_prob(x.double())
+    mean, factor = LinearMean(F, Wm), LinearFactor(F, W)
+    every = torch.ones(N, dtype=torch.bool)
+
+    def jvp(x):
+        return torch.func.jvp(lambda x: lowrank_mvn.log_prob(x, mean, factor, d), (x,), (x,))[0]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = {
+            "joined": lowrank_mvn.log_prob(x, mean, factor, d),
+            "other features": lowrank_mvn.log_prob(x, LinearMean(F.clone(), Wm), factor, d),
+            "mask": lowrank_mvn.log_prob(x, mean, factor.masked(every), d),
+            "forward mode": jvp(x),
+        }
+    for name, ours in found.items():
+        assert (ours - exact).abs().max() < 1e-2, name  # of μ in float32 alone: ε|μ|√(N/d), a few 1e-3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, in jvp
+@pytest.mark.parametrize("masked", [False, True])
+def test_forward_mode_of_what_the_class_answers(masked):
+    F, weight, bias, *_, d, _ = tensors()
+    mask = torch.rand(B, N) < 0.7 if masked else None
+    answers = {
+        "variance": lambda D: D.variance,
+        "stddev": lambda D: D.stddev,
+        "factor_gram": lambda D: D.factor_gram,
+        "covariance_row": lambda D: D.covariance_row(3),
+        "covariance_matrix": lambda D: D.covariance_matrix,
+        "log_prob": lambda D: D.log_prob(torch.zeros(N, dtype=torch.float64)),
+    }
+    tangents = tuple(torch.randn_like(t) for t in (F, weight, bias))
+    for name, answer in answers.items():
+
+        def of(factor, answer=answer):
+            loc = torch.zeros(B, N, dtype=torch.float64)
+            return lambda *t: answer(LowRankMultivariateNormal(loc, factor(*t), d, validate_args=False))
+
+        ours, theirs = (
+            torch.func.jvp(of(factor), (F, weight, bias), tangents)
+            for factor in (
+                lambda *t: LinearFactor(*t, mask=mask),
+                lambda *t: LinearFactor(*t, mask=mask).materialise(),
+            )
+        )
+        torch.testing.assert_close(ours, theirs, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_no_items():
+    F, x = torch.randn(1, 5, 12), torch.randn(36)
+    for factor, d in [
+        (LinearFactor(F[:0], torch.randn(2, 3, 5)), torch.ones(1)),
+        (LinearFactor(F, torch.randn(0, 2, 3, 5)), torch.ones(1)),
+        (LinearFactor(F, torch.randn(2, 3, 5)), torch.ones(0, 1)),
+        (LinearFactor(F.expand(2, -1, -1), torch.randn(2, 3, 5)), torch.ones(0, 2, 1)),
+    ]:
+        D = LowRankMultivariateNormal(torch.zeros(36), factor, d)
+        assert D.log_prob(x).shape == D.entropy().shape == D.batch_shape
+        assert D.rsample((2,)).shape == (2, *D.batch_shape, 36)
+        assert D.variance.shape == (*D.batch_shape, 36)
+        assert 0 in D.batch_shape
 
 
 # --- Conditionals and components -------------------------------------------------------------------------------------

@@ -177,6 +177,7 @@ def test_help_of_the_whole(capsys):
         (["train", "imagenet"], 1, "unknown preset 'imagenet'"),
         (["train", "celeba", "--quiet", "--folder", "{tmp}/x"], 1, "celeba is not a folder"),
         (["train", "--resume", "{tmp}/nothing"], 1, "not the folder of a run"),
+        (["train", "--training.device", "nope", "--folder", "{tmp}/x"], 1, "device is 'nope': "),
         (["sample", "{tmp}/nothing"], 1, "not the folder of a run"),
     ],
 )

@@ -169,6 +169,7 @@ def test_one_item_that_is_not_finite(kernels):
 
 
 def test_the_same_bits_twice(kernels):
+    """On a device; the interpreter runs one program after the other."""
     args = inputs(F32, 1, 2, 70, 9, "BNR", "pixel", True)
     a, b = weights(1, 2)
     first, again = (kernels.mahalanobis_and_logdet(*args) for _ in range(2))

@@ -161,6 +161,43 @@ def test_forward_mode(name):
     torch.testing.assert_close(ours, theirs)
 
 
+def linear_parameters():
+    F, W = (torch.randn(*s, dtype=torch.float64, device=DEVICE) for s in ((2, 4, 7), (3, 1, 4)))
+    return F, W, torch.rand(2, 7, dtype=torch.float64, device=DEVICE) + 0.5
+
+
+@pytest.mark.parametrize("factor", ["tensor", "linear", "masked"])
+def test_forward_mode_draws_the_same_sample(factor):
+    """The state of torch's generator says which, whatever is differentiated."""
+    loc, P, d = parameters()
+    mask = None
+    if factor != "tensor":
+        P, W, d = linear_parameters()
+        mask = torch.arange(7, device=DEVICE).expand(2, 7) < 5 if factor == "masked" else None
+
+    def drawn(P):
+        torch.manual_seed(4)
+        P = P if factor == "tensor" else lowrank_mvn.LinearFactor(P, W, mask=mask)
+        return lowrank_mvn.rsample(loc, P, d, (3,), impl="triton")
+
+    sample, tangent = torch.func.jvp(drawn, (P,), (torch.ones_like(P),))
+    torch.testing.assert_close(sample, drawn(P))
+    step = 1e-4
+    torch.testing.assert_close(tangent, (drawn(P + step) - drawn(P - step)) / (2 * step), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("impl", ["triton", "aten", "reference"])
+def test_samples_have_the_precision_of_their_dtype(impl):
+    """Half precision of the mean alone, which autocast gives, does not round a float32 sample."""
+    loc, P, d = parameters(torch.float32)
+    loc, noise = loc.bfloat16(), (torch.randn(2, 3, device=DEVICE), torch.randn(2, 7, device=DEVICE))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = lowrank_mvn.rsample(loc, P, d, noise=noise, impl=impl)
+    exact = loc.double() + (P.double() @ noise[0].double().unsqueeze(-1)).squeeze(-1) + d.double().sqrt() * noise[1]
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y.double(), exact, rtol=1e-6, atol=1e-6)
+
+
 def test_autocast_leaves_the_precision_alone():
     """Half precision beside a float32 diagonal, forward and backward inside: the same numbers, the same dtypes."""
     loc, P, d = parameters(torch.bfloat16)

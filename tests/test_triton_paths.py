@@ -83,11 +83,72 @@ def test_many_splits_of_tiles(kernels):
     check_splits(kernels, (F32, 1, 1, 131, 18, "BRN", "pixel", True))
 
 
+@pytest.fixture
+def shared_out(monkeypatch, kernels):
+    """Three programs share the samples of the same columns, and add up what they have in common."""
+    monkeypatch.setattr(kernels.common, "sample_chunks", lambda S, N, R: 3)
+
+
+@pytest.mark.usefixtures("shared_out")
+@pytest.mark.parametrize(
+    "case",
+    [
+        (F32, 5, 2, 70, 3, "BRN", "pixel", True),
+        (F32, 5, 2, 70, 3, "BNR", "item", False),
+        (F32, 2, 1, 70, 20, "strided", "item", True),
+        (F64, 4, 2, 40, 3, "BRN", "pixel", True),
+        (BF16, 4, 2, 40, 16, "BNR", "pixel", True),
+    ],
+    ids=str,
+)
+def test_samples_that_several_programs_share(kernels, case):
+    """Fewer samples than programs, and programs with a sample more than others, too."""
+    args = inputs(*case)
+    check(kernels, args)
+    check(kernels, args, needs=[False, True, False, True])
+
+
+@pytest.mark.usefixtures("shared_out", "tiled")
+def test_samples_that_several_programs_share_in_tiles_and_in_float64(kernels):
+    x, loc, P, d = collinear(18)
+    args = torch.cat([x, x + 0.1, x - 0.1, 2 * x]), loc, P, d
+    assert check(kernels, args, tolerance=2e-3)[-1].tolist() == [False, True]
+
+
+def test_how_many_programs_share_samples(kernels):
+    """None as long as there are few, or many columns; and partial sums of P are at most an eighth of x."""
+    chunks = kernels.common.sample_chunks
+    assert chunks(1, 784, 25) == chunks(0, 784, 25) == chunks(64, 784, 25) == chunks(10**6, 2**24, 25) == 1
+    assert chunks(100_000, 784, 25) * 4 >= 1000
+    for S, N, R in [(10_000, 784, 25), (500, 1, 1), (3000, 12288, 100)]:
+        assert 8 * chunks(S, N, R) * N * R <= S * N
+
+
+@pytest.mark.parametrize("R", [1, 420, 5000])
+def test_log_of_many_variances_does_not_overflow(kernels, monkeypatch, R):
+    """A program multiplies mantissas, nearly 2 each here; as many columns as so large a rank asks for."""
+    columns = kernels.common.split_columns(10**7, R, 16)
+    assert columns / 16 * torch.tensor(1.98).log2() < 1023
+    if R == 5000:
+        monkeypatch.setattr(kernels.common, "split_columns", lambda N, R, block_n: columns)
+        monkeypatch.setattr(kernels.common, "block", lambda *_: kernels.common.Block(1, 16))
+        x, loc, P, d = inputs(F32, 1, 1, columns + 5, 1, "BNR", "pixel", True)
+        d = torch.full_like(d, 0.99)
+        out = kernels.mahalanobis_and_logdet(x, loc, P, d)
+        assert relative(out[1], aten.mahalanobis_and_logdet(*(t.double() for t in (x, loc, P, d)))[1]) < 1e-6
+
+
+def test_more_pixels_than_an_int32_counts_are_an_error(kernels):
+    meta = torch.empty(1, 2**31, 1, device="meta")
+    with pytest.raises(ValueError, match="an item has 2147483648 pixels, the kernels take at most"):
+        kernels.rsample(meta[None, ..., 0], meta, meta[..., 0], meta[:, :1], None, meta[:, 0, 0])
+
+
 @pytest.mark.usefixtures("tiled")
 @pytest.mark.parametrize("needs", [(1, 1, 1, 1), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)])
 @pytest.mark.parametrize("diagonal", ["pixel", "item"])
 def test_tiles_of_the_rank_and_samples(kernels, needs, diagonal):
-    """Pairs of tiles, C⁻¹ swept in memory, several samples with one mean for all and one for each."""
+    """Pairs of tiles, several samples with one mean for all and one for each."""
     args = inputs(F32, 2, 1, 40, 18, "BRN" if diagonal == "pixel" else "BNR", diagonal, needs[0] == 1)
     check(kernels, args, needs=[bool(n) for n in needs])
 

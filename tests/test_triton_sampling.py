@@ -28,6 +28,22 @@ def test_samples_and_gradients(sampling, case, given):
     sampling_cases.check(sampling, case, given, DEVICE)
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["given", "drawn"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        (torch.float32, 5, 2, 70, 3, "BRN", "item", True),
+        (torch.float32, 4, 2, 63, 25, "BNR", "pixel", False),
+        (torch.float64, 2, 1, 40, 3, "BRN", "pixel", True),
+        (torch.bfloat16, 4, 2, 40, 16, "strided", "pixel", True),
+    ],
+    ids=sampling_cases.name,
+)
+def test_samples_that_several_programs_share(sampling, monkeypatch, case, given):
+    monkeypatch.setattr(sampling.common, "sample_chunks", lambda S, N, R: 3)
+    sampling_cases.check(sampling, case, given, DEVICE)
+
+
 def test_noise_is_standard_normal(sampling, monkeypatch):
     """Moments and a quantile within 5 standard errors, neighbours and samples uncorrelated."""
     if INTERPRET:  # the noise does not depend on the blocks (below), the interpreter's time does
@@ -53,6 +69,8 @@ def test_the_same_seed_is_the_same_sample_whatever_the_blocks(sampling, monkeypa
     first = sampling.rsample(loc, P, d, omega_p, None, seed)
     monkeypatch.setattr(sampling.common, "block", lambda *_: sampling.common.Block(1, 16))
     monkeypatch.setattr(sampling.common, "split_columns", lambda N, R, block_n: block_n)
+    assert torch.equal(first, sampling.rsample(loc, P, d, omega_p, None, seed))
+    monkeypatch.setattr(sampling.common, "sample_chunks", lambda S, N, R: 3)
     assert torch.equal(first, sampling.rsample(loc, P, d, omega_p, None, seed))
     assert torch.equal(first[:1], sampling.rsample(loc, P, d, omega_p[:1], None, seed))
     assert not torch.equal(first, sampling.rsample(loc, P, d, omega_p, None, seed + 1))

@@ -51,6 +51,7 @@ class Case(NamedTuple):
     B: int = 8
     N: int = 12292  # as 116 412, a multiple of 4 and not of 16, which Triton would see by itself
     S: int = 1
+    means: bool = False  # a mean for each sample
     given: bool = False  # the noise of the sample
     gram: bool = False  # what conditioning asks for, beside the step
     others: torch.dtype | None = None  # of x, μ and d, if not that of P
@@ -58,7 +59,7 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        return _named(f"R={self.R}", self, "xμPd", "S", "N")
+        return _named(f"R={self.R}", self, "xμPd", "S", "N", "means", "given")
 
     @property
     def rows(self) -> int:
@@ -154,7 +155,7 @@ def inputs(case: Case, make: Callable[..., torch.Tensor]) -> tuple[torch.Tensor,
     others = case.others or case.dtype
     P = make(B, R, N).to(case.dtype).mT if case.layout == "BRN" else make(B, N, R).to(case.dtype)
     d = (make(B, N if case.diagonal == "pixel" else 1).abs() + 0.5).to(others)
-    return make(S, B, N).to(others), make(1, B, N).to(others), P, d
+    return make(S, B, N).to(others), make(S if case.means else 1, B, N).to(others), P, d
 
 
 def step(case: Case, make: Callable[..., torch.Tensor]) -> None:
@@ -223,8 +224,8 @@ def distinct(tasks: Iterable[tuple[Case | LinearCase, str]]) -> Iterator[tuple[C
 
 def all_cases(ranks: list[int], layouts: list[str]) -> Iterator[Case]:
     """Dtypes, diagonals, one sample or two with given noise and conditioning; and, one at a time, what changes a launch
-    beside these: a size that allows only loads of one value, or 16, gradients of μ and P alone, and float32 beside
-    bfloat16."""
+    beside these: a size that allows only loads of one value, or 16, an entropy alone, samples of drawn noise, so many
+    that programs share them, a mean for each, gradients of μ and P alone, and float32 beside bfloat16."""
     for R, layout in itertools.product(ranks, layouts):
         for dtype, diagonal in itertools.product(DTYPES, ("pixel", "item")):
             yield Case(R, layout, dtype, diagonal)
@@ -232,6 +233,9 @@ def all_cases(ranks: list[int], layouts: list[str]) -> Iterator[Case]:
         plain = Case(R, layout)
         for N in (12288, 12293):
             yield plain._replace(N=N)
+        for S in (0, 2, 4096):
+            yield plain._replace(S=S, B=1)
+        yield plain._replace(S=2, means=True)
         for diagonal in ("pixel", "item"):
             yield plain._replace(diagonal=diagonal, needs=(False, True, True, False))
             yield plain._replace(diagonal=diagonal, dtype=torch.bfloat16, others=torch.float32)

@@ -36,7 +36,8 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
     Args:
         loc (Tensor or LinearMean): mean μ of the distribution with shape `batch_shape + event_shape`
         cov_factor (Tensor or LinearFactor): low-rank factor P with shape `batch_shape + event_shape + (rank,)`, any
-            strides; a `LinearFactor` of features is materialised only when somebody reads `cov_factor`
+            strides; a `LinearFactor` of features is materialised only when somebody reads `cov_factor`, a matrix over
+            all pixels, or a KL divergence
         cov_diag (Tensor or float): diagonal of D with shape `batch_shape + event_shape`; or one variance for all
             pixels, with shape `batch_shape + (1,)` or a scalar, which is never expanded in memory
         validate_args (bool, optional): whether to check values as well as shapes (finite, and `cov_diag` positive)

@@ -20,10 +20,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import linear, ops, ops_linear_rsample, ops_rsample, reference
 from .linear import LinearFactor, LinearMean, broadcast, joined
+from .ops import forward_mode
 
 __all__ = ["Conditional", "condition", "entropy", "log_prob", "log_prob_and_entropy", "rsample"]
 
@@ -127,11 +127,9 @@ def rsample(
     fused = not forward_mode() and (
         impl != "reference" if isinstance(cov_factor, Tensor) else impl == "triton" and _has_kernel(cov_factor, d)
     )
-    if noise is None and fused and impl == "triton":
-        omega_p = torch.randn(*shape, R, dtype=loc.dtype, device=loc.device)
-        return _rsample_fused(loc, cov_factor, d, shape, omega_p, None, impl)
     if noise is None:
-        omega_p, omega_d = (torch.randn(*shape, size, dtype=loc.dtype, device=loc.device) for size in (R, N))
+        omega_p = torch.randn(*shape, R, dtype=loc.dtype, device=loc.device)
+        omega_d = None if impl == "triton" else torch.randn(*shape, N, dtype=loc.dtype, device=loc.device)
     else:
         omega_p, omega_d = noise
         check_tensors(**parts(loc=loc), **{"noise[0]": omega_p, "noise[1]": omega_d})
@@ -141,13 +139,15 @@ def rsample(
         omega_p = omega_p.expand(*shape, R)
     if fused:
         return _rsample_fused(loc, cov_factor, d, shape, omega_p, omega_d, impl)
+    if omega_d is None:
+        omega_d = _drawn(cov_factor, d, shape, result_dtype(loc, cov_factor, d))
     dtype = torch.promote_types(loc.dtype, cov_factor.dtype)
     with ops.without_autocast(cov_factor.device):
-        loc, high = materialised(loc), result_dtype(loc, cov_factor, d)
-        if impl == "reference":
-            return reference.rsample(loc, materialised(cov_factor), d, omega_p, omega_d).to(dtype)
-        if isinstance(cov_factor, Tensor):  # in forward mode
-            return reference.rsample(*(t.to(high) for t in (loc, cov_factor, d, omega_p, omega_d))).to(dtype)
+        high = result_dtype(loc, cov_factor, d)
+        loc = materialised(loc, high)
+        if impl == "reference" or isinstance(cov_factor, Tensor):  # the latter in forward mode
+            P = materialised(cov_factor, high)
+            return reference.rsample(*(t.to(high) for t in (loc, P, d, omega_p, omega_d))).to(dtype)
         y = cov_factor.times(omega_p)
         return (loc.to(high) + y.to(high) + d.to(high).sqrt() * omega_d.to(high)).to(dtype)
 
@@ -164,14 +164,24 @@ def _rsample_fused(
     layout = _Layout(shape, broadcast(P.shape[:-2], d.shape[:-1]))
     mean = joined(loc, P)
     shift = layout.samples(materialised(loc)) if mean is None else None
-    seed = torch.randint(2**62, (layout.B,), device=P.device) if omega_d is None else None
+    seed = layout.seed(P.device) if omega_d is None else None
     noise = None if omega_d is None else layout.samples(omega_d.expand(*shape, P.shape[-2]), everything=True)
     omega, diag = layout.samples(omega_p, everything=True), layout.items(d, 1)
     if isinstance(P, LinearFactor):
         return layout.restore(ops_linear_rsample.rsample(shift, P, mean, diag, omega, noise, seed, impl))
     assert shift is not None
-    y = ops_rsample.rsample(shift, layout.items(P, 2), diag, omega, noise, seed, impl)
-    return layout.restore(y).to(torch.promote_types(loc.dtype, P.dtype))
+    shift = shift.to(torch.promote_types(loc.dtype, P.dtype))
+    return layout.restore(ops_rsample.rsample(shift, layout.items(P, 2), diag, omega, noise, seed, impl))
+
+
+def _drawn(P: Factor, d: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """ω_d [*shape, N] as the kernels draw it for the same state of torch's generator: a sample with nothing else."""
+    layout, N = _Layout(shape, broadcast(P.shape[:-2], d.shape[:-1])), P.shape[-2]
+    S, B = layout.S, layout.B
+    sizes = (1, B, N), (B, N, 1), (S, B, 1)
+    loc, factor, omega_p = (torch.zeros(size, dtype=dtype, device=P.device) for size in sizes)
+    one = loc.new_ones(B, 1)
+    return layout.restore(ops_rsample.rsample(loc, factor, one, omega_p, None, layout.seed(P.device), "triton"))
 
 
 def condition(
@@ -213,7 +223,7 @@ def condition(
     dtype, high = torch.promote_types(loc.dtype, cov_factor.dtype), result_dtype(loc, cov_factor, d)
     if isinstance(cov_factor, LinearFactor) and impl in linear.IMPLEMENTATIONS and not forward_mode():
         return _condition_linear(value, observed, loc, cov_factor, d, shape, impl)
-    loc, cov_factor = materialised(loc), materialised(cov_factor)
+    loc, cov_factor = materialised(loc, high), materialised(cov_factor, high)
     value, loc = value.to(high), loc.to(high)
     value = torch.where(observed, value, loc)
     items = broadcast(observed.shape[:-1], cov_factor.shape[:-2], d.shape[:-1])
@@ -262,7 +272,7 @@ def _condition_linear(
     x = torch.where(observed, value.to(high), torch.zeros((), dtype=high, device=value.device))
     with ops.without_autocast(P.device):
         mean = joined(loc, P)
-        loc = materialised(loc).to(high)
+        loc = materialised(loc, high).to(high)
         shift = None if mean is not None else layout.samples(loc)
         x, precision = layout.samples(x, everything=True), layout.items(precision, 1)
         C, w = linear.gram(x, shift, P, items, mean, precision, impl)
@@ -285,9 +295,9 @@ def mahalanobis_and_logdet(
     """q in the broadcast shape of everything, log|Σ| in that of P and d, and what a next call can be given."""
     items_shape = broadcast(P.shape[:-2], d.shape[:-1])
     if isinstance(P, LinearFactor) and not _stays_linear(P, impl):
-        P = P.materialise()
+        P = P.materialise(result_dtype(P, d))
     if joined(loc, P) is None:
-        loc = materialised(loc)
+        loc = materialised(loc, result_dtype(P, d))
     if isinstance(P, LinearFactor):
         return *_linear(value, loc, P, d, items_shape, impl), None
     assert isinstance(loc, Tensor)
@@ -373,6 +383,10 @@ class _Layout:
         ordered = padded.expand(*shape, t.shape[-1]).permute([*self.order, len(self.shape)])
         return ordered.reshape(1 if shared else self.S, self.B, t.shape[-1])
 
+    def seed(self, device: torch.device) -> Tensor:
+        """One for each item [B], from torch's generator."""
+        return torch.randint(2**62, (self.B,), device=device)
+
     def restore(self, t: Tensor) -> Tensor:
         """[S, B, ...] -> the broadcast shape."""
         trailing = t.shape[2:]
@@ -382,13 +396,9 @@ class _Layout:
         return ordered.permute([*back, *extra])
 
 
-def forward_mode() -> bool:
-    """Whether forward-mode differentiation is under way: the operators do not take part in it."""
-    return forward_ad._current_level >= 0
-
-
-def materialised(t: Tensor | LinearFactor | LinearMean) -> Tensor:
-    return t if isinstance(t, Tensor) else t.materialise()
+def materialised(t: Tensor | LinearFactor | LinearMean, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor as it is; a linear map of features made, in `dtype` if that is given, so that nothing is rounded."""
+    return t if isinstance(t, Tensor) else t.materialise(dtype)
 
 
 def result_dtype(*tensors: Tensor | LinearFactor | LinearMean) -> torch.dtype:

@@ -67,6 +67,7 @@ class LinearMean(_Linear):
 
     Raises:
         ValueError: a shape does not fit.
+        TypeError: an argument that is not a tensor.
     """
 
     features: Tensor
@@ -74,6 +75,7 @@ class LinearMean(_Linear):
     bias: Tensor | None = None
 
     def __post_init__(self) -> None:
+        _check_tensors(**{"features": self.features, "weight": self.weight} | self.tensors())
         _keep_grad_mode(self)
         object.__setattr__(self, "weight", _squeeze_kernel(self.weight))
         K = _check_features(self.features)
@@ -87,10 +89,11 @@ class LinearMean(_Linear):
         """Of μ: [B, N]."""
         return torch.Size((self.features.shape[0], self.weight.shape[0] * math.prod(self.features.shape[2:])))
 
-    def materialise(self) -> Tensor:
-        """μ [B, N], differentiable; N = C · pixels, channel by channel."""
-        F = self.features.flatten(2)
-        mu = self.weight.to(F.dtype) @ F
+    def materialise(self, dtype: torch.dtype | None = None) -> Tensor:
+        """μ [B, N], differentiable; N = C · pixels, channel by channel. In `dtype`, or that of the features."""
+        F = self.features.flatten(2).to(dtype or self.dtype)
+        with ops.without_autocast(F.device):
+            mu = self.weight.to(F.dtype) @ F
         return (mu if self.bias is None else mu + self.bias.to(mu.dtype).unsqueeze(-1)).flatten(1)
 
     def homogeneous(self) -> Tensor:
@@ -109,16 +112,16 @@ class LinearFactor(_Linear):
 
     Args:
         features: F, [B, K, *spatial], any strides.
-        weight: [R, C, K], or one for each item, [..., R, C, K]; or the convolution's own [R·C, K, 1, 1], with row
-            r·C + c for column r and channel c.
+        weight: [R, C, K], or one for each item, [..., R, C, K]; or, with `channels`, the convolution's own
+            [R·C, K, 1, 1], with row r·C + c for column r and channel c.
         bias: [R, C] or [R·C], or for each item as the weight, [..., R, C]; or none.
-        channels: C, where the weight is the convolution's own.
+        channels: C; needed where the weight is the convolution's own.
         mask: bool, [..., N]: rows where it is false are zero, as they are for observed pixels of a conditional. A
             log-density or entropy of a factor with a mask makes P; samples, variances and conditionals do not.
 
     Raises:
         ValueError: a shape does not fit.
-        TypeError: the mask is not of dtype bool.
+        TypeError: an argument that is not a tensor, or a mask that is not of dtype bool.
     """
 
     features: Tensor
@@ -128,10 +131,13 @@ class LinearFactor(_Linear):
     mask: Tensor | None = None
 
     def __post_init__(self) -> None:
+        given = {"features": self.features, "weight": self.weight} | self.tensors()
+        _check_tensors(**given, **({} if self.mask is None else {"mask": self.mask}))
         _keep_grad_mode(self)
         K = _check_features(self.features)
         weight, C = self.weight, self.channels
-        if weight.dim() == 4 and weight.shape[2:] == (1, 1) and (C is not None or K > 1):
+        # With K = 1 it might be one for each item.
+        if weight.dim() == 4 and weight.shape[2:] == (1, 1) and (K > 1 or (C is not None and weight.shape[1] == K)):
             if C is None or C < 1 or weight.shape[0] % C:
                 raise ValueError(
                     f"weight has shape {list(weight.shape)}, the convolution's own; expected `channels` to divide its "
@@ -143,11 +149,15 @@ class LinearFactor(_Linear):
                 f"weight has shape {list(weight.shape)}, expected [R, C, {K}] or [..., R, C, {K}] with R and C of at "
                 f"least 1"
             )
+        if C not in (None, weight.shape[-2]):
+            raise ValueError(f"weight has shape {list(weight.shape)}, [..., R, C, {K}], where `channels` says C = {C}")
         object.__setattr__(self, "weight", weight)
         object.__setattr__(self, "channels", weight.shape[-2])
         if self.bias is not None:
-            if self.bias.numel() != math.prod(weight.shape[:-1]):
-                raise ValueError(f"bias has shape {list(self.bias.shape)}, expected {list(weight.shape[:-1])}")
+            R, C = weight.shape[-3:-1]
+            if self.bias.shape != weight.shape[:-1] and (weight.dim() > 3 or self.bias.shape != (R * C,)):
+                either = "" if weight.dim() > 3 else f" or [{R * C}]"
+                raise ValueError(f"bias has shape {list(self.bias.shape)}, expected {list(weight.shape[:-1])}{either}")
             object.__setattr__(self, "bias", self.bias.reshape(weight.shape[:-1]))
         N = weight.shape[-2] * math.prod(self.features.shape[2:])
         if self.mask is not None:
@@ -170,11 +180,12 @@ class LinearFactor(_Linear):
         """Of P: [..., N, R], [B, N, R] where all items share a weight."""
         return self._shape  # type: ignore[attr-defined]
 
-    def materialise(self) -> Tensor:
-        """P [..., N, R], differentiable: the transposed view of [..., R, N]."""
+    def materialise(self, dtype: torch.dtype | None = None) -> Tensor:
+        """P [..., N, R], differentiable: the transposed view of [..., R, N]. In `dtype`, or that of the features."""
         R, C = self.weight.shape[-3:-1]
-        F = self.features.flatten(2)
-        P = torch.matmul(self.weight.to(F.dtype).flatten(-3, -2), F)  # [..., R·C, pixels]
+        F = self.features.flatten(2).to(dtype or self.dtype)
+        with ops.without_autocast(F.device):
+            P = torch.matmul(self.weight.to(F.dtype).flatten(-3, -2), F)  # [..., R·C, pixels]
         if self.bias is not None:
             P = P + self.bias.to(P.dtype).flatten(-2).unsqueeze(-1)
         P = P.unflatten(-2, (R, C)).flatten(-2)  # [..., R, N]
@@ -213,23 +224,30 @@ class LinearFactor(_Linear):
         return self._masked(y.transpose(0, 1).reshape(*batch, self.shape[-2]))
 
     def row(self, n: int) -> Tensor:
-        """Row n of P, [..., R]."""
+        """Row n of P, [..., R], from the end if n is negative."""
+        if not -self.shape[-2] <= n < self.shape[-2]:
+            raise IndexError(f"row {n} is out of range for {self.shape[-2]} rows")
         n = n % self.shape[-2]
         c, pixel = divmod(n, math.prod(self.features.shape[2:]))
         f = self.features.flatten(2)[..., pixel].unsqueeze(-1)  # [B, K, 1]
         row = torch.matmul(self.weight[..., c, :].to(f.dtype), f).squeeze(-1)
         row = (row if self.bias is None else row + self.bias[..., c].to(row.dtype)).expand(*self.shape[:-2], -1)
-        return row if self.mask is None else row * self.mask[..., n, None]
+        return row if self.mask is None else torch.where(self.mask[..., n, None], row, row.new_zeros(()))
 
     def row_norms(self) -> Tensor:
-        """diag PPᵀ [..., N], differentiable, block by block."""
+        """diag PPᵀ [..., N], differentiable, block by block (in forward mode of P)."""
+        if ops.forward_mode():
+            return self.materialise(_not_half(self.dtype)).square().sum(-1).to(self.dtype)
         batch = broadcast(self.features.shape[:1], self.weight.shape[:-3])
         W = self._weights(batch)
         norms = [ops_linear.row_norms(F, _of(W, items)) for items, F in self._calls(math.prod(batch))]
         return self._masked(torch.cat(norms).reshape(*batch, self.shape[-2]).to(self.dtype))
 
     def gram(self) -> Tensor:
-        """PᵀP [..., R, R] in float64, differentiable, from products of the features."""
+        """PᵀP [..., R, R] in float64, differentiable, from products of the features (in forward mode of P)."""
+        if ops.forward_mode():
+            P = self.materialise(torch.float64)
+            return P.mT @ P
         batch = self.shape[:-2]
         N, B = self.shape[-2], math.prod(batch)
         # So large a precision (a power of two, which rounds nothing) that the identity in C is lost beside PᵀP.
@@ -273,7 +291,7 @@ class LinearFactor(_Linear):
         F = self.features.flatten(2)
         B = F.shape[0]
         if items in (B, 0):
-            yield slice(0, items), F
+            yield slice(0, items), F if items else F[:0]
         elif B == 1 and not (F.requires_grad and torch.is_grad_enabled()):
             yield slice(0, items), F.expand(items, -1, -1)
         else:
@@ -286,6 +304,12 @@ def joined(loc: Tensor | LinearMean, P: Tensor | LinearFactor) -> LinearMean | N
     if isinstance(loc, LinearMean) and isinstance(P, LinearFactor) and loc.source is P.source:
         return loc
     return None
+
+
+def _check_tensors(**arguments) -> None:
+    for name, t in arguments.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
 
 
 def _check_features(features: Tensor) -> int:

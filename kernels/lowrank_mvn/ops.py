@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import aten, reference
 
@@ -47,6 +48,11 @@ def define(schema: str, kernel, fake) -> None:
 def runs_on(impl: str, device: torch.device) -> bool:
     """Whether an implementation can take tensors of that device; Triton's takes CPU tensors in its interpreter only."""
     return impl != "triton" or device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode differentiation is under way: the operators do not take part in it."""
+    return forward_ad._current_level >= 0
 
 
 def transformed() -> bool:

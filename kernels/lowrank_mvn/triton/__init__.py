@@ -104,18 +104,26 @@ def mahalanobis_and_logdet_backward(
     need_x, need_loc, need_P, need_d = needs
     contiguous = torch.contiguous_format
     grad_x = torch.empty_like(x, memory_format=contiguous) if need_x else None
+    S, (_, N, R) = x.shape[0], P.shape
+    scalar_d, shared_loc = d.shape[1] == 1, loc.shape[0] != S
+    kind = common.products(P, x, loc, d)
+    chunks = common.sample_chunks(S, N, R)
+    work = torch.float64 if kind == "float64" else torch.float32
+    grad_P = common.empty_chunks(chunks, P, work) if need_P else None
+    grad_d = common.empty_chunks(chunks, d, work) if need_d else None
     grad_loc = torch.empty_like(loc, memory_format=contiguous) if need_loc else None
-    grad_P = torch.empty_like(P) if need_P else None
-    grad_d = torch.empty_like(d, memory_format=contiguous) if need_d else None
-    N, R = P.shape[1:]
-    scalar_d = d.shape[1] == 1
+    if need_loc and shared_loc:
+        grad_loc = common.empty_chunks(chunks, loc[0], work)
     a, b = grad_mahalanobis.double(), grad_logdet.double()
     C_inv, v, wide = C_inv.contiguous(), v.contiguous(), wide.contiguous()
-    grads = (grad_x, grad_loc, grad_P, None if scalar_d else grad_d)
-    kind = common.products(P, x, loc, d)
-    sums = backward.gradients(a, b, x, loc, P, d, C_inv, v, wide, grads, kind, flagged=kind != "float64").sum(1)
+    given = (a, b, x, loc, P, d, C_inv, v, wide, (grad_x, grad_loc, grad_P, grad_d), chunks)
+    sums = backward.gradients(*given, kind, flagged=kind != "float64")
     if kind != "float64":
-        sums = sums + backward.gradients(a, b, x, loc, P, d, C_inv, v, wide, grads, "float64", flagged=True).sum(1)
+        sums = sums + backward.gradients(*given, "float64", flagged=True)
+    grad_P = None if grad_P is None else common.sum_chunks(grad_P, P)
+    grad_d = None if grad_d is None else common.sum_chunks(grad_d, d)
+    if grad_loc is not None and shared_loc:
+        grad_loc = common.sum_chunks(grad_loc, loc[0])[None]
     if grad_d is not None and scalar_d:
         # Σₙ πₙ = (N − R + tr C⁻¹)/d, because PᵀD⁻¹P = C − I.
         trace = C_inv.diagonal(dim1=-2, dim2=-1).sum(-1)

@@ -69,14 +69,15 @@ def backward_kernel(
     v_ptr,  # [S, B, R]
     wide_ptr,  # [B]
     grad_x_ptr,  # [S, B, N]
-    grad_loc_ptr,  # [S or 1, B, N]
-    grad_P_ptr,  # [B, N, R]
-    grad_d_ptr,  # [B, N], or [B, SPLITS] of −Σ az² if SCALAR_D
+    grad_loc_ptr,  # [S, B, N], or [CHUNKS, B, N] if SHARED_LOC
+    grad_P_ptr,  # [CHUNKS, B, N, R]
+    grad_d_ptr,  # [CHUNKS, B, N], or [CHUNKS, B, SPLITS] of −Σ az² if SCALAR_D
     S,
     B,
     N,
     SPLITS,
     COLUMNS,
+    CHUNKS,
     stride_as,
     stride_ab,
     stride_bb,
@@ -91,6 +92,7 @@ def backward_kernel(
     stride_pn,
     stride_db,
     stride_dn,
+    stride_gc,
     stride_gb,
     stride_gr,
     stride_gn,
@@ -117,6 +119,7 @@ def backward_kernel(
     pid = tl.program_id(0)
     item = (pid // SPLITS).to(tl.int64)
     pid_s = pid % SPLITS
+    chunk = tl.program_id(1) % CHUNKS
     if FLAGGED:  # noqa: SIM102  (decided when compiling)
         if (tl.load(wide_ptr + item) != 0) != WIDE:
             return
@@ -135,11 +138,13 @@ def backward_kernel(
     P_ptr += item * stride_pb
     d_ptr += item * stride_db
     C_inv_ptr += item * R * R
-    grad_P_ptr += item * stride_gb
+    own = tl.full((), 1, tl.int64) * chunk
+    grad_P_ptr += own * stride_gc + item * stride_gb
     offs_k = tl.arange(0, BLOCK_R)
     offs_r = rows_of(offs_k)  # in the order of a product's result, as whatever has BLOCK_R columns below
     rows, columns_p = places(BY_COLUMN, J, W, BLOCK_R, BLOCK_N)
     b = tl.load(b_ptr + item * stride_bb).to(kind)
+    b = tl.where(chunk == 0, b, 0.0)  # what does not depend on the samples belongs to the first
     if SCALAR_D:
         d_inv_one = 1.0 / tl.load(d_ptr).to(kind)
     if WITH_T and TILES == 1 and not WIDE:
@@ -191,7 +196,7 @@ def backward_kernel(
                     grad_P = T * (2.0 * b * d_inv)[:, None]
             grad_loc = tl.zeros((BLOCK_N,), kind)
             az2 = tl.zeros((BLOCK_N,), kind)
-            for s in range(S):
+            for s in range(chunk, S, CHUNKS):
                 at = tl.full((), 1, tl.int64) * s
                 x = tl.load(x_ptr + at * stride_xs + item * stride_xb + columns * stride_xn, mask=mask_n, other=0.0)
                 where_loc = at * stride_ls + item * stride_lb
@@ -227,16 +232,16 @@ def backward_kernel(
             if tile == 0:
                 az2_sum += az2.to(tl.float64)
                 if NEED_LOC and SHARED_LOC:
-                    tl.store(grad_loc_ptr + item * N + columns, narrow(grad_loc, grad_loc_ptr), mask=mask_n)
+                    tl.store(grad_loc_ptr + (own * B + item) * N + columns, narrow(grad_loc, grad_loc_ptr), mask=mask_n)
                 az2_tile = az2
             if NEED_P:
                 grad_P = narrow(grad_P, grad_P_ptr)
                 store_result(grad_P_ptr, grad_P, tile, n, N, stride_gr, stride_gn, R, NARROW, BY_COLUMN, J, W)
         if NEED_D and not SCALAR_D:
             grad_d = narrow(in_memory(b * pi - az2_tile, BY_COLUMN, J, W), grad_d_ptr)
-            tl.store(grad_d_ptr + item * N + columns, grad_d, mask=mask_n)
+            tl.store(grad_d_ptr + (own * B + item) * N + columns, grad_d, mask=mask_n)
     if NEED_D and SCALAR_D:
-        tl.store(grad_d_ptr + item * SPLITS + pid_s, -tl.sum(az2_sum, 0))
+        tl.store(grad_d_ptr + (own * B + item) * SPLITS + pid_s, -tl.sum(az2_sum, 0))
 
 
 @triton.jit
@@ -276,14 +281,16 @@ def gradients(
     v: Tensor,
     wide: Tensor,
     grads: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    chunks: int,
     kind: str,
     flagged: bool,
 ) -> Tensor:
-    """Writes `grads` of x, loc, P and d; returns [B, SPLITS], where −Σ az² stands if d is one value per item."""
+    """Writes `grads` of x [S, B, N] and of loc, P and d: partial sums [chunks, B, ...], or, if each sample has a loc of
+    its own, [S, B, N] of it. Where d is one value per item, grad_d only says that −Σ az² [B] is wanted: the result."""
     S, (B, N, R) = x.shape[0], P.shape
     grad_x, grad_loc, grad_P, grad_d = grads
     is_wide = kind == "float64"
-    G = grad_P if grad_P is not None else P
+    G = grad_P[0] if grad_P is not None else P
     block_r = common.padded_rank(R) if common.fused_rank(P.device) >= R else common.TILED_R
     align = min(common.alignment(P, x, loc, d), common.alignment(G, x, loc))
     by_column = P.stride(1) == 1
@@ -297,12 +304,12 @@ def gradients(
         block = common.block(name, table, block_r, by_column, P.device)
     columns = common.split_columns(N, R, block.columns)
     splits = max(1, common.ceil_div(N, columns))
-    sums = P.new_zeros(B, splits, dtype=torch.float64)
-    scalar_d = d.shape[1] == 1
+    sums = P.new_zeros(chunks, B, splits, dtype=torch.float64)
+    scalar_d, need_d = d.shape[1] == 1, grad_d is not None
     grad_d = sums if scalar_d else grad_d
     common.launch(
         backward_kernel,
-        (B * splits,),
+        (B * splits, chunks),
         block.num_warps,
         block.num_stages,
         a_ptr=a,
@@ -316,13 +323,14 @@ def gradients(
         wide_ptr=wide.view(torch.uint8),
         grad_x_ptr=grad_x if grad_x is not None else x,
         grad_loc_ptr=grad_loc if grad_loc is not None else loc,
-        grad_P_ptr=G,
+        grad_P_ptr=grad_P if grad_P is not None else P,
         grad_d_ptr=grad_d if grad_d is not None else d,
         S=S,
         B=B,
         N=N,
         SPLITS=splits,
         COLUMNS=columns,
+        CHUNKS=chunks,
         stride_as=a.stride(0),
         stride_ab=a.stride(1),
         stride_bb=b.stride(0),
@@ -337,6 +345,7 @@ def gradients(
         stride_pn=P.stride(1),
         stride_db=d.stride(0),
         stride_dn=d.stride(1),
+        stride_gc=grad_P.stride(0) if grad_P is not None else 0,
         stride_gb=G.stride(0),
         stride_gr=G.stride(2),
         stride_gn=G.stride(1),
@@ -346,7 +355,7 @@ def gradients(
         NEED_X=grad_x is not None,
         NEED_LOC=grad_loc is not None,
         NEED_P=grad_P is not None,
-        NEED_D=scalar_d or grad_d is not None,
+        NEED_D=need_d,
         WIDE=is_wide,
         FLAGGED=flagged,
         SPLIT_TF32=kind == "tf32",
@@ -358,7 +367,7 @@ def gradients(
         LIKE_P=G.stride() == P.stride(),
         **tiles.shape(block, by_column),
     )
-    return sums
+    return sums.sum((0, 2))
 
 
 __all__ = ["gradients"]

@@ -207,12 +207,12 @@ def capacitance_kernel(
             delta = x.to(kind) - loc.to(kind)
         if AUGMENTED:
             P = tl.where((offs_i == R)[:, None], delta[None, :], P)
-        Q = scaled(P, scale[None, :], n, N, kind)
+        Q = scaled(P, scale[None, :], n, N, kind, OUTER)
         if WITH_W and not AUGMENTED and not STACKED:
             w += fold(_fold_far(Q * (delta * scale)[None, :], FAR), NEAR)
         if TILES > 1:
             P_j = load_tile(P_ptr, offs_j, n, N, stride_pr, stride_pn, R, NARROW, BLOCK_N)
-            Q_j = scaled(P_j, scale[None, :], n, N, kind)
+            Q_j = scaled(P_j, scale[None, :], n, N, kind, OUTER)
         else:
             Q_j = Q
         if WIDE:

@@ -27,6 +27,12 @@ FUSED_SHARED = 150_000
 # Columns that one program adds up in float32, if R does not ask for more (`split_columns`). Tensor cores cut off what
 # does not fit the accumulator: 2⁻²⁴ of it per 8 columns on average, 4e-6 after 1024. Partial sums are added in float64.
 MIN_COLUMNS, MAX_COLUMNS = 1024, 2048
+# Programs that fill a large GPU several times over.
+PROGRAMS = 1024
+# Blocks of columns that one program walks over at most: Π of so many mantissas, each below 2, is a finite float64.
+MAX_BLOCKS = 1000
+# Pixels of an item at most: what a program counts columns with is an int32.
+MAX_PIXELS = 2**31 - 2**20
 # Below so many columns of an item a program has fewer, but not below LEAST_COLUMNS.
 LARGE, LEAST_COLUMNS = 12_288, 256
 
@@ -64,13 +70,14 @@ def load_tile(P_ptr, offs_r, n, N, stride_pr, stride_pn, R: tl.constexpr, NARROW
 
 
 @triton.jit
-def scaled(P, scale, n, N, KIND: tl.constexpr):
+def scaled(P, scale, n, N, KIND: tl.constexpr, OUTER: tl.constexpr = False):
     """P·scale of a tile [R, n], its first column n, in the dtype KIND, for `tl.dot`.
 
     In float64 behind a branch that is always taken: where Triton 3.7 sees that an operand of sm_80's or sm_90's float64
-    product was loaded with 16 bits, it lays it out in pairs, and then fails to compile the product.
+    product was loaded with 16 bits, it lays it out in pairs, and then fails to compile the product. With OUTER there is
+    no such product, and of the branch gfx942 fails to compile some.
     """
-    if KIND == tl.float64:  # noqa: SIM300  (not a constant before it is compiled)
+    if KIND == tl.float64 and not OUTER:  # noqa: SIM300  (not a constant before it is compiled)
         out = tl.zeros(P.shape, KIND)
         if n < N:
             out = P.to(KIND) * scale
@@ -149,11 +156,42 @@ def split_columns(N: int, R: int, block_n: int) -> int:
     The number does not depend on the batch, so that neither do an item's results.
     """
     wanted = fewer(max(MIN_COLUMNS, 40 * R), N)
-    return ceil_div(wanted, block_n) * block_n
+    return min(ceil_div(wanted, block_n), MAX_BLOCKS) * block_n
+
+
+def sample_chunks(S: int, N: int, R: int) -> int:
+    """Programs that share the samples of the same columns: several where the columns of an item do not fill a GPU.
+
+    Each has so many samples that partial sums of the size of P are little beside x (8R samples a program: an eighth).
+    As in `split_columns` the number does not depend on the batch.
+    """
+    programs = ceil_div(N, split_columns(N, R, 1))
+    return max(1, min(ceil_div(PROGRAMS, max(1, programs)), S // max(64, 8 * R)))
+
+
+def empty_chunks(chunks: int, t: Tensor, dtype: torch.dtype) -> Tensor:
+    """[chunks, *t.shape] for partial sums of a gradient of P or of vectors; if there is one, the gradient itself."""
+    if t.dim() < 3:
+        return t.new_empty(chunks, *t.shape, dtype=t.dtype if chunks == 1 else dtype)
+    if chunks == 1:  # whose strides are those of P
+        return torch.empty_like(t)[None]
+    B, N, R = t.shape
+    sizes = (B, R, N) if t.stride(1) == 1 else (B, N, R)
+    parts = t.new_empty(chunks, *sizes, dtype=dtype)
+    return parts.mT if t.stride(1) == 1 else parts
+
+
+def sum_chunks(parts: Tensor, t: Tensor) -> Tensor:
+    """The gradient of `t`."""
+    if parts.shape[0] == 1:
+        return parts[0]
+    return parts.sum(0).to(t.dtype) if t.dim() < 3 else torch.empty_like(t).copy_(parts.sum(0))
 
 
 def fewer(columns: int, N: int) -> int:
     """What LARGE columns are cut into, for an item of N."""
+    if N > MAX_PIXELS:
+        raise ValueError(f"an item has {N} pixels, the kernels take at most {MAX_PIXELS}")
     return max(min(columns, ceil_div(columns * N, LARGE)), min(columns, LEAST_COLUMNS))
 
 

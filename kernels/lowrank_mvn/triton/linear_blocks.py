@@ -156,14 +156,14 @@ def gradients(
         d_n, contiguous = _of(d, n), torch.contiguous_format
         grad_r = torch.empty_like(r, memory_format=contiguous)
         grad_d_n = torch.empty_like(d_n, memory_format=contiguous) if need_d and not scalar_d else None
-        grads = grad_r, None, _factor(made[:, :CR], R), grad_d_n
+        wanted_d = d_n if need_d and grad_d_n is None else grad_d_n
+        grads = grad_r, None, _factor(made[:, :CR], R)[None], None if wanted_d is None else wanted_d[None]
         for products, weight in weights.items():
             P = torch.empty_like(made, dtype=weight.dtype)[:, :CR]  # laid out as grad_P is
             flags = wide.view(torch.uint8) if products != kind else None
             product(weight, f, P.unsqueeze(1), products, ones=True, flags=flags)
             block = a, b, r, zero[..., : r.shape[2]], _factor(P, R), d_n
-            parts = backward.gradients(*block, C_inv, step, wide, grads, products, flagged=kind != "float64")
-            sums += parts.sum(1)
+            sums += backward.gradients(*block, C_inv, step, wide, grads, 1, products, flagged=kind != "float64")
         z = grad_r.unflatten(2, (channels, pixels))
         made[:, CR:] = z.transpose(0, 1).flatten(1, 2)
         if need_x:

@@ -17,9 +17,6 @@ from . import common
 # Columns that one program takes from a tile of F: each has accumulators of its own in registers.
 MAX_RIDERS = 4
 
-# Programs that fill a large GPU several times over.
-PROGRAMS = 1024
-
 
 @triton.jit
 def fold(a, WIDTH: tl.constexpr, CHANNELS_LAST: tl.constexpr):
@@ -68,9 +65,9 @@ def width(align: int, last: bool, block_n: int, lanes: int) -> int:
 
 
 def columns_per_program(M: int, B: int, least: int, block_n: int) -> int:
-    """Few enough for PROGRAMS programs, but at least `least`, so that what a program stores is little beside F (less
-    than that where an item is small, `common.fewer`)."""
-    wanted = min(max(M * B // PROGRAMS, common.fewer(least, M)), common.MAX_COLUMNS)
+    """Few enough for `common.PROGRAMS` programs, but at least `least`, so that what a program stores is little beside F
+    (less than that where an item is small, `common.fewer`)."""
+    wanted = min(max(M * B // common.PROGRAMS, common.fewer(least, M)), common.MAX_COLUMNS)
     return max(1, common.ceil_div(wanted, block_n)) * block_n
 
 

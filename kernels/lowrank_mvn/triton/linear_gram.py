@@ -144,7 +144,7 @@ def linear_gram_kernel(
                 scale = tl.sqrt(d) if INVERTED else 1.0 / tl.sqrt(d)
             else:
                 scale = tl.sqrt(d) if INVERTED else tl.rsqrt(d)
-            Q = scaled(F, scale[None, :], n, M, kind)
+            Q = scaled(F, scale[None, :], n, M, kind, OUTER)
             corner += fold(tl.where(mask_n, scale * scale, 0.0)[None, :], WIDTH, LAST)
             ones += fold(Q * scale[None, :], WIDTH, LAST)
         added = ()
@@ -167,7 +167,7 @@ def linear_gram_kernel(
         w_ones = added_ones
         if TILES > 1:
             F_j = load_tile(F_ptr, offs_j, n, M, stride_fk, stride_fn, K, NARROW, BLOCK_N)
-            Q_j = converted(F_j, n, M, kind) if SCALAR_D else scaled(F_j, scale[None, :], n, M, kind)
+            Q_j = converted(F_j, n, M, kind) if SCALAR_D else scaled(F_j, scale[None, :], n, M, kind, OUTER)
         else:
             Q_j = Q
         if WIDE:

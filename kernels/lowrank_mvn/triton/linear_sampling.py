@@ -49,6 +49,7 @@ def linear_sample_kernel(
     M,
     SPLITS,
     COLUMNS,
+    CHUNKS,
     stride_ls,
     stride_lb,
     stride_lc,
@@ -78,6 +79,7 @@ def linear_sample_kernel(
     pid = tl.program_id(0)
     b = (pid // SPLITS).to(tl.int64)
     pid_s = pid % SPLITS
+    chunk = tl.program_id(1) % CHUNKS
     M, stride_fb, stride_fk = aligned((M, stride_fb, stride_fk), ALIGN)
     if WITH_LOC:
         stride_ls, stride_lb, stride_lc = aligned((stride_ls, stride_lb, stride_lc), ALIGN)
@@ -107,7 +109,7 @@ def linear_sample_kernel(
             else:
                 d = tl.load(d_ptr + c * stride_dc + columns * stride_dn, mask=mask_n, other=1.0)
                 sigma = tl.sqrt(d.to(kind))
-            for sample in range(S):
+            for sample in range(chunk, S, CHUNKS):
                 s = tl.full((), 1, tl.int64) * sample
                 u_row = u_ptr + ((b * S + s) * C + c) * KT
                 y = tl.sum(F * tl.load(u_row + offs_k, mask=offs_k < K, other=0.0).to(kind)[:, None], 0)
@@ -146,10 +148,11 @@ def linear_rsample(
     block = linear_common.block(name, table, block_k, F) if block_k >= K else TILED_BLOCK
     columns = columns_per_program(M, B, 64, block.columns)
     splits = max(1, common.ceil_div(M, columns))
+    chunks = common.sample_chunks(S, M, K)
     shift, noise = y if loc is None else loc, y if omega_d is None else omega_d
     common.launch(
         linear_sample_kernel,
-        (B * splits,),
+        (B * splits, chunks),
         block.num_warps,
         block.num_stages,
         loc_ptr=shift,
@@ -165,6 +168,7 @@ def linear_rsample(
         M=M,
         SPLITS=splits,
         COLUMNS=columns,
+        CHUNKS=chunks,
         stride_ls=shift.stride(0) if shift.shape[0] > 1 else 0,
         stride_lb=shift.stride(1),
         stride_lc=shift.stride(2),

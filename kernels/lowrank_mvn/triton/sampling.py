@@ -79,6 +79,7 @@ def sample_kernel(
     N,
     SPLITS,
     COLUMNS,
+    CHUNKS,
     stride_ls,
     stride_lb,
     stride_ln,
@@ -104,6 +105,7 @@ def sample_kernel(
     pid = tl.program_id(0)
     b = (pid // SPLITS).to(tl.int64)
     pid_s = pid % SPLITS
+    chunk = tl.program_id(1) % CHUNKS
     stride_pb, stride_pr = aligned((stride_pb, stride_pr), ALIGN)
     N, stride_ls, stride_lb = aligned((N, stride_ls, stride_lb), VECTORS)
     if not SCALAR_D:
@@ -126,7 +128,7 @@ def sample_kernel(
         else:
             sigma = tl.sqrt(tl.load(d_ptr + columns * stride_dn, mask=mask_n, other=1.0).to(kind))
         P = load_tile(P_ptr, offs_r, n, N, stride_pr, stride_pn, R, NARROW, BLOCK_N).to(kind)
-        for sample in range(S):
+        for sample in range(chunk, S, CHUNKS):
             s = tl.full((), 1, tl.int64) * sample
             omega_row = omega_p_ptr + (s * B + b) * R
             omega_p = tl.load(omega_row + offs_r, mask=offs_r < R, other=0.0).to(kind)
@@ -153,14 +155,15 @@ def sample_backward_kernel(
     omega_p_ptr,  # [S, B, R]
     omega_d_ptr,  # [S, B, N], read if GIVEN
     seed_ptr,  # [B]
-    grad_P_ptr,  # [B, N, R]
-    grad_d_ptr,  # [B, N]: Σ grad_y ω_d, over 2√d unless SCALAR_D
+    grad_P_ptr,  # [CHUNKS, B, N, R]
+    grad_d_ptr,  # [CHUNKS, B, N]: Σ grad_y ω_d, over 2√d unless SCALAR_D
     grad_omega_d_ptr,  # [S, B, N]: grad_y √d
     S,
     B,
     N,
     SPLITS,
     COLUMNS,
+    CHUNKS,
     stride_ys,
     stride_yb,
     stride_yn,
@@ -169,6 +172,7 @@ def sample_backward_kernel(
     stride_os,
     stride_ob,
     stride_on,
+    stride_gc,
     stride_gb,
     stride_gr,
     stride_gn,
@@ -189,11 +193,15 @@ def sample_backward_kernel(
     pid = tl.program_id(0)
     b = (pid // SPLITS).to(tl.int64)
     pid_s = pid % SPLITS
+    chunk = tl.program_id(1) % CHUNKS
     stride_gb, stride_gr = aligned((stride_gb, stride_gr), ALIGN)
     N, stride_ys, stride_yb = aligned((N, stride_ys, stride_yb), VECTORS)
     if not SCALAR_D:
         (stride_db,) = aligned((stride_db,), VECTORS)
     kind: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    at = tl.full((), 1, tl.int64) * chunk
+    grad_P_ptr += at * stride_gc + b * stride_gb
+    grad_d_ptr += (at * B + b) * N
     if not GIVEN:
         seed = tl.load(seed_ptr + b)
     start = pid_s * COLUMNS
@@ -209,7 +217,7 @@ def sample_backward_kernel(
             offs_r = tile * BLOCK_R + tl.arange(0, BLOCK_R)
             grad_P = tl.zeros((BLOCK_R, BLOCK_N), kind)
             grad_d = tl.zeros((BLOCK_N,), kind)
-            for sample in range(S):
+            for sample in range(chunk, S, CHUNKS):
                 s = tl.full((), 1, tl.int64) * sample
                 where = s * stride_ys + b * stride_yb + columns * stride_yn
                 grad_y = tl.load(grad_y_ptr + where, mask=mask_n, other=0.0).to(kind)
@@ -229,12 +237,12 @@ def sample_backward_kernel(
             if NEED_P:
                 offsets = tile_offsets(offs_r, stride_gr, stride_gn, NARROW, BLOCK_N)
                 inside = (offs_r < R)[:, None] & mask_n[None, :]
-                tile_ptr = grad_P_ptr + b * stride_gb + tl.full((), 1, tl.int64) * n * stride_gn
+                tile_ptr = grad_P_ptr + tl.full((), 1, tl.int64) * n * stride_gn
                 tl.store(tile_ptr + offsets, narrow(grad_P, grad_P_ptr), mask=inside)
             if NEED_D and tile == 0:
                 if not SCALAR_D:
                     grad_d = grad_d / (2.0 * sigma)
-                tl.store(grad_d_ptr + b * N + columns, narrow(grad_d, grad_d_ptr), mask=mask_n)
+                tl.store(grad_d_ptr + columns, narrow(grad_d, grad_d_ptr), mask=mask_n)
 
 
 def _blocks(kernel: str, P: Tensor) -> tuple[Block, dict[str, int]]:
@@ -260,9 +268,10 @@ def rsample(loc: Tensor, P: Tensor, d: Tensor, omega_p: Tensor, omega_d: Tensor 
     y = loc.new_empty(S, B, N)
     noise = omega_d if omega_d is not None else y
     block, sizes = _blocks("sample", P)
+    chunks = common.sample_chunks(S, N, R)
     common.launch(
         sample_kernel,
-        (B * sizes["SPLITS"],),
+        (B * sizes["SPLITS"], chunks),
         block.num_warps,
         block.num_stages,
         loc_ptr=loc,
@@ -275,6 +284,7 @@ def rsample(loc: Tensor, P: Tensor, d: Tensor, omega_p: Tensor, omega_d: Tensor 
         S=S,
         B=B,
         N=N,
+        CHUNKS=chunks,
         stride_ls=loc.stride(0) if loc.shape[0] > 1 else 0,
         stride_lb=loc.stride(1),
         stride_ln=loc.stride(2),
@@ -311,17 +321,18 @@ def rsample_backward(
     need_P, need_d, need_omega_d = needs
     S, (B, N, R) = omega_p.shape[0], P.shape
     scalar_d = d.shape[1] == 1
-    grad_P = torch.empty_like(P) if need_P else P.new_empty(0)
+    chunks = common.sample_chunks(S, N, R) if need_P or need_d else 1
     double = common.products(grad_y, P, d) == "float64"
     work = torch.float64 if double else torch.float32
-    grad_d = d.new_empty(B, N, dtype=work if scalar_d else d.dtype) if need_d else d.new_empty(0)
+    parts_P = common.empty_chunks(chunks, P, work) if need_P else P.new_empty(0)
+    parts_d = d.new_empty(chunks, B, N, dtype=work if scalar_d or chunks > 1 else d.dtype) if need_d else d.new_empty(0)
     noise = omega_d if omega_d is not None else grad_y
     grad_omega_d = noise.new_empty(noise.shape) if need_omega_d else noise.new_empty(0)
-    G = grad_P if need_P else P
+    G = parts_P[0] if need_P else P
     block, sizes = _blocks("sample_backward", G)
     common.launch(
         sample_backward_kernel,
-        (B * sizes["SPLITS"],),
+        (B * sizes["SPLITS"], chunks),
         block.num_warps,
         block.num_stages,
         grad_y_ptr=grad_y,
@@ -329,12 +340,13 @@ def rsample_backward(
         omega_p_ptr=omega_p.contiguous(),
         omega_d_ptr=noise,
         seed_ptr=seed if seed is not None else grad_y,
-        grad_P_ptr=grad_P,
-        grad_d_ptr=grad_d,
+        grad_P_ptr=parts_P,
+        grad_d_ptr=parts_d,
         grad_omega_d_ptr=grad_omega_d,
         S=S,
         B=B,
         N=N,
+        CHUNKS=chunks,
         stride_ys=grad_y.stride(0),
         stride_yb=grad_y.stride(1),
         stride_yn=grad_y.stride(2),
@@ -343,6 +355,7 @@ def rsample_backward(
         stride_os=noise.stride(0),
         stride_ob=noise.stride(1),
         stride_on=noise.stride(2),
+        stride_gc=parts_P.stride(0),
         stride_gb=G.stride(0),
         stride_gr=G.stride(2),
         stride_gn=G.stride(1),
@@ -358,8 +371,11 @@ def rsample_backward(
         VECTORS=common.vector_alignment(N, grad_y, d),
         **sizes,
     )
+    grad_P = common.sum_chunks(parts_P, P) if need_P else parts_P
     if need_d and scalar_d:
-        grad_d = (grad_d.sum(1, keepdim=True, dtype=torch.float64) / (2 * d.double().sqrt())).to(d.dtype)
+        grad_d = (parts_d.sum((0, 2), dtype=torch.float64)[:, None] / (2 * d.double().sqrt())).to(d.dtype)
+    else:
+        grad_d = common.sum_chunks(parts_d, d) if need_d else parts_d
     return grad_P, grad_d, grad_omega_d
 
 
