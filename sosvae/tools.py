@@ -87,10 +87,19 @@ def condition(p: LowRankMultivariateNormal, edited: Tensor, mask: Tensor) -> Low
 
     Returns:
         A distribution over all N pixels in which the masked ones have their value and no variance.
+
+    Raises:
+        ValueError: an image, or a mask, of another number of values.
     """
     N = p.event_shape[0]
     return p.condition(_events(edited, N), _events(mask, N))
 
 
 def _events(images: Tensor, N: int) -> Tensor:
-    return images if images.shape[-1] == N else images.flatten(-3)
+    if images.shape[-1:] == (N,):
+        return images
+    if images.dim() < 3 or images.shape[-3:].numel() != N:
+        raise ValueError(
+            f"an image has shape {list(images.shape)}, expected [..., C, H, W] or [..., N] of N = {N} values"
+        )
+    return images.flatten(-3)

@@ -33,6 +33,17 @@ def backend(monkeypatch):
     return "triton"
 
 
+@pytest.fixture(params=["cpu"] if INTERPRET else ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def everywhere(request, backend):
+    """`backend`, and with a device once more: what a test makes is there, and goes through the compiled kernels."""
+    if request.param == "cpu":
+        yield backend
+    else:
+        torch.set_default_device(request.param)
+        yield "triton"
+        torch.set_default_device(None)
+
+
 @pytest.fixture(scope="session", autouse=INTERPRET)
 def _language_patched_once():
     """The interpreter patches Triton's language anew for every launch and every call of a device function.

@@ -20,6 +20,7 @@ import lowrank_mvn
 from lowrank_mvn import LinearFactor, LowRankMultivariateNormal
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = pytest.mark.usefixtures("everywhere")
 
 
 def from_features(loc, P, d, **options):
@@ -31,17 +32,6 @@ def from_features(loc, P, d, **options):
 
 
 CLASSES = [td.LowRankMultivariateNormal, LowRankMultivariateNormal]
-
-
-@pytest.fixture(params=["cpu"] if INTERPRET else ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], autouse=True)
-def backend(request, backend):
-    """The fixture of all tests, and with a device once more: its tensors go through the compiled kernels."""
-    if request.param == "cpu":
-        yield backend
-    else:
-        torch.set_default_device(request.param)
-        yield "triton"
-        torch.set_default_device(None)
 
 
 @pytest.fixture(params=[*CLASSES, from_features], ids=["torch", "ours", "features"])
@@ -134,19 +124,19 @@ def test_subclasses_expand_as_torchs_do(kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_equal_seeds_give_equal_samples(dtype, backend):
+def test_equal_seeds_give_equal_samples(dtype, everywhere):
     loc, P, d = parameters((3,), 7, 2, dtype=dtype)
     samples = []
     # The noise of the kernels is another stream than torch's, and the same from one call to the next.
-    for cls in CLASSES if backend == "aten" else CLASSES[1:] * 2:
+    for cls in CLASSES if everywhere == "aten" else CLASSES[1:] * 2:
         torch.manual_seed(5)
         samples.append(cls(loc, P, d).rsample((2, 2)))
     torch.testing.assert_close(*samples)
 
 
-def test_statistics_of_samples(cls, backend):
+def test_statistics_of_samples(cls, everywhere):
     """Mean and covariance within 5 standard errors."""
-    D, n = make(cls, batch=(), N=4), 200_000 if backend == "aten" or not INTERPRET else 100
+    D, n = make(cls, batch=(), N=4), 200_000 if everywhere == "aten" or not INTERPRET else 100
     y = D.sample((n,))
     variance, Sigma = D.variance, D.covariance_matrix
     assert ((y.mean(0) - D.mean).abs() < 5 * (variance / n).sqrt()).all()

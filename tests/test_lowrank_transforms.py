@@ -1,6 +1,6 @@
 """torch.compile, export, trace and the transforms of torch.func: what works with torch's class works with ours.
 
-`test_triton_session.py` runs it with the kernels too.
+`test_triton_session.py` runs it with the kernels too; with a device they are compiled (marker `gpu`).
 """
 
 import os
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from lowrank_mvn import LowRankMultivariateNormal
 
 B, N, R = 3, 7, 2
-pytestmark = pytest.mark.usefixtures("backend")
+pytestmark = pytest.mark.usefixtures("everywhere")
 # The operators are opaque to the compiler: what its C++ looks like says nothing about kernels, and takes a minute.
 COMPILER = "aot_eager" if os.environ.get("TRITON_INTERPRET") == "1" else "inductor"
 

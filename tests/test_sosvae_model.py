@@ -382,3 +382,12 @@ def test_conditioning_on_an_edit_is_the_dense_conditional(p):
     rest = Sigma[:, ~o][:, :, ~o] - gain @ Sigma[:, o][:, :, ~o]
     torch.testing.assert_close(conditional.covariance_matrix[:, ~o][:, :, ~o], rest)
     assert conditional.variance[:, o].abs().max() == 0
+
+
+def test_conditioning_on_something_that_is_no_image_is_an_error():
+    p = VAE(small(channels=3)).decode(torch.randn(2, 4))
+    mask = torch.zeros(3, 17, 19, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"an image has shape \[17, 19\], expected \[\.\.\., C, H, W\] or"):
+        condition(p, torch.rand(3, 17, 19), mask[0])
+    with pytest.raises(ValueError, match=r"an image has shape \[1, 17, 19\]"):
+        condition(p, torch.rand(1, 17, 19), mask)
