@@ -111,7 +111,9 @@ class LinearFactor(_Linear):
     leading dimensions of the weight broadcast to: several factors may share an item's features.
 
     Args:
-        features: F, [B, K, *spatial], any strides.
+        features: F, [B, K, *spatial], channels first or last, read as they lie (a crop, whose pixels are not one
+            dimension, is copied). Half precision is converted block by block; only samples and conditionals on the
+            CPU, where they have gradients, keep it in float32.
         weight: [R, C, K], or one for each item, [..., R, C, K]; or, with `channels`, the convolution's own
             [R·C, K, 1, 1], with row r·C + c for column r and channel c.
         bias: [R, C] or [R·C], or for each item as the weight, [..., R, C]; or none.
