@@ -193,3 +193,8 @@ def test_side_of_a_configuration_as_it_stands():
     side = largest_side(config, "linear", 0.25 * GIB)
     assert StepMemory(config).peak(side, 4, 2).total <= 0.25 * GIB < StepMemory(config).peak(side + 8, 4, 2).total
     assert largest_side(config, "linear", 1.0) == 0
+
+
+def test_an_unknown_formulation_is_an_error():
+    with pytest.raises(ValueError, match="formulation is 'kernel', expected one of reference, kernels, linear"):
+        StepMemory(PRESETS["faces"][1], "kernel")

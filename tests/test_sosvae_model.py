@@ -391,3 +391,6 @@ def test_conditioning_on_something_that_is_no_image_is_an_error():
         condition(p, torch.rand(3, 17, 19), mask[0])
     with pytest.raises(ValueError, match=r"an image has shape \[1, 17, 19\]"):
         condition(p, torch.rand(1, 17, 19), mask)
+    image = torch.rand(3, 17, 19)
+    flat = condition(p, image.flatten(), mask.flatten())
+    torch.testing.assert_close(flat.loc, condition(p, image, mask).loc)
