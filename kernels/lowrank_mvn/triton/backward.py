@@ -42,7 +42,7 @@ BLOCKS = {
     (64, True, "sm_75"): Block(8, 32),
     (64, False, "sm_75"): Block(8, 32),
 }
-# Another sample, or values to be converted, take the registers that 128 columns of 64 rows just leave.
+# None or several samples, or values to be converted, take the registers that 128 columns of 64 rows just leave.
 SPARING_BLOCKS = {**BLOCKS, (64, True): Block(4, 64)}
 # Where tiles of rows are walked over, the accumulators of one and the products with another are in registers at once.
 TILED_BLOCKS = {
@@ -299,7 +299,7 @@ def gradients(
     elif block_r < R:
         block = common.tiled_block(TILED_BLOCKS, by_column, P.device)
     else:
-        sparing = S > 1 or P.element_size() <= 2
+        sparing = S != 1 or P.element_size() <= 2
         name, table = ("backward_sparing", SPARING_BLOCKS) if sparing else ("backward", BLOCKS)
         block = common.block(name, table, block_r, by_column, P.device)
     columns = common.split_columns(N, R, block.columns)
