@@ -241,7 +241,8 @@ class LowRankMultivariateNormal(td.LowRankMultivariateNormal):
     def _capacitance_tril(self) -> Tensor:
         """Cholesky factor of C = I + PᵀD⁻¹P, differentiable; made in float64 when somebody asks for it."""
         with ops.without_autocast(self.loc.device):
-            C = reference.capacitance(self._unbroadcasted_cov_factor.double(), self._d.double().reciprocal())
+            P = functional.materialised(self._P, torch.float64).double()
+            C = reference.capacitance(P, self._d.double().reciprocal())
             return torch.linalg.cholesky(C).to(self._result_dtype)
 
     @lazy_property
@@ -302,12 +303,17 @@ def _grad_mode() -> tuple[bool, bool]:
 
 
 def _kl(p, q) -> Tensor:
-    dtype = torch.promote_types(*(functional.result_dtype(distribution.loc) for distribution in (p, q)))
+    means = (d._loc if isinstance(d, LowRankMultivariateNormal) else d.loc for d in (p, q))
+    dtype = torch.promote_types(*map(functional.result_dtype, means))
     return kl_divergence(_double(p), _double(q)).to(dtype)
 
 
 def _double(p):
     """The same distribution as torch's class in float64, where the textbook is exact enough."""
+    if isinstance(p, LowRankMultivariateNormal):  # what is linear in features is made in float64, and not kept
+        loc, factor = (functional.materialised(t, torch.float64).double() for t in (p._loc, p._P))
+        loc, diag = loc.expand(p.batch_shape + p.event_shape), p._unbroadcasted_cov_diag.double()
+        return td.LowRankMultivariateNormal(loc, factor, diag, validate_args=False)
     if isinstance(p, td.LowRankMultivariateNormal):
         factor, diag = p._unbroadcasted_cov_factor, p._unbroadcasted_cov_diag
         return td.LowRankMultivariateNormal(p.loc.double(), factor.double(), diag.double(), validate_args=False)

@@ -75,7 +75,7 @@ class LinearMean(_Linear):
     bias: Tensor | None = None
 
     def __post_init__(self) -> None:
-        _check_tensors(**{"features": self.features, "weight": self.weight} | self.tensors())
+        _check_tensors(self, optional=("bias",))
         _keep_grad_mode(self)
         object.__setattr__(self, "weight", _squeeze_kernel(self.weight))
         K = _check_features(self.features)
@@ -133,8 +133,7 @@ class LinearFactor(_Linear):
     mask: Tensor | None = None
 
     def __post_init__(self) -> None:
-        given = {"features": self.features, "weight": self.weight} | self.tensors()
-        _check_tensors(**given, **({} if self.mask is None else {"mask": self.mask}))
+        _check_tensors(self, optional=("bias", "mask"))
         _keep_grad_mode(self)
         K = _check_features(self.features)
         weight, C = self.weight, self.channels
@@ -308,9 +307,10 @@ def joined(loc: Tensor | LinearMean, P: Tensor | LinearFactor) -> LinearMean | N
     return None
 
 
-def _check_tensors(**arguments) -> None:
-    for name, t in arguments.items():
-        if not isinstance(t, Tensor):
+def _check_tensors(linear: _Linear, optional: tuple[str, ...]) -> None:
+    for name in ("features", "weight", *optional):
+        t = getattr(linear, name)
+        if not isinstance(t, Tensor) and not (t is None and name in optional):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
 
 

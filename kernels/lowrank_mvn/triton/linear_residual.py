@@ -201,7 +201,7 @@ def sums(
     tiles, last = common.ceil_div(K, block_k), channels_last(F)
     align = common.alignment(P, x, *([] if loc is None else [loc]), d)
     name, table = ("linear_residual", BLOCKS) if S == 1 else ("linear_residual_samples", SAMPLES_BLOCKS)
-    together = F.element_size() == 4 and F.stride(2) % 4 == 0 if last else align >= 4
+    together = (F.element_size() == 4 and F.stride(2) % 4 == 0) if last else align >= 4
     if F.dtype == torch.float64 or not together:
         name, table = "linear_residual_sparing", SPARING_BLOCKS
     block = (
