@@ -26,6 +26,7 @@ The functions take canonical shapes; item b of F has the weight W[b], or W[0] wh
 """
 
 import math
+import mmap
 
 import torch
 from torch import Tensor
@@ -39,15 +40,19 @@ def keeps_products(channels: int, R: int, K1: int, per_pixel: bool) -> bool:
     return True
 
 
-# Values of F in one block and of what is made of it: larger ones are faster, but 2 MiB in float32 are to be small
-# beside grad_F, in the forward pass too, whose blocks the C library may keep for later (kernels/LOG.md).
+# Values that are made of F in one block, beside a copy of those features that have another dtype: larger ones are
+# faster, but 2 MiB in float32 are to be small beside grad_F, in the forward pass too, whose blocks the C library may
+# keep for later (kernels/LOG.md).
 BLOCK_VALUES = 1 << 19
 # Fewer items share a block rather than that it has fewer pixels.
 BLOCK_PIXELS = 256
+# From here on what the backward pass needs lies in pages of its own.
+MAPPED_BYTES = 1 << 20
 
 
 def _blocks(F: Tensor, rows: int, items: slice):
-    """Index pairs (items, pixels) that cover F in blocks; `rows` is what is made of a pixel, its features included."""
+    """Index pairs (items, pixels) that cover F in blocks; `rows` is how many values are made of a pixel, or read where
+    those are more."""
     B, M = items.stop - items.start, F.shape[2]
     step_b = _even(B, BLOCK_VALUES // max(1, min(M, BLOCK_PIXELS) * rows))
     step_n = _even(M, BLOCK_VALUES // (step_b * rows))
@@ -68,12 +73,38 @@ def _carved(scratch: Scratch, *shapes: tuple[int, ...]) -> list[Tensor]:
     return [part.view(shape) for part, shape in zip(scratch.shaped(sum(sizes)).split(sizes), shapes, strict=True)]
 
 
-def _fill(stack: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
-    """[F̃; y] of a block: its first part F̃, filled from the features `f`, and its last, y, which is not."""
+def _mapped(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An empty tensor for what lives until the backward pass, on the CPU in pages of its own.
+
+    In the C library's heap it would leave a hole that small pieces break, so that the next one finds no place there
+    (kernels/LOG.md).
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < MAPPED_BYTES:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
+
+
+def _features(F: Tensor, b: slice, n: slice, copies: Scratch) -> Tensor:
+    """The features of a block in the dtype of `copies`: F itself where it has that, else a copy there."""
+    f = F[b, :, n]
+    return f if f.dtype == copies.dtype else copies.like(f).copy_(f)
+
+
+# F̃'s row of ones need not be made: a product with F̃ treats the last column of its other side, or of itself, apart.
+
+
+def _rows_from(A: Tensor, f: Tensor, out: Tensor | None = None) -> Tensor:
+    """AF̃ [b, Q, n] of `A` [b, Q, K+1] and features `f` [b, K, n]."""
     K = f.shape[1]
-    stack[:, :K] = f
-    stack[:, K] = 1
-    return stack[:, : K + 1], stack[:, K + 1 :]
+    return torch.baddbmm(A[..., K:], A[..., :K], f, out=out)
+
+
+def _add_products(sums: Tensor, y: Tensor, f: Tensor) -> None:
+    """Adds yF̃ᵀ to `sums` [b, Q, K+1]; `y` [b, Q, n] and features `f` [b, K, n]."""
+    K = f.shape[1]
+    sums[..., :K] += torch.bmm(y, f.mT)
+    sums[..., K] += y.sum(2, dtype=sums.dtype)
 
 
 def _precision(d: Tensor, b: slice, n: slice, dtype: torch.dtype, inverted: bool = False) -> Tensor:
@@ -107,39 +138,43 @@ def _rows(W: Tensor) -> Tensor:
 def _first_pass(x, loc, F: Tensor, W: Tensor, d: Tensor, items: slice, dtype: torch.dtype, inverted: bool):
     """W_cG_c [b, C, R, K+1], F̃D_c⁻¹(x − loc)_c [b, S, C, K+1] and diag G_c [b, C or 1, K+1] of some items, in float64;
     products in `dtype`. `d` is the diagonal of D or, if `inverted`, of D⁻¹, 0 for a pixel that is not observed."""
-    (S, _, channels, _), R, K1 = x.shape, W.shape[2], W.shape[3]
+    (S, _, channels, _), R, K, K1 = x.shape, W.shape[2], F.shape[1], W.shape[3]
     count, SC, one = items.stop - items.start, S * channels, linear_forms.one_value(d)
     tiles = linear_forms.from_tiles(channels, R, K1, not one)
     groups = 1 if one or tiles else channels  # products that are made of a block
-    rows = channels * R + SC if tiles else K1 + (SC if one else S)
-    sums = F.new_zeros(count, groups, rows, K1, dtype=torch.float64)
+    thin = S if groups > 1 else SC
+    sums = F.new_zeros(count, groups, (channels * R if tiles else K1) + thin, K1, dtype=torch.float64)
     diagonal = F.new_zeros(count, 1 if one else channels, K1, dtype=torch.float64)
     # Rows of zeros make place for δ in the tile, because a product is fastest into memory of its own.
     weight = torch.cat([_rows(W), W.new_zeros(W.shape[0], SC, K1)], 1).to(dtype) if tiles else None
-    scratch = Scratch(dtype, F.device)
-    for b, n in _blocks(F, K1 + rows if tiles or not one else rows, items):
-        f, at = F[b, :, n], slice(b.start - items.start, b.stop - items.start)
+    copies, scratch = Scratch(dtype, F.device), Scratch(dtype, F.device)
+    for b, n in _blocks(F, K1 + sums.shape[2] if tiles or not one else K1 + SC, items):
+        at = slice(b.start - items.start, b.stop - items.start)
         delta, precision = _delta(x, loc, b, n, dtype), _precision(d, b, n, dtype, inverted)
-        sizes, pixels = (f.shape[0], K1, f.shape[2]), f.shape[2]
+        size, pixels = delta.shape[0], delta.shape[2]
         if weight is not None:
-            stack, y = _carved(scratch, sizes, (f.shape[0], rows, pixels))
-            f, _ = _fill(stack, f)
-            torch.bmm(_of(weight, b), f, out=y)
+            f = _features(F, b, n, copies)
+            y = _rows_from(_of(weight, b), f, out=scratch.shaped(size, sums.shape[2], pixels))
             y[:, channels * R :] = delta
-            sums[at, 0] += torch.bmm(y if one else _scale(y, precision), f.mT)
-            diagonal[at] += torch.bmm(precision.expand(-1, -1, pixels), f.square_().mT)
+            _add_products(sums[at, 0], y if one else _scale(y, precision), f)
+            _add_products(diagonal[at], precision.expand(-1, -1, pixels), torch.mul(f, f, out=copies.like(f)))
         elif one:
-            (stack,) = _carved(scratch, (f.shape[0], rows, pixels))
-            f, y = _fill(stack, f)
-            y.copy_(delta)
-            sums[at, 0] += torch.bmm(stack, f.mT)
-        else:
-            stack, scaled = _carved(scratch, (f.shape[0], rows, pixels), (f.shape[0], rows, pixels))
-            f, y = _fill(stack, f)
+            f = _features(F, b, n, copies)
+            rows = scratch.shaped(size, 1 + SC, pixels)
+            rows[:, 0] = 1
+            rows[:, 1:] = delta
+            sums[at, 0, :K, :K] += torch.bmm(f, f.mT)
+            _add_products(sums[at, 0, K:], rows, f)
+        else:  # here a row of ones costs less than products of its own for each channel
+            stack, scaled = _carved(scratch, (size, K1 + S, pixels), (size, K1 + S, pixels))
+            stack[:, :K] = F[b, :, n]
+            stack[:, K] = 1
             for c in range(channels):
-                y.copy_(delta[:, c::channels])
+                stack[:, K1:] = delta[:, c::channels]
                 torch.mul(stack, precision[:, c].unsqueeze(1), out=scaled)
-                sums[at, c] += torch.bmm(scaled, f.mT)
+                sums[at, c] += torch.bmm(scaled, stack[:, :K1].mT)
+    if one and not tiles:
+        sums[:, :, :K, K] = sums[:, :, K, :K]
     if one:  # 1/d is in `diagonal` of the tiles already
         scale = d[items].double() if inverted else d[items].double().reciprocal()
         sums *= scale.unsqueeze(-1)
@@ -188,29 +223,30 @@ def linear_mahalanobis_and_logdet(x: Tensor, loc: Tensor | None, F: Tensor, W: T
     step.
     """
     S, (B, K, M), channels = x.shape[0], F.shape, W.shape[1]
+    SC = S * channels
     dtype, W64, m64 = product_dtype(x, F, W, d), W.double(), None if m is None else m.double()
     WG, wF, _, C_inv, logdet, wide = _capacitance(x, loc, F, W, d, inverted=False)
     logdet = logdet + linear_forms.logdet_D(d, channels * M)
     v = linear_forms.projection(wF, WG, W64, m64) @ C_inv
     q, g = v.square().sum(-1), -v
     u = linear_forms.coefficients(v, W64)
-    u = (u if m64 is None else u + m64).flatten(1, 2)
-    residual = x.new_empty(x.shape, dtype=dtype)
-    zF = F.new_zeros(B, S * channels, K + 1, dtype=torch.float64)
-    scratch = Scratch(torch.float64, F.device)
+    minus_u = -(u if m64 is None else u + m64).flatten(1, 2)
+    residual = _mapped(x.shape, dtype, x.device)
+    zF = F.new_zeros(B, SC, K + 1, dtype=torch.float64)
+    exact, scratch = Scratch(torch.float64, F.device), Scratch(torch.float64, F.device)
     for items, products in runs(wide, dtype) if S else ():
-        for b, n in _blocks(F, 2 * (K + 1 + S * channels), items):  # float64 takes twice the memory
-            f = F[b, :, n]
-            exact = scratch.shaped(f.shape[0], K + 1, f.shape[2])
-            _fill(exact, f)
+        copies = Scratch(products, F.device)
+        for b, n in _blocks(F, 2 * (K + SC), items):  # float64 takes twice the memory
+            f64 = _features(F, b, n, exact)
+            f = f64 if products == torch.float64 else _features(F, b, n, copies)
             # Where d is small, r is what is left of numbers hundreds of times its size: made in float64, rounded once.
-            r = torch.baddbmm(_delta(x, loc, b, n, torch.float64), u[b], exact, alpha=-1).to(products)
+            made = scratch.shaped(f.shape[0], SC, f.shape[2])
+            torch.add(_delta(x, loc, b, n, torch.float64), minus_u[b, :, K:], out=made)
+            r = made.baddbmm_(minus_u[b, :, :K], f64).to(products)
             residual[:, b, :, n] = r.unflatten(1, (S, channels)).transpose(0, 1)
             z = _scale(r.clone(), _precision(d, b, n, products))
-            q[b] += (r * z).sum(2, dtype=torch.float64).unflatten(1, (S, channels)).sum(2)
-            f = exact[:, :K] if products == torch.float64 else f.to(products)
-            zF[b, :, :K] += torch.bmm(z, f.mT)
-            zF[b, :, K] += z.sum(2, dtype=torch.float64)
+            _add_products(zF[b], z, f)
+            q[b] += z.mul_(r).sum(2, dtype=torch.float64).unflatten(1, (S, channels)).sum(2)
     zF = zF.unflatten(1, (S, channels))
     g = g + linear_forms.projection(zF, WG, W64, None)
     step = g @ C_inv
@@ -255,38 +291,30 @@ def linear_mahalanobis_and_logdet_backward(
         # Σₙ πₙ = (N − R + tr C⁻¹)/d, because PᵀD⁻¹P = C − I.
         trace = C_inv.diagonal(dim1=-2, dim2=-1).sum(-1)
         grad_d += (b_ * (channels * M - R + trace))[:, None, None] / d.double()
-    # `rows` make what a block needs from F̃: yₙ or M_cf̃ₙ, and what z is corrected by; grad_F = `back` · [y/d or F̃; z].
+    # `rows` make what a block needs from F̃: yₙ of the tiles, and what z is corrected by. From tiles, grad_F is `back`
+    # times [y/d; z]; from the features, the sum of 2b M_cf̃ₙ/d, for a scalar d one product, and `back_z` times z.
     tile = channels * R if tiles and need_rows else 0
+    back_z = minus_2au.mT[:, :K]
     if tile:
         A = _rows(linear_forms.weighted(linear_forms.root(C_inv), W64))
+        rows = torch.cat([A, -u_step], 1)
+        back = torch.cat([A.mT[:, :K] * (2 * b_[:, None, None] / (d.double() if one else 1)), back_z], 2)
     else:
         A = linear_forms.quadratic(C_inv, W64)
-        A = A.sum(1, keepdim=True) if one else A
-    back = (A.mT if tile else A.sum(1)) * (2 * b_[:, None, None] / (d.double() if one else 1))
-    back = torch.cat([back, minus_2au.mT], -1)[:, :K]
-    rows = torch.cat([A, -u_step], 1) if tile else -u_step
-    extra = max(K, tile) if tile or one else K + K1  # grad_F of a block, and M_cf̃ₙ or squares
+        rows = -u_step
+        back = A.sum(1)[:, :K] * (2 * b_[:, None, None] / d.double()) if one else A
+    spare_rows = max(K, tile) if tile or one else K + K1  # grad_F of a block, and M_cf̃ₙ or squares
     for items, products in runs(wide, residual.dtype):
-        scratch = Scratch(products, F.device)
-        A_, rows_, back_, a_, two_b = (t.to(products) for t in (A, rows, back, a, 2 * b_[:, None, None]))
-        for b, n in _blocks(F, K1 + tile + SC + extra, items):
-            f, precision = F[b, :, n], _precision(d, b, n, products)
-            count, pixels = f.shape[0], f.shape[2]
-            stack, made, spare = _carved(
-                scratch,
-                (count, K1 + (0 if tile else SC), pixels),
-                (count, tile + SC, pixels),
-                (count * extra * pixels,),
-            )
-            f, z = _fill(stack, f)
-            torch.bmm(rows_[b], f, out=made)
-            y, z_made = made[:, :tile], made[:, tile:]
-            _scale(z_made.add_(residual[:, b, :, n].to(products).transpose(0, 1).flatten(1, 2)), precision)
-            if tile:
-                stack, z = made, z_made
-            else:
-                z.copy_(z_made)
-            z_c = z_made.unflatten(1, (S, channels))
+        copies, scratch = Scratch(products, F.device), Scratch(products, F.device)
+        rows_, back_, back_z_, a_, two_b = (t.to(products) for t in (rows, back, back_z, a, 2 * b_[:, None, None]))
+        for b, n in _blocks(F, tile + SC + spare_rows, items):
+            f, precision = _features(F, b, n, copies), _precision(d, b, n, products)
+            count, _, pixels = f.shape
+            made, spare = _carved(scratch, (count, tile + SC, pixels), (count * spare_rows * pixels,))
+            _rows_from(rows_[b], f, out=made)
+            y, z = made[:, :tile], made[:, tile:]
+            _scale(z.add_(residual[:, b, :, n].to(products).transpose(0, 1).flatten(1, 2)), precision)
+            z_c = z.unflatten(1, (S, channels))
             if need_x:
                 grad_x[:, b, :, n] = (2 * a_[b, :, None, None] * z_c).transpose(0, 1)
             if need_d:
@@ -296,22 +324,24 @@ def linear_mahalanobis_and_logdet_backward(
             if not need_rows:
                 continue
             grad_f = spare[: count * K * pixels].view(count, K, pixels)
-            if tile and not one:
-                if need_d:
+            if tile:
+                if need_d and not one:
                     squares = torch.mul(y, y, out=spare[: y.numel()].view(y.shape))
                     pi = precision - squares.unflatten(1, (R, channels)).sum(1) * precision.square()
                     grad_d[b, :, n] = 0.5 * two_b[b] * pi - az2
-                _scale(y, precision)
-            if tile or one:
-                torch.bmm(back_[b], stack, out=grad_f)
+                if not one:
+                    _scale(y, precision)
+                torch.bmm(back_[b], made, out=grad_f)
+            elif one:
+                _rows_from(back_[b], f, out=grad_f).baddbmm_(back_z_[b], z)
             else:
-                torch.bmm(back_[b, :, K1:], z_made, out=grad_f)
+                torch.bmm(back_z_[b], z, out=grad_f)
                 Mf = spare[grad_f.numel() :].view(count, K1, pixels)
                 for c in range(channels):
                     p = precision[:, c]
-                    torch.bmm(A_[b, c], f, out=Mf)
+                    _rows_from(back_[b, c], f, out=Mf)
                     if need_d:
-                        pi = p - (Mf * f).sum(1) * p.square()
+                        pi = p - ((Mf[:, :K] * f).sum(1) + Mf[:, K]) * p.square()
                         grad_d[b, c, n] = 0.5 * two_b[b, 0] * pi - az2[:, c]
                     grad_f.addcmul_(Mf[:, :K], two_b[b] * p.unsqueeze(1))
             if need_F:
@@ -346,16 +376,15 @@ def linear_gram_backward(
     grad_F = empty_gradient(F) if need_F else F.new_empty(0)
     grad_pi = precision.new_zeros(precision.shape if need_precision else 0, dtype=torch.float64)
     grad_rows = F.new_zeros(B, CR + SC, K1, dtype=torch.float64)
-    scratch = Scratch(dtype, F.device)
-    for b, n in _blocks(F, K1 + 2 * CR + SC, slice(0, B)):
-        f = F[b, :, n]
-        count, pixels = f.shape[0], f.shape[2]
-        stack, p, made = _carved(scratch, (count, K1, pixels), (count, CR, pixels), (count, CR + SC, pixels))
-        f, _ = _fill(stack, f)
-        torch.bmm(_of(weight, b), f, out=p)
+    copies, scratch = Scratch(dtype, F.device), Scratch(dtype, F.device)
+    for b, n in _blocks(F, K + 2 * CR + SC, slice(0, B)):
+        f = _features(F, b, n, copies)
+        count, _, pixels = f.shape
+        p, made = _carved(scratch, (count, CR, pixels), (count, CR + SC, pixels))
+        _rows_from(_of(weight, b), f, out=p)
         delta, pi = _delta(x, loc, b, n, dtype), precision[b, :, n if precision.shape[2] > 1 else slice(None)].to(dtype)
         if mean is not None:
-            delta = delta - torch.matmul(mean, f).repeat(1, S, 1)
+            delta = delta - _rows_from(mean.expand(count, channels, K1), f).repeat(1, S, 1)
         grad_p, grad_delta = made[:, :CR], made[:, CR:]
         as_columns = p.view(count, R, channels * pixels)
         grad_p.copy_(torch.bmm(A[b], as_columns).view(count, CR, pixels))
@@ -372,7 +401,7 @@ def linear_gram_backward(
         _scale(made, pi.expand(-1, channels, -1))
         if need_x:
             grad_x[:, b, :, n] = grad_delta.unflatten(1, (S, channels)).transpose(0, 1)
-        grad_rows[b] += torch.bmm(made, f.mT)
+        _add_products(grad_rows[b], made, f)
         if need_F:
             rows = _of(weight, b)
             if mean is not None:
