@@ -19,6 +19,7 @@ The functions here take canonical shapes and neither check nor record anything: 
 
 import ctypes
 import math
+import mmap
 import sys
 
 import torch
@@ -313,14 +314,18 @@ def _at_once(x: Tensor, loc: Tensor, P: Tensor, d: Tensor, C_inv: Tensor | None,
 
 
 def empty_gradient(P: Tensor) -> Tensor:
-    """A gradient of P's size and layout; on Linux in huge pages, because the first touch of 4 KiB pages costs as much
-    time as a third of the whole backward pass (kernels/LOG.md)."""
+    """A gradient of P's size and layout, on Linux in huge pages that one thread touches at once.
+
+    The first touch of 4 KiB pages takes a third of the whole backward pass. And pages that several threads touch are
+    other ones at every call, which a virtual machine must have from its host time and again (kernels/LOG.md).
+    """
     grad = torch.empty_like(P)
     if sys.platform == "linux" and grad.device.type == "cpu" and grad.nbytes >= 1 << 22:
-        page, advice = 1 << 21, 14  # bytes, MADV_HUGEPAGE: a hint, so that its refusal is no error
-        start = -(-grad.data_ptr() // page) * page
-        size = (grad.data_ptr() + grad.nbytes - start) // page * page
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice)
+        libc, end = ctypes.CDLL(None), grad.data_ptr() + grad.nbytes
+        # MADV_HUGEPAGE and MADV_POPULATE_WRITE: hints, so that a refusal is no error.
+        for page, advice in ((1 << 21, 14), (mmap.PAGESIZE, 23)):
+            start = -(-grad.data_ptr() // page) * page
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t((end - start) // page * page), advice)
     return grad
 
 

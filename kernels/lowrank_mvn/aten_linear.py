@@ -27,6 +27,8 @@ The functions take canonical shapes; item b of F has the weight W[b], or W[0] wh
 
 import math
 import mmap
+import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -46,8 +48,9 @@ def keeps_products(channels: int, R: int, K1: int, per_pixel: bool) -> bool:
 BLOCK_VALUES = 1 << 19
 # Fewer items share a block rather than that it has fewer pixels.
 BLOCK_PIXELS = 256
-# From here on what the backward pass needs lies in pages of its own.
+# From here on what the backward pass needs lies in pages of its own; on Linux all of them are touched at once.
 MAPPED_BYTES = 1 << 20
+MAPPED_LIKE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE} if sys.platform == "linux" else {}
 
 
 def _blocks(F: Tensor, rows: int, items: slice):
@@ -82,7 +85,7 @@ def _mapped(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < MAPPED_BYTES:
         return torch.empty(shape, dtype=dtype, device=device)
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
+    return torch.frombuffer(mmap.mmap(-1, size, **MAPPED_LIKE), dtype=dtype).view(shape)
 
 
 def _features(F: Tensor, b: slice, n: slice, copies: Scratch) -> Tensor:
@@ -107,10 +110,16 @@ def _add_products(sums: Tensor, y: Tensor, f: Tensor) -> None:
     sums[..., K] += y.sum(2, dtype=sums.dtype)
 
 
-def _precision(d: Tensor, b: slice, n: slice, dtype: torch.dtype, inverted: bool = False) -> Tensor:
-    """1/d of a block, [b, C, n] or [b, 1, 1]; `d` itself where it is already `inverted`."""
-    block = (d[b, :, n] if d.shape[2] > 1 else d[b]).to(dtype)
-    return block if inverted else block.reciprocal()
+def _precision(d: Tensor, dtype: torch.dtype, inverted: bool = False) -> Callable[[slice, slice], Tensor]:
+    """Gives 1/d of a block, [b, C, n] or [b, 1, 1]; `d` itself where it is already `inverted`."""
+
+    def inverse(part: Tensor) -> Tensor:
+        return part.to(dtype) if inverted else part.to(dtype).reciprocal()
+
+    if d.shape[2] > 1:
+        return lambda b, n: inverse(d[b, :, n])
+    once = inverse(d)
+    return lambda b, n: once[b]
 
 
 def _scale(rows: Tensor, precision: Tensor) -> Tensor:
@@ -148,9 +157,10 @@ def _first_pass(x, loc, F: Tensor, W: Tensor, d: Tensor, items: slice, dtype: to
     # Rows of zeros make place for δ in the tile, because a product is fastest into memory of its own.
     weight = torch.cat([_rows(W), W.new_zeros(W.shape[0], SC, K1)], 1).to(dtype) if tiles else None
     copies, scratch = Scratch(dtype, F.device), Scratch(dtype, F.device)
+    precision_of = _precision(d, dtype, inverted)
     for b, n in _blocks(F, K1 + sums.shape[2] if tiles or not one else K1 + SC, items):
         at = slice(b.start - items.start, b.stop - items.start)
-        delta, precision = _delta(x, loc, b, n, dtype), _precision(d, b, n, dtype, inverted)
+        delta, precision = _delta(x, loc, b, n, dtype), precision_of(b, n)
         size, pixels = delta.shape[0], delta.shape[2]
         if weight is not None:
             f = _features(F, b, n, copies)
@@ -232,10 +242,10 @@ def linear_mahalanobis_and_logdet(x: Tensor, loc: Tensor | None, F: Tensor, W: T
     u = linear_forms.coefficients(v, W64)
     minus_u = -(u if m64 is None else u + m64).flatten(1, 2)
     residual = _mapped(x.shape, dtype, x.device)
-    zF = F.new_zeros(B, SC, K + 1, dtype=torch.float64)
+    zF, rz = F.new_zeros(B, SC, K + 1, dtype=torch.float64), F.new_zeros(B, SC, dtype=torch.float64)
     exact, scratch = Scratch(torch.float64, F.device), Scratch(torch.float64, F.device)
     for items, products in runs(wide, dtype) if S else ():
-        copies = Scratch(products, F.device)
+        copies, precision_of = Scratch(products, F.device), _precision(d, products)
         for b, n in _blocks(F, 2 * (K + SC), items):  # float64 takes twice the memory
             f64 = _features(F, b, n, exact)
             f = f64 if products == torch.float64 else _features(F, b, n, copies)
@@ -244,10 +254,10 @@ def linear_mahalanobis_and_logdet(x: Tensor, loc: Tensor | None, F: Tensor, W: T
             torch.add(_delta(x, loc, b, n, torch.float64), minus_u[b, :, K:], out=made)
             r = made.baddbmm_(minus_u[b, :, :K], f64).to(products)
             residual[:, b, :, n] = r.unflatten(1, (S, channels)).transpose(0, 1)
-            z = _scale(r.clone(), _precision(d, b, n, products))
+            z = _scale(r.clone(), precision_of(b, n))
             _add_products(zF[b], z, f)
-            q[b] += z.mul_(r).sum(2, dtype=torch.float64).unflatten(1, (S, channels)).sum(2)
-    zF = zF.unflatten(1, (S, channels))
+            rz[b] += z.mul_(r).sum(2, dtype=torch.float64)
+    q, zF = q + rz.unflatten(1, (S, channels)).sum(2), zF.unflatten(1, (S, channels))
     g = g + linear_forms.projection(zF, WG, W64, None)
     step = g @ C_inv
     q, zF = q - (g * step).sum(-1), linear_forms.of_scores(zF, WG, step)
@@ -306,9 +316,10 @@ def linear_mahalanobis_and_logdet_backward(
     spare_rows = max(K, tile) if tile or one else K + K1  # grad_F of a block, and M_cf̃ₙ or squares
     for items, products in runs(wide, residual.dtype):
         copies, scratch = Scratch(products, F.device), Scratch(products, F.device)
+        precision_of = _precision(d, products)
         rows_, back_, back_z_, a_, two_b = (t.to(products) for t in (rows, back, back_z, a, 2 * b_[:, None, None]))
         for b, n in _blocks(F, tile + SC + spare_rows, items):
-            f, precision = _features(F, b, n, copies), _precision(d, b, n, products)
+            f, precision = _features(F, b, n, copies), precision_of(b, n)
             count, _, pixels = f.shape
             made, spare = _carved(scratch, (count, tile + SC, pixels), (count * spare_rows * pixels,))
             _rows_from(rows_[b], f, out=made)
