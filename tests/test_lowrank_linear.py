@@ -113,6 +113,40 @@ def test_nothing_of_the_size_of_the_factor_is_kept_or_made():
     assert D.cov_factor.shape == (B, C * side * side, R)
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["channels-first", "channels-last"])
+def test_features_of_the_products_dtype_are_used_where_they_lie(monkeypatch, last):
+    """With one d; float64, because the residual of float32 features is made in float64."""
+    F, weight, bias, mean_weight, mean_bias, d, x, _ = tensors(2, 6, 4, 2, (5, 3), "item", last, torch.float64)
+    copies = []
+    like = aten.Scratch.like
+    monkeypatch.setattr(aten.Scratch, "like", lambda scratch, f: copies.append(f.shape) or like(scratch, f))
+
+    def function(F):
+        return loss(
+            LowRankMultivariateNormal(LinearMean(F, mean_weight, mean_bias), LinearFactor(F, weight, bias), d), x
+        )
+
+    gradients(function, F)
+    assert not copies
+    gradients(lambda F: function(F.double()), F.float())
+    assert not copies
+    LowRankMultivariateNormal(
+        torch.zeros(30), LinearFactor(F.float(), weight.float(), bias.float()), d.float()
+    ).log_prob(x.float())
+    assert copies  # in blocks, for the residual
+
+
+def test_what_the_backward_pass_needs_may_lie_in_pages_of_its_own(monkeypatch):
+    inputs = tensors(2, 3, 4, 2, (5,), "pixel", False, torch.float32)
+    expected = gradients(linear(True, True), *inputs)
+    monkeypatch.setattr(aten_linear, "MAPPED_BYTES", 0)
+    # A second one, made and gone between the two passes of the first, has pages of its own too.
+    first = linear(True, True)(*(t.requires_grad_() for t in inputs))
+    gradients(linear(True, True), *(2 * t.detach() for t in inputs))
+    for g, e in zip(torch.autograd.grad(first, inputs, allow_unused=True), expected, strict=True):
+        assert torch.equal(g, e)
+
+
 @pytest.mark.parametrize("with_gradients", [True, False])
 def test_a_linear_mean_of_the_same_features_joins(monkeypatch, with_gradients):
     """With gradients or without (each then holds the features detached): μ is not made."""
