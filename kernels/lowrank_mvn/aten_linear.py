@@ -310,9 +310,9 @@ def linear_mahalanobis_and_logdet_backward(
         rows = torch.cat([A, -u_step], 1)
         back = torch.cat([A.mT[:, :K] * (2 * b_[:, None, None] / (d.double() if one else 1)), back_z], 2)
     else:
-        A = linear_forms.quadratic(C_inv, W64)
+        A = (linear_forms.quadratic_sum if one else linear_forms.quadratic)(C_inv, W64)
         rows = -u_step
-        back = A.sum(1)[:, :K] * (2 * b_[:, None, None] / d.double()) if one else A
+        back = A[:, 0, :K] * (2 * b_[:, None, None] / d.double()) if one else A
     spare_rows = max(K, tile) if tile or one else K + K1  # grad_F of a block, and M_cf̃ₙ or squares
     for items, products in runs(wide, residual.dtype):
         copies, scratch = Scratch(products, F.device), Scratch(products, F.device)

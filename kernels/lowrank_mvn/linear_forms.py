@@ -72,6 +72,11 @@ def quadratic(A: Tensor, W: Tensor) -> Tensor:
     return torch.matmul(W.mT, weighted(A, W))
 
 
+def quadratic_sum(A: Tensor, W: Tensor) -> Tensor:
+    """Σ_c M_c = Σ_c W_cᵀAW_c [B, 1, K+1, K+1] of A [B, R, R]: all that one G for all channels needs."""
+    return torch.matmul(W.flatten(1, 2).mT, weighted(A, W).flatten(1, 2)).unsqueeze(1)
+
+
 def factorise(C: Tensor) -> tuple[Tensor, Tensor]:
     """C⁻¹ and log|C| of float64 `C` [B, R, R]; NaN for an item where that fails, which means not finite.
 
@@ -117,16 +122,18 @@ def too_rough(diagonal_G: Tensor, W: Tensor, C_inv: Tensor, rounding: float, til
     """Whether float32 products in a pass may have moved log|C| by more than `aten.LOG_DET_TOLERANCE`, or failed, [B].
 
     `diagonal_G` [B, C or 1, K+1] is that of G_c, and |ΔG_kl| ≤ ε√(G_kk G_ll) with ε = `rounding`. From the features,
-    log|C| moves by Σ_c tr M_cΔG_c, at most ε Σ_c Σ_kl |M_c,kl|√(G_kk G_ll). Where tiles of P are made in float32,
-    |ΔP_nr| ≤ ε Σ_k |W_rk||f_kn| moves C by at most ε aᵣaₛ with aᵣ² = Σ_c (Σ_k |W_crk|√G_kk)²: aᵣ² takes the place of
-    C_rr in the bound of a full factor (`aten.factorise`), which grows faster with R.
+    log|C| moves by Σ_c tr M_cΔG_c, at most ε Σ_c Σ_kl |M_c,kl|√(G_kk G_ll); where all channels have one G, the sum of
+    M_c takes the place of each. Where tiles of P are made in float32, |ΔP_nr| ≤ ε Σ_k |W_rk||f_kn| moves C by at most
+    ε aᵣaₛ with aᵣ² = Σ_c (Σ_k |W_crk|√G_kk)²: aᵣ² takes the place of C_rr in the bound of a full factor
+    (`aten.factorise`), which grows faster with R.
     """
     g = diagonal_G.sqrt().unsqueeze(-1)
     if tiles:
         a = torch.matmul(W.abs(), g).squeeze(-1)  # [B, C, R]
         moved = (a.square().sum(1) * C_inv.diagonal(dim1=-2, dim2=-1)).sqrt().sum(-1).square()
     else:
-        moved = torch.matmul(torch.matmul(quadratic(C_inv, W).abs(), g).mT, g).sum((1, 2, 3))
+        M = (quadratic_sum if g.shape[1] == 1 else quadratic)(C_inv, W)
+        moved = torch.matmul(torch.matmul(M.abs_(), g).mT, g).sum((1, 2, 3))
     return ~(rounding * moved <= aten.LOG_DET_TOLERANCE)
 
 

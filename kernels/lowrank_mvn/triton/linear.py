@@ -148,9 +148,10 @@ def linear_mahalanobis_and_logdet_backward(
     u = linear_forms.coefficients(v, W64)
     u_step = linear_forms.coefficients(step, W64)
     minus_2au = -2 * a[:, :, None, None] * (u if m is None else u + m.double())
-    A = linear_forms.quadratic(C_inv, W64)  # M_c
     if scalar_d:
-        A = 2 * b[:, None, None, None] / d.double().unsqueeze(-1) * A.sum(1, keepdim=True)
+        A = 2 * b[:, None, None, None] / d.double().unsqueeze(-1) * linear_forms.quadratic_sum(C_inv, W64)
+    else:
+        A = linear_forms.quadratic(C_inv, W64)  # M_c
     splits, columns = linear_backward.splits(F, d)
     grad_x = x.new_empty(x.shape if need_x else 0, dtype=residual.dtype)
     grad_F = torch.empty_like(F) if need_F else None
