@@ -2,69 +2,12 @@
 
 import pytest
 import torch
+from linear_cases import DTYPES, B, C, K, N, NothingAsLargeAs, R, distribution, tensors, tolerance
 from lowrank_cases import gradients, relative
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-import lowrank_mvn
-from lowrank_mvn import LinearFactor, LinearMean, LowRankMultivariateNormal, aten_linear, ops_linear
+from lowrank_mvn import LinearFactor, LinearMean, LowRankMultivariateNormal, aten_linear
 from lowrank_mvn.functional import condition
 from sosvae.tools import scale_components
-
-B, K, R, C, H, W = 3, 5, 16, 2, 12, 11
-N = C * H * W
-KERNELS = {
-    "linear_mahalanobis_and_logdet": ops_linear._forward,
-    "linear_mahalanobis_and_logdet_backward": ops_linear._backward,
-    "linear_gram": ops_linear._gram,
-    "linear_gram_backward": ops_linear._gram_backward,
-    "linear_row_norms": ops_linear._row_norms,
-}
-DTYPES = [torch.float64, torch.float32]
-
-
-class NothingAsLargeAs(TorchDispatchMode):
-    """Fails where an operator makes a tensor of `limit` values or more that are not a view, `but` for so many."""
-
-    def __init__(self, limit, but=0):
-        super().__init__()
-        self.limit, self.but = limit, but
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.__name__.split(".")[0]
-        if function.namespace == "lowrank_mvn":  # its kernel, as this mode sees it
-            with self:
-                return KERNELS[name](*args, **(kwargs or {}))
-        out = function(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and t.untyped_storage().nbytes() >= self.limit * t.element_size():
-                given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
-                if not any(a.untyped_storage()._cdata == t.untyped_storage()._cdata for a in given):
-                    self.but -= 1
-                    assert self.but >= 0, (function, t.shape)
-        return out
-
-
-def tensors(dtype=torch.float64, items=(), last=False, d=0.3):
-    """Features, weight (one for each of `items`), bias, mean weight and bias, diagonal, value."""
-    F = torch.randn(B, K, H, W, dtype=dtype)
-    F = F.to(memory_format=torch.channels_last) if last else F
-    weight, bias = torch.randn(*items, R, C, K, dtype=dtype), torch.randn(*items, R, C, dtype=dtype)
-    mean = torch.randn(C, K, dtype=dtype), torch.randn(C, dtype=dtype)
-    return F, weight, bias, *mean, d * (0.5 + torch.rand(B, N, dtype=dtype)), torch.randn(B, N, dtype=dtype)
-
-
-def distribution(F, weight, bias, mean_weight, mean_bias, d, materialise=False):
-    loc, factor = LinearMean(F, mean_weight, mean_bias), LinearFactor(F, weight, bias)
-    if materialise:
-        return LowRankMultivariateNormal(loc.materialise(), factor.materialise(), d, validate_args=False)
-    return LowRankMultivariateNormal(loc, factor, d, validate_args=False)
-
-
-def tolerance(dtype):
-    # In float32 sums of N terms of either sign: 100 roundings, relative to the result.
-    return 1e-10 if dtype == torch.float64 else 100 * torch.finfo(dtype).eps
-
 
 # --- Weights for each item, and rows that are zero -------------------------------------------------------------------
 
@@ -153,66 +96,6 @@ def test_one_feature_with_a_weight_for_each_item_is_no_convolution():
     for channels in (None, 1):
         assert LinearFactor(F, torch.ones(3, 2, 1, 1), channels=channels).shape == (3, 6, 2)
     assert LinearFactor(F, torch.ones(6, 1, 1, 1), channels=3).shape == (3, 18, 2)
-
-
-@pytest.mark.parametrize("last", [False, True], ids=["channels-first", "channels-last"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("diagonal", ["scalar", "pixel"])
-def test_features_are_never_copied(monkeypatch, diagonal, dtype, last):
-    """Forward and backward make one tensor of their size, the gradient, in any precision and layout."""
-    monkeypatch.setattr(aten_linear, "BLOCK_VALUES", 1 << 9)
-    F = torch.randn(2, 16, 20, 20).to(dtype)
-    F = (F.to(memory_format=torch.channels_last) if last else F).requires_grad_()
-    weight, mean_weight = torch.randn(4, 3, 16, requires_grad=True), torch.randn(3, 16, requires_grad=True)
-    d, x = torch.rand(2, 1200 if diagonal == "pixel" else 1) + 0.5, torch.randn(2, 1200)
-    with torch.autocast("cpu", torch.bfloat16):
-        D = LowRankMultivariateNormal(LinearMean(F, mean_weight), LinearFactor(F, weight), d, validate_args=False)
-        with NothingAsLargeAs(F.numel()):
-            loss = D.log_prob(x).sum() + D.entropy().sum()
-        with NothingAsLargeAs(F.numel(), but=1):
-            loss.backward()
-    assert F.grad.stride() == F.stride()
-    with pytest.raises(AssertionError), NothingAsLargeAs(F.numel()):
-        F.clone()
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, in jvp
-def test_half_precision_features_are_the_same_distribution_however_it_is_reached():
-    """Joined, with a mean of other features, with a mask, and in forward mode, which all but the first make P."""
-    B, K, R, N = 2, 64, 4, 600
-    F, W, Wm = torch.randn(B, K, N).bfloat16(), torch.randn(R, 1, K) / 8, torch.randn(1, K) / 8
-    d, P = torch.tensor(1e-5), torch.einsum("rck,bkn->bnr", W.double(), F.double())
-    loc = torch.einsum("ck,bkn->bn", Wm.double(), F.double())
-    x = (loc + (P @ torch.randn(B, R, 1).double())[..., 0] + 1e-5**0.5 * torch.randn(B, N)).float()
-    exact = torch.distributions.LowRankMultivariateNormal(loc, P, torch.full((B, N), 1e-5, dtype=torch.float64))
-    exact = exact.log_prob(x.double())
-    mean, factor = LinearMean(F, Wm), LinearFactor(F, W)
-    every = torch.ones(N, dtype=torch.bool)
-
-    def jvp(x):
-        return torch.func.jvp(lambda x: lowrank_mvn.log_prob(x, mean, factor, d), (x,), (x,))[0]
-
-    with torch.autocast("cpu", torch.bfloat16):
-        found = {
-            "joined": lowrank_mvn.log_prob(x, mean, factor, d),
-            "other features": lowrank_mvn.log_prob(x, LinearMean(F.clone(), Wm), factor, d),
-            "mask": lowrank_mvn.log_prob(x, mean, factor.masked(every), d),
-            "forward mode": jvp(x),
-        }
-    for name, ours in found.items():
-        assert (ours - exact).abs().max() < 1e-2, name  # of μ in float32 alone: ε|μ|√(N/d), a few 1e-3
-
-
-def test_divergence_of_half_precision_features_rounds_nothing_and_keeps_no_factor():
-    F, weight, bias, mean_weight, mean_bias, *_ = tensors(torch.float32)
-    F = F.bfloat16()
-    ours = distribution(F, weight, bias, mean_weight, mean_bias, torch.tensor(0.1))
-    exact = distribution(*(t.double() for t in (F, weight, bias, mean_weight, mean_bias, torch.tensor(0.1))))
-    other = torch.distributions.LowRankMultivariateNormal(exact.loc * 0, exact.cov_factor, torch.ones(N).double())
-    kl = torch.distributions.kl_divergence
-    torch.testing.assert_close(kl(ours, other), kl(exact, other))
-    torch.testing.assert_close(kl(other, ours.expand((2, B))), kl(other, exact).expand(2, B))
-    assert not {"cov_factor", "_unbroadcasted_cov_factor", "loc"} & ours.__dict__.keys()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, in jvp
@@ -399,7 +282,7 @@ def test_nothing_as_large_as_the_factor_is_made(monkeypatch):
                 D.cov_factor  # noqa: B018
 
 
-# --- Transforms, half precision, layouts -----------------------------------------------------------------------------
+# --- Transforms -----------------------------------------------------------------------------------------------------
 
 
 def test_vmap_makes_no_factor(monkeypatch):
@@ -449,60 +332,6 @@ def test_vmap_of_conditionals(monkeypatch):
     monkeypatch.setattr(LinearFactor, "materialise", None)
     for a, b in zip(torch.func.vmap(conditional)(F, d, x, observed), zip(*expected, strict=True), strict=True):
         torch.testing.assert_close(a, torch.stack(b))
-
-
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("diagonal", ["pixel", "scalar"])
-def test_half_precision_features(half, last, diagonal):
-    """Features of half precision, all else float32 (as under autocast): the numbers of the rounded features."""
-    F, weight, bias, mean_weight, mean_bias, d, x = tensors(torch.float32, last=last)
-    F, d = F.to(half), d if diagonal == "pixel" else d[0, 0]
-
-    def loss(F, weight, mean_weight, d):
-        with torch.autocast("cpu", dtype=half):
-            return distribution(F, weight, bias, mean_weight, mean_bias, d).log_prob(x.to(F.dtype)).double().sum()
-
-    def exact(F, weight, mean_weight, d):
-        means = mean_bias.double()
-        return distribution(F, weight, bias.double(), mean_weight, means, d).log_prob(x.to(half).double()).sum()
-
-    inputs = F, weight, mean_weight, d
-    doubled = [t.double() for t in inputs]
-    assert relative(loss(*inputs), exact(*doubled)) < 1e-5
-    ours = gradients(loss, *inputs)
-    assert ours[0].stride() == F.stride()
-    for t, a, b in zip(inputs, ours, gradients(exact, *doubled), strict=True):
-        assert a.dtype == t.dtype
-        assert relative(a, b) < (torch.finfo(half).eps if a.dtype == half else 1e-4)
-    with torch.autocast("cpu", dtype=half):
-        D = distribution(F, weight, bias, mean_weight, mean_bias, d)
-        samples, edited = D.sample((2,)), D.condition(x.to(half), x > 0.5).sample((2,))
-        inside = D.log_prob(x.to(half))
-    assert torch.equal(D.log_prob(x.to(half)), inside)  # where a training loop leaves autocast for the loss
-    gram = LinearFactor(F, weight, bias).gram()
-    assert relative(gram, LinearFactor(doubled[0], doubled[1], bias.double()).gram()) < 1e-6
-    assert samples.dtype == edited.dtype == half
-    assert torch.isfinite(edited.float()).all()
-    full = distribution(*doubled[:2], bias.double(), doubled[2], mean_bias.double(), doubled[3])
-    torch.testing.assert_close(D.variance.double(), full.variance, rtol=torch.finfo(half).eps, atol=1e-3)
-
-
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-def test_half_precision_samples_are_rounded_once(monkeypatch, half):
-    """Neither coefficients nor products: what a sample is off by is half a unit of its own dtype."""
-    monkeypatch.setattr(lowrank_mvn.linear, "CONVERTED", 7)
-    F, weight, bias, _, _, d, _ = tensors(torch.float32)
-    F, loc = F.to(half), torch.zeros(B, N, dtype=half)
-    noise = torch.randn(3, B, R).to(half), torch.randn(3, B, N).to(half)
-    leaf = F.requires_grad_()
-    y = lowrank_mvn.rsample(loc, LinearFactor(leaf, weight, bias), d, (3,), noise=noise)
-    factor = LinearFactor(*(t.detach().double() for t in (F, weight, bias)))
-    exact = lowrank_mvn.rsample(loc.double(), factor, d.double(), (3,), noise=[t.double() for t in noise])
-    assert y.dtype == half
-    assert ((y.double() - exact).abs() <= 0.501 * torch.finfo(half).eps * exact.abs() + 1e-5).all()
-    y.sum().backward()
-    assert leaf.grad.dtype == half
 
 
 def test_compiled():
