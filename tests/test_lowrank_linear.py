@@ -6,7 +6,7 @@ import torch.distributions as td
 from lowrank_cases import gradients, relative, through, tolerances, unmoved
 
 import lowrank_mvn
-from lowrank_mvn import LinearFactor, LinearMean, LowRankMultivariateNormal, aten, aten_linear
+from lowrank_mvn import LinearFactor, LinearMean, LowRankMultivariateNormal, aten, aten_linear, memory
 
 # (id, B, K, R, C, spatial, diagonal, bias, channels last)
 CASES = [
@@ -118,8 +118,8 @@ def test_features_of_the_products_dtype_are_used_where_they_lie(monkeypatch, las
     """With one d; float64, because the residual of float32 features is made in float64."""
     F, weight, bias, mean_weight, mean_bias, d, x, _ = tensors(2, 6, 4, 2, (5, 3), "item", last, torch.float64)
     copies = []
-    like = aten.Scratch.like
-    monkeypatch.setattr(aten.Scratch, "like", lambda scratch, f: copies.append(f.shape) or like(scratch, f))
+    like = memory.Scratch.like
+    monkeypatch.setattr(memory.Scratch, "like", lambda scratch, f: copies.append(f.shape) or like(scratch, f))
 
     def function(F):
         return loss(
@@ -128,7 +128,7 @@ def test_features_of_the_products_dtype_are_used_where_they_lie(monkeypatch, las
 
     gradients(function, F)
     assert not copies
-    gradients(lambda F: function(F.double()), F.float())
+    gradients(lambda F: LinearFactor(F, weight, bias).row_norms().sin().sum(), F)
     assert not copies
     LowRankMultivariateNormal(
         torch.zeros(30), LinearFactor(F.float(), weight.float(), bias.float()), d.float()
@@ -136,10 +136,23 @@ def test_features_of_the_products_dtype_are_used_where_they_lie(monkeypatch, las
     assert copies  # in blocks, for the residual
 
 
+@pytest.mark.parametrize("diagonal", ["item", "pixel"])
+@pytest.mark.parametrize("K", [3, 30], ids=["features", "tiles"])
+def test_a_gradient_alone_is_what_it_is_among_all(K, diagonal):
+    """What no one asks for is not made; the rest is as before."""
+    inputs = tensors(2, K, 4, 2, (5,), diagonal, False, torch.float64)
+    every = gradients(linear(True, True), *inputs)
+    for i, expected in enumerate(every):
+        if NAMES[i] != "shift":  # of no use beside a linear mean
+            alone = [t.detach().requires_grad_(j == i) for j, t in enumerate(inputs)]
+            (g,) = torch.autograd.grad(linear(True, True)(*alone), alone[i])
+            assert relative(g, expected) < 1e-12, NAMES[i]
+
+
 def test_what_the_backward_pass_needs_may_lie_in_pages_of_its_own(monkeypatch):
     inputs = tensors(2, 3, 4, 2, (5,), "pixel", False, torch.float32)
     expected = gradients(linear(True, True), *inputs)
-    monkeypatch.setattr(aten_linear, "MAPPED_BYTES", 0)
+    monkeypatch.setattr(memory, "MAPPED_BYTES", 0)
     # A second one, made and gone between the two passes of the first, has pages of its own too.
     first = linear(True, True)(*(t.requires_grad_() for t in inputs))
     gradients(linear(True, True), *(2 * t.detach() for t in inputs))

@@ -17,13 +17,12 @@ The functions here take canonical shapes and neither check nor record anything: 
     loc  [S, B, N] or [1, B, N]    d  [B, N] or [B, 1] (one value per item, never expanded)
 """
 
-import ctypes
 import math
-import mmap
-import sys
 
 import torch
 from torch import Tensor
+
+from .memory import Scratch, empty_gradient
 
 # Values of P in one block (4 MiB in float32): smaller ones pay for the calls, larger ones leave the caches
 # (kernels/LOG.md). Vectors over the pixels are made for several blocks at once: a call costs as much as many thousand
@@ -39,29 +38,6 @@ KEEPS_RESIDUAL = True
 
 # An item's C is made again with float64 products where rounding in float32 could move log|C| by more than this.
 LOG_DET_TOLERANCE = 0.01  # nats
-
-
-class Scratch:
-    """Memory for what is made of one block, used again for every block.
-
-    Memory that is allocated anew for each block may be given back to the system in between, and then costs its first
-    touch every time: up to as much as all else together (kernels/LOG.md).
-    """
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype = dtype
-        self._flat = torch.empty(0, dtype=dtype, device=device)
-
-    def shaped(self, *shape: int) -> Tensor:
-        size = math.prod(shape)
-        if self._flat.numel() < size:
-            self._flat = self._flat.new_empty(size)
-        return self._flat[:size].view(shape)
-
-    def like(self, p: Tensor) -> Tensor:
-        """In the layout of a block of P."""
-        b, n, R = p.shape
-        return self.shaped(b, n, R) if p.stride(-1) <= p.stride(-2) else self.shaped(b, R, n).mT
 
 
 def _blocks(items: slice, N: int, row: int, values: int):
@@ -311,22 +287,6 @@ def _at_once(x: Tensor, loc: Tensor, P: Tensor, d: Tensor, C_inv: Tensor | None,
     residual = r.transpose(0, 1).to(dtype).contiguous()
     wide = torch.ones(B, dtype=torch.bool)
     return *_last_step(q, z @ P - v, v, C_inv, logdet), residual, wide
-
-
-def empty_gradient(P: Tensor) -> Tensor:
-    """A gradient of P's size and layout, on Linux in huge pages that one thread touches at once.
-
-    The first touch of 4 KiB pages takes a third of the whole backward pass. And pages that several threads touch are
-    other ones at every call, which a virtual machine must have from its host time and again (kernels/LOG.md).
-    """
-    grad = torch.empty_like(P)
-    if sys.platform == "linux" and grad.device.type == "cpu" and grad.nbytes >= 1 << 22:
-        libc, end = ctypes.CDLL(None), grad.data_ptr() + grad.nbytes
-        # MADV_HUGEPAGE and MADV_POPULATE_WRITE: hints, so that a refusal is no error.
-        for page, advice in ((1 << 21, 14), (mmap.PAGESIZE, 23)):
-            start = -(-grad.data_ptr() // page) * page
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t((end - start) // page * page), advice)
-    return grad
 
 
 def mahalanobis_and_logdet_backward(

@@ -26,15 +26,14 @@ The functions take canonical shapes; item b of F has the weight W[b], or W[0] wh
 """
 
 import math
-import mmap
-import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from . import linear_forms
-from .aten import Scratch, empty_gradient, product_dtype, runs
+from .aten import product_dtype, runs
+from .memory import Scratch, empty_gradient, mapped
 
 
 def keeps_products(channels: int, R: int, K1: int, per_pixel: bool) -> bool:
@@ -48,9 +47,6 @@ def keeps_products(channels: int, R: int, K1: int, per_pixel: bool) -> bool:
 BLOCK_VALUES = 1 << 19
 # Fewer items share a block rather than that it has fewer pixels.
 BLOCK_PIXELS = 256
-# From here on what the backward pass needs lies in pages of its own; on Linux all of them are touched at once.
-MAPPED_BYTES = 1 << 20
-MAPPED_LIKE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE} if sys.platform == "linux" else {}
 
 
 def _blocks(F: Tensor, rows: int, items: slice):
@@ -74,18 +70,6 @@ def _carved(scratch: Scratch, *shapes: tuple[int, ...]) -> list[Tensor]:
     """Tensors side by side in one piece of memory."""
     sizes = [math.prod(shape) for shape in shapes]
     return [part.view(shape) for part, shape in zip(scratch.shaped(sum(sizes)).split(sizes), shapes, strict=True)]
-
-
-def _mapped(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An empty tensor for what lives until the backward pass, on the CPU in pages of its own.
-
-    In the C library's heap it would leave a hole that small pieces break, so that the next one finds no place there
-    (kernels/LOG.md).
-    """
-    size = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or size < MAPPED_BYTES:
-        return torch.empty(shape, dtype=dtype, device=device)
-    return torch.frombuffer(mmap.mmap(-1, size, **MAPPED_LIKE), dtype=dtype).view(shape)
 
 
 def _features(F: Tensor, b: slice, n: slice, copies: Scratch) -> Tensor:
@@ -241,7 +225,7 @@ def linear_mahalanobis_and_logdet(x: Tensor, loc: Tensor | None, F: Tensor, W: T
     q, g = v.square().sum(-1), -v
     u = linear_forms.coefficients(v, W64)
     minus_u = -(u if m64 is None else u + m64).flatten(1, 2)
-    residual = _mapped(x.shape, dtype, x.device)
+    residual = mapped(x.shape, dtype, x.device)
     zF, rz = F.new_zeros(B, SC, K + 1, dtype=torch.float64), F.new_zeros(B, SC, dtype=torch.float64)
     exact, scratch = Scratch(torch.float64, F.device), Scratch(torch.float64, F.device)
     for items, products in runs(wide, dtype) if S else ():
