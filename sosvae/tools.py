@@ -13,7 +13,7 @@ __all__ = ["condition", "draw_noise", "interpolate", "scale_components"]
 
 def draw_noise(p: LowRankMultivariateNormal, count: int) -> tuple[Tensor, Tensor]:
     """(ω_p [count, ..., R], ω_d [count, ..., N]) for `p.rsample(noise=...)`, from torch's generator."""
-    omega_p = p.cov_diag.new_empty(count, *p.batch_shape, p.rank).normal_()
+    omega_p = p.cov_diag.new_empty(count, *p.batch_shape, p.rank()).normal_()
     return omega_p, p.cov_diag.new_empty(count, *p.batch_shape, *p.event_shape).normal_()
 
 
@@ -71,9 +71,9 @@ def scale_components(p: LowRankMultivariateNormal, factors: Tensor) -> LowRankMu
     """
     if not isinstance(p, LowRankMultivariateNormal):
         raise TypeError(f"expected a LowRankMultivariateNormal, got {type(p).__name__}, which has no components")
-    if factors.shape[-1:] != (p.rank,):
-        raise ValueError(f"factors has shape {list(factors.shape)}, expected [..., {p.rank}]")
-    V = torch.linalg.eigh(p.factor_gram).eigenvectors.flip(-1)  # eigenvalues ascend
+    if factors.shape[-1:] != (p.rank(),):
+        raise ValueError(f"factors has shape {list(factors.shape)}, expected [..., {p.rank()}]")
+    V = torch.linalg.eigh(p.factor_gram()).eigenvectors.flip(-1)  # eigenvalues ascend
     return p.mix((V * factors.to(V)[..., None, :]) @ V.mT)
 
 
