@@ -226,6 +226,8 @@ def test_batches_that_cannot_be_are_clear_errors(config, folder):
         images.first("test", 1)
     with pytest.raises(ValueError, match="count is 0"):
         images.first("train", 0)
+    with pytest.raises(ValueError, match="count is -1"):
+        images.deviation(-1)
     with pytest.raises(TypeError, match="'faces', expected a DataConfig"):
         load("faces")
 

@@ -100,8 +100,6 @@ class Dataset:
         """
         if part not in self.indices:
             raise ValueError(f"part is {part!r}, expected one of {', '.join(self.indices)}")
-        if count < 1:
-            raise ValueError(f"count is {count}, expected at least 1 image")
         return as_intensities(self.images[_spread(self.indices[part], count)])
 
     def deviation(self, count: int = 8192) -> float:
@@ -175,6 +173,8 @@ def as_intensities(images: NDArray[np.uint8]) -> Tensor:
 
 def _spread(indices: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     """Up to `count` of the indices, spread evenly."""
+    if count < 1:
+        raise ValueError(f"count is {count}, expected at least 1 image")
     chosen: NDArray[np.int64] = indices[np.linspace(0, len(indices) - 1, min(count, len(indices))).astype(int)]
     return chosen
 

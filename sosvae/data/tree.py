@@ -35,7 +35,7 @@ class _Walk:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.tree = Tree([], Counter())
-        self.seen: set[tuple[int, int]] = set()
+        self.seen = {(above.stat().st_dev, above.stat().st_ino) for above in root.resolve().parents}
         self.links: list[Path] = []
 
     def run(self) -> Tree:
