@@ -54,16 +54,18 @@ def opened(config: DataConfig, source: Source) -> tuple[Cache, list[str]]:
         ValueError: no file can be decoded, or colour is asked of grey images alone. OSError: the cache cannot be
             written; on a full disk with what is needed and what is free.
     """
-    folder, remarks = cache_folder(config) / _key(config, source), []
+    folder = cache_folder(config) / _key(config, source)
+    remarks: list[str] = []
     if folder.is_dir():
         try:
             found = _read(folder, config)
-            if not _readable_now(found, source):
-                return found, []
-            raise ValueError("files that could not be read can be read now")
+            fault = "files that could not be read can be read now" if _readable_now(found, source) else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError) as error:
-            remarks.append(f"the cache {folder} was of no use ({reason(error)}) and has been made again")
-            shutil.rmtree(folder, ignore_errors=True)
+            fault = reason(error)
+        if fault is None:
+            return found, []
+        remarks.append(f"the cache {shown(str(folder))} was of no use ({fault}) and has been made again")
+        shutil.rmtree(folder, ignore_errors=True)
     else:
         remarks += _former(folder, config)
     _write(folder, config, source)
@@ -101,9 +103,10 @@ def _read(folder: Path, config: DataConfig) -> Cache:
 
 def _readable_now(found: Cache, source: Source) -> bool:
     """Whether a disk is back, or permissions are: neither changes a file's time, nor the cache's name with it."""
+    place = {name: i for i, name in enumerate(source.names)} if found.unread else {}
     for name in found.unread:
         with suppress(OSError):
-            source.read(source.names.index(name))
+            source.read(place[name])
             return True
     return False
 
