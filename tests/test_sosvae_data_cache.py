@@ -174,6 +174,7 @@ def test_a_cache_of_version_1_under_the_name_of_this_version_is_made_again(forme
         lambda f: (f / "index.json").write_text("[]"),
         lambda f: (f / "index.json").write_text('{"version": 2}'),
         lambda f: (f / "index.json").write_bytes(b"\xff"),
+        lambda f: (f / "index.json").write_text((f / "index.json").read_text().replace("3.png", "3.pnf")),
         lambda f: (f / "index.json").unlink(),
     ],
 )

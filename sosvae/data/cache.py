@@ -58,7 +58,7 @@ def opened(config: DataConfig, source: Source) -> tuple[Cache, list[str]]:
     remarks: list[str] = []
     if folder.is_dir():
         try:
-            found = _read(folder, config)
+            found = _read(folder, config, source)
             fault = "files that could not be read can be read now" if _readable_now(found, source) else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError) as error:
             fault = reason(error)
@@ -69,7 +69,7 @@ def opened(config: DataConfig, source: Source) -> tuple[Cache, list[str]]:
     else:
         remarks += _former(folder, config)
     _write(folder, config, source)
-    return _read(folder, config), remarks
+    return _read(folder, config, source), remarks
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -90,7 +90,7 @@ def _key(config: DataConfig, source: Source) -> str:
     return f"{config.source.partition(':')[0]}-{shape}-{digest.hexdigest()[:16]}"
 
 
-def _read(folder: Path, config: DataConfig) -> Cache:
+def _read(folder: Path, config: DataConfig, source: Source) -> Cache:
     index = json.loads((folder / INDEX).read_bytes())
     if index.get("version") != VERSION:
         raise ValueError(f"version {index.get('version', 1)}, expected {VERSION}")
@@ -98,6 +98,8 @@ def _read(folder: Path, config: DataConfig) -> Cache:
     expected = (len(index["names"]), config.channels, config.height, config.width)
     if images.shape != expected or images.dtype != np.uint8 or len(index["digests"]) != expected[0]:
         raise ValueError(f"{IMAGES} holds {images.dtype} {list(images.shape)}, expected uint8 {list(expected)}")
+    if not set(index["names"]) <= set(source.names):
+        raise ValueError(f"{INDEX} lists other files than the source")
     return Cache(folder, images, *(index[name] for name in Cache._fields[2:]))
 
 
