@@ -20,10 +20,10 @@ class _Entry(NamedTuple):
 class Cache:
     """The capacitance, and the log-determinant of the joint node, which spares `entropy` a pass after `log_prob`.
 
-    Both are forgotten when a parameter has moved: every tensor counts its in-place changes, views of it included. (Writing
-    through `.data` or a NumPy view hides a change from that count, as it does from autograd.) Nothing is kept inside a
-    transform of `torch.func`, whose tensors must not outlive it, nothing while compiling, and nothing of tensors made in
-    inference mode, which count no changes.
+    Both are forgotten when a parameter has moved: every tensor counts its in-place changes, views of it included.
+    (Writing through `.data` or a NumPy view hides a change from that count, as it does from autograd.) Nothing is kept
+    inside a transform of `torch.func`, whose tensors must not outlive it, nothing while compiling, and nothing of
+    tensors made in inference mode, which count no changes.
     """
 
     def __init__(self) -> None:
