@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from sosvae_cases import rows, set_training
 
-from sosvae import Run, to_dict, train
-from sosvae.config import from_dict
+from sosvae import Run, train
 
 FIXTURE = Path(__file__).parent / "fixtures" / "run-0.1.zip"
 RELATIVE = 1e-3  # float32 through a dozen layers, on another processor
@@ -49,10 +49,6 @@ def expected_of(folder, name):
     return json.loads((folder / "expected.json").read_text(encoding="utf-8"))[name]
 
 
-def rows(run):
-    return [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
-
-
 @pytest.mark.parametrize("name", ["structured", "pixelwise"])
 def test_run_of_0_1_predicts_what_it_did(folder, name):
     run = Run.open(folder / name)
@@ -73,9 +69,7 @@ def test_run_of_0_1_predicts_what_it_did(folder, name):
 def test_run_of_0_1_trains_on(folder, name):
     run = Run.open(folder / name)
     before = rows(run)
-    values = to_dict(run.config)
-    values["training"]["steps"] = 8
-    run = train(from_dict(values), folder / name, resume=True, progress=False)
+    run = train(set_training(run.config, steps=8), folder / name, resume=True, progress=False)
     assert run.load().step == 8
     assert rows(run)[: len(before)] == before
     train_row, validation_row = rows(run)[len(before) :]

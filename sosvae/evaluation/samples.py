@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .model import VAE
+from ..models.vae import VAE
 
 __all__ = ["Quality", "neighbour_correlation", "quality"]
 
@@ -24,7 +24,7 @@ def neighbour_correlation(images: Tensor) -> Tensor:
     """Mean correlation between horizontally neighbouring pixels.
 
     Args:
-        images: deviations from the mean, [S, B, C, H, W]. Σ of each of the B items is estimated from its S
+        images: deviations from the mean, [S, B, channels, H, W]. Σ of each of the B items is estimated from its S
             samples, around zero, as the mean is known.
 
     Returns:
@@ -34,7 +34,7 @@ def neighbour_correlation(images: Tensor) -> Tensor:
 
 
 def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ yₙyₙ₊₁ and Σ yₙ² over the samples [S, B, C, H, W]."""
+    """Σ yₙyₙ₊₁ and Σ yₙ² over the samples [S, B, channels, H, W]."""
     return (images[..., :-1] * images[..., 1:]).sum(0), images.square().sum(0)
 
 
