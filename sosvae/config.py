@@ -225,6 +225,11 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
+    def replace(self, **sections: dict[str, Any]) -> "Config":
+        """This with other values: `config.replace(model={"rank": 5}, training={"steps": 10})`."""
+        new = {name: dataclasses.replace(getattr(self, name), **values) for name, values in sections.items()}
+        return dataclasses.replace(self, **new)
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, H, W); an event of the likelihood is such an image, flattened in this order."""

@@ -1,8 +1,11 @@
-"""The device that a configuration or a command names."""
+"""The device that a configuration or a command names, and its noise."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
-__all__ = ["find"]
+__all__ = ["find", "seeded"]
 
 
 def find(name: str) -> torch.device:
@@ -17,3 +20,11 @@ def find(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's, of a name or of its own build
         raise ValueError(f"device is {name!r}: {str(error).splitlines()[0]}") from None
+
+
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Noise from a seed; the caller's generators are afterwards as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -1,7 +1,5 @@
 """Configurations by name, and what makes a β-VAE of one."""
 
-from dataclasses import replace
-
 from .config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainingConfig
 
 __all__ = ["PRESETS", "beta_vae"]
@@ -17,12 +15,11 @@ PRESETS: dict[str, tuple[str, Config]] = {
     "faces": ("400 AT&T faces, 48×40 grey, small network: minutes on two cores", _FACES),
     "digits": (
         "5,000 MNIST digits, 28×28: a smoke test (their constant background suits no normal likelihood)",
-        replace(
-            _FACES,
-            data=DataConfig(source="digits", height=28, width=28),
-            model=replace(_FACES.model, diagonal=1e-3),
-            objective=replace(_FACES.objective, nats_per_rank=3.0),
-            training=replace(_FACES.training, steps=1500, mean_only_steps=500),
+        _FACES.replace(
+            data={"source": "digits", "height": 28, "width": 28, "flip": False},
+            model={"diagonal": 1e-3},
+            objective={"nats_per_rank": 3.0},
+            training={"steps": 1500, "mean_only_steps": 500},
         ),
     ),
     "celeba-64-grey": (
@@ -56,8 +53,4 @@ def beta_vae(config: Config) -> Config:
     The KL stays under the same constraint (its multiplier is the β, found instead of guessed), and so does
     the mean-only phase. Only the entropy constraint goes: it bounds the low-rank part, which is not there.
     """
-    return replace(
-        config,
-        model=replace(config.model, head="pixelwise"),
-        objective=replace(config.objective, entropy_constraint=False),
-    )
+    return config.replace(model={"head": "pixelwise"}, objective={"entropy_constraint": False})

@@ -1,6 +1,5 @@
 """What the tests of `sosvae` share."""
 
-import dataclasses
 import json
 
 import torch
@@ -29,14 +28,8 @@ def faces(cache) -> Config:
     )
 
 
-def changed(config, **sections):
-    """`config` with other values: `changed(config, model={"rank": 3})`."""
-    parts = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
-    return dataclasses.replace(config, **parts)
-
-
 def set_training(config, **values):
-    return changed(config, training=values)
+    return config.replace(training=values)
 
 
 def rows(run):

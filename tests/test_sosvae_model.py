@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from lowrank_cases import relative, through, tolerances
-from sosvae_cases import changed, set_training
+from sosvae_cases import set_training
 from torch import nn
 
 from lowrank_mvn import LowRankMultivariateNormal
@@ -248,7 +248,7 @@ def test_heads_start_as_the_paper_says():
         assert float(conv.weight.detach().std()) == pytest.approx(1e-5, rel=0.5)
     assert torch.equal(head.mean.bias, torch.full((1,), 0.5))
     assert torch.equal(head.factor.bias, torch.zeros(25))
-    learned = VAE(changed(config, model={"fixed_diagonal": False}))
+    learned = VAE(config.replace(model={"fixed_diagonal": False}))
     p = learned.decode(torch.randn(1, 4))
     torch.testing.assert_close(p.cov_diag, torch.full_like(p.cov_diag, 2e-5), rtol=1e-2, atol=0)
 

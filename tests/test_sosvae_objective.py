@@ -4,7 +4,6 @@ import cooper
 import pytest
 import torch
 import torch.distributions as td
-from sosvae_cases import changed
 
 from sosvae import VAE, Config, DataConfig, ModelConfig, ObjectiveConfig, Terms
 from sosvae.objective import Constraints, evaluate_terms, objective
@@ -47,7 +46,7 @@ def test_terms_are_those_of_the_distributions():
     ids=["all", "learned diagonal", "no entropy constraint", "beta", "pixelwise"],
 )
 def test_stabilisers_are_switches(model, objective_, expected):
-    constraints = Constraints.of(changed(CONFIG, model=model, objective=objective_))
+    constraints = Constraints.of(CONFIG.replace(model=model, objective=objective_))
     assert constraints.limits.keys() == constraints.multipliers.keys() == expected
 
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from sosvae_cases import changed, rows, set_training
+from sosvae_cases import rows, set_training
 from torch import nn
 
 from sosvae import VAE, Config, DataConfig, ModelConfig, ObjectiveConfig, TrainingConfig, beta_vae, train
@@ -61,7 +61,7 @@ def test_gradient_of_micro_batches_is_that_of_the_batch(head, mean_only, parts):
     # Batch norm by its running statistics: those of a part are what sets micro-batches apart.
     config = small(head)
     vae = started(config).double().eval()
-    states = [Constraints.of(changed(config, objective={"multiplier_lr": 0.5})) for _ in range(2)]
+    states = [Constraints.of(config.replace(objective={"multiplier_lr": 0.5})) for _ in range(2)]
     for state, (name, start) in itertools.product(states, (("kl", 0.7), ("entropy", 0.2))):
         state.multipliers[name] = torch.tensor(start)
     accumulated = set_training(config, accumulate=parts)

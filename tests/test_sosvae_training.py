@@ -8,7 +8,7 @@ import threading
 import pytest
 import safetensors.torch
 import torch
-from sosvae_cases import changed, faces, rows, same, set_training
+from sosvae_cases import faces, rows, same, set_training
 
 from sosvae import NonFiniteError, Run, beta_vae, load, train
 from sosvae.training import loop
@@ -96,7 +96,7 @@ def test_mean_only_phase_can_be_left_out(config, tmp_path):
 )
 def test_ablations_train(config, tmp_path, model, objective):
     training = {"steps": 6, "mean_only_steps": 2, "clip": 1.0, "decay": 0.5}
-    config = changed(config, model=model, objective=objective, training=training)
+    config = config.replace(model=model, objective=objective, training=training)
     run = train(config, tmp_path / "run", progress=False)
     assert all(torch.isfinite(value).all() for value in run.load().weights.values())
 
@@ -165,7 +165,7 @@ def test_starting_over_a_run_or_resuming_none_is_an_error(config, tmp_path):
 
 def test_resuming_with_another_architecture_names_the_fields(config, tmp_path):
     train(set_training(config, steps=1), tmp_path / "run", progress=False)
-    other = changed(config, model={"rank": 5, "latents": 4})
+    other = config.replace(model={"rank": 5, "latents": 4})
     with pytest.raises(ValueError, match=r"model\.rank: 2, 5; model\.latents: 3, 4"):
         train(other, tmp_path / "run", resume=True, progress=False)
     with pytest.raises(ValueError, match=r"training\.lr: 0\.01, 0\.5"):

@@ -67,7 +67,7 @@ def table(fits: list[Fit], config: Config, budget: Budget) -> str:
         "weights: with gradients and Adam's states (those of the decoder's first layer grow with the image);",
         "network: what encoder and decoder keep and write; likelihood: P and its temporaries.",
         "accumulate: one image at a time; batches are then any multiple of the last column. Sides: multiples of 8.",
-        "A model (sosvae.memory) of tensors as torch's allocator holds them. What else there is (the process,",
+        "A model (sosvae.planning.memory) of tensors as torch's allocator holds them. What else there is (the process,",
         "buffers of libraries, a GPU's context, fragmentation) has to fit into the reserve (--reserve).",
     ]
     return "\n".join(line.rstrip() for line in lines)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import devices
 from ..models.vae import VAE
 
 __all__ = ["Quality", "neighbour_correlation", "quality"]
@@ -55,8 +56,7 @@ def quality(vae: VAE, data_deviation: float, codes: int = 64, samples: int = 64,
     """
     device = next(vae.parameters()).device
     correlations, total, squares = [], torch.zeros((), device=device), torch.zeros((), device=device)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with devices.seeded(device, seed):
         # The samples of all codes may not fit, nor those of one.
         pixels = math.prod(vae.image_shape)
         at_once = max(1, min(8, SAMPLE_VALUES // (samples * pixels)))

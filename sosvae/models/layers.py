@@ -30,8 +30,8 @@ class Chain(nn.Sequential):
 
     Args:
         stages: of units, of layers.
-        checkpointing: `none`; `blocks`: the inside of each unit is made again in the backward pass; `stages`: that of
-            each stage, and while it is there, of its units again.
+        checkpointing: `none`; `blocks`: the backward pass computes the inside of each unit again; `stages`: that of
+            each stage, and of its units once more.
     """
 
     def __init__(self, stages: Sequence[Sequence[Unit]], checkpointing: str = "none") -> None:
@@ -101,7 +101,7 @@ class ResidualBlock(nn.Module):
         self.past = past if past is not None else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        # In place, which batch norm's backward allows: on a CPU these layers wait for memory, not arithmetic.
+        # In place, which batch norm's backward allows: on a CPU bandwidth bounds these layers.
         y: Tensor = self.norm1(self.conv1(x)).relu_()
         y = self.norm2(self.conv2(y))
         return y.add_(self.past(x)).relu_()
@@ -142,7 +142,7 @@ class Spread(nn.ConvTranspose2d):
 class Pick(nn.Conv2d):
     """[B, K, H, W] → [B, K', h, w]: a convolution of one pixel and stride 2, as one without stride of fewer pixels.
 
-    What is kept for its backward pass is a quarter of `x`. (oneDNN's own, as of torch 2.13, writes past its memory in
+    What is kept for its backward pass is a quarter of `x`. (oneDNN's own, as of torch 2.13, writes past its buffer in
     the backward pass for some small numbers of channels; so does the transposed one.)
     """
 

@@ -10,32 +10,20 @@ __all__ = ["Observation", "PixelwiseNormal"]
 
 
 class Observation(Protocol):
-    """A distribution over flattened images, batch shape [B], event shape [N], in the order channel, row, column."""
+    """A distribution over flattened images, batch shape [B], event shape [N], in the order channel, row, column.
+
+    `loc`, `variance`, its diagonal part `cov_diag` and a row of Σ are [B, N]; log p and H are [B], in nats.
+    """
 
     @property
-    def loc(self) -> Tensor:
-        """Mean, [B, N]."""
-
+    def loc(self) -> Tensor: ...
     @property
-    def cov_diag(self) -> Tensor:
-        """Variance of what is each pixel's own, [B, N]."""
-
+    def variance(self) -> Tensor: ...
     @property
-    def variance(self) -> Tensor:
-        """Marginal variance, [B, N]."""
-
-    @property
-    def event_shape(self) -> torch.Size:
-        """[N]."""
-
-    def log_prob_and_entropy(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """log p(value) and H, each [B], in nats."""
-
-    def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ...) -> Tensor:
-        """[*sample_shape, B, N], with gradients."""
-
-    def covariance_row(self, index: int) -> Tensor:
-        """Row `index` of Σ, [B, N]."""
+    def cov_diag(self) -> Tensor: ...
+    def log_prob_and_entropy(self, value: Tensor) -> tuple[Tensor, Tensor]: ...
+    def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ...) -> Tensor: ...
+    def covariance_row(self, index: int) -> Tensor: ...
 
 
 class PixelwiseNormal(td.Independent[td.Normal]):

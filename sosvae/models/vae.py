@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ..config import Config
 from . import heads
-from .heads.base import full
 from .layers import Chain, decoder, encoder, stage_widths
 from .observation import Observation
 
@@ -65,7 +64,9 @@ class VAE(nn.Module):
         if x.dim() != 4 or tuple(x.shape[1:]) != self.image_shape:
             raise ValueError(f"x has shape {list(x.shape)}, expected [B, {', '.join(map(str, self.image_shape))}]")
         x = x.contiguous(memory_format=self.memory_format)
-        loc, scale = full(self.posterior, self.encoder(x)).chunk(2, dim=-1)
+        features = self.encoder(x)
+        with torch.autocast(x.device.type, enabled=False):
+            loc, scale = self.posterior(features.to(self.posterior.weight.dtype)).chunk(2, dim=-1)
         return td.Normal(loc, nn.functional.softplus(scale) + MIN_SCALE, validate_args=False)
 
     def decode(self, z: Tensor, mean_only: bool = False) -> Observation:

@@ -1,6 +1,5 @@
 """The largest image side and batch that train within a budget of bytes, for each way of taking a step."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -93,8 +92,8 @@ def ways(config: Config) -> Iterator[tuple[str | None, Config]]:
     for formulation in heads.find(config.model.head).formulations or (None,):
         for precision in get_args(hints["precision"]):
             for checkpointing in get_args(hints["checkpointing"]):
-                t = dataclasses.replace(config.training, precision=precision, checkpointing=checkpointing, accumulate=1)
-                yield formulation, dataclasses.replace(config, training=t)
+                way = {"precision": precision, "checkpointing": checkpointing, "accumulate": 1}
+                yield formulation, config.replace(training=way)
 
 
 def largest(sizes: range, peak: Callable[[int], Peak], budget: float) -> tuple[int, Peak | None]:

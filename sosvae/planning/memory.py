@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -95,8 +95,7 @@ class _ReferenceHead(nn.Module):
 
 def formulated(config: Config, formulation: str) -> VAE:
     """The network of `config` with the likelihood in one of `FORMULATIONS`."""
-    factor: Literal["linear", "materialised"] = "linear" if formulation == "linear" else "materialised"
-    vae = VAE(dataclasses.replace(config, model=dataclasses.replace(config.model, factor=factor)))
+    vae = VAE(config.replace(model={"factor": "linear" if formulation == "linear" else "materialised"}))
     if formulation == "reference":
         vae.add_module("head", _ReferenceHead(vae.head))
     return vae
@@ -104,11 +103,8 @@ def formulated(config: Config, formulation: str) -> VAE:
 
 def with_images(config: Config, height: int, width: int, batch: int, accumulate: int = 1) -> Config:
     """`config` for images of this size, `batch` to a step in `accumulate` micro-batches."""
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, height=height, width=width),
-        training=dataclasses.replace(config.training, batch=batch, accumulate=accumulate),
-    )
+    images = {"height": height, "width": width}
+    return config.replace(data=images, training={"batch": batch, "accumulate": accumulate})
 
 
 # --- The dry run ---------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .. import files
+from .. import devices, files
 from ..models.vae import VAE
 
 __all__ = ["Prediction", "panels", "predict", "save_comparison", "save_images", "save_reconstructions"]
@@ -45,8 +45,7 @@ TITLES = {
 def predict(vae: VAE, count: int, seed: int = 0) -> Prediction:
     """Predictions at `count` codes z ~ N(0, I), one at a time. The generator of the caller is left as it was."""
     device = next(vae.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with devices.seeded(device, seed):
         codes = torch.randn(count, vae.latents, device=device)
         parts = [_predicted(vae.eval(), z) for z in codes.split(1)]
     return Prediction(*map(torch.cat, zip(*parts, strict=True)))
@@ -71,8 +70,7 @@ def reconstruct(vae: VAE, x: Tensor, samples: int, seed: int = 0) -> tuple[Tenso
     image at a time."""
     device = next(vae.parameters()).device
     means, drawn = [], []
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with devices.seeded(device, seed):
         for image in x.split(1):
             p = vae.eval().decode(vae.encode(image.to(device)).loc)
             means.append(vae.unflatten(p.loc).cpu())

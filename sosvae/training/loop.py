@@ -6,8 +6,6 @@ train(run.config, "runs/faces", resume=True)  # goes on bit for bit where the la
 
 import dataclasses
 import math
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +19,7 @@ from ..objective import Constraints, Terms, evaluate_terms, objective
 from .run import Checkpoint, Run
 from .state import State
 from .stopping import stop_on_signals
-from .watch import Bar, Board, Metrics, Observer, Watch
+from .watch import Watch
 
 __all__ = ["NonFiniteError", "train"]
 
@@ -60,7 +58,7 @@ def train(config: Config, folder: str | Path, *, resume: bool = False, progress:
         run.save(0, state.model, state.state_dict(), t.keep)
     else:
         state.load(checkpoint.weights, checkpoint.state)
-    with stop_on_signals() as stop, Watch(_observers(run, config, images, state, progress), state, t) as watch:
+    with stop_on_signals() as stop, Watch(run, config, images, state, progress) as watch:
         while state.step < t.steps and not stop.requested:
             x = images.batch(state.step, t.batch, t.seed).to(device)
             terms, fault = train_step(state, x, config)
@@ -153,8 +151,7 @@ def evaluate(model: VAE, images: data.Dataset, config: Config, device: torch.dev
     model.eval()
     t = config.training
     at_once = max(1, min(t.micro_batch, EVALUATED_VALUES // config.pixels))
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(t.seed)
+    with devices.seeded(device, t.seed):
         batches = images.first("validation", t.evaluate_batches * t.batch).split(at_once)
         rows = [evaluate_terms(model, x.to(device))[0].mean() for x in batches]
     values = {
@@ -199,21 +196,3 @@ def _resumed(folder: str | Path, config: Config, device: torch.device) -> tuple[
     checkpoint = run.load(device=device)  # before anything is written
     run.write_config(dataclasses.replace(run.config, training=config.training))
     return run, checkpoint
-
-
-def _observers(
-    run: Run, config: Config, images: data.Dataset, state: State, progress: bool
-) -> dict[str, Callable[[], Observer]]:
-    """What opens each observer of a run, by its name."""
-
-    def pictures() -> dict[str, Tensor]:
-        from ..tools import figures
-
-        return figures.panels(state.model, images.first("validation", 8))
-
-    opened: dict[str, Callable[[], Observer]] = {"metrics.jsonl": partial(Metrics, run.metrics, state.step)}
-    if progress:
-        opened["the progress bar"] = partial(Bar, config.model.head, state.step, config.training.steps)
-    if config.training.tensorboard:
-        opened["TensorBoard"] = partial(Board, run.folder / "tensorboard", state.step, pictures)
-    return opened

@@ -6,15 +6,16 @@ An observer ends no run: what it raises becomes a warning, once, and training go
 import json
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from .. import files
-from ..config import TrainingConfig
+from ..config import Config
+from ..data import Dataset
 from ..objective import Terms
+from .run import Run
 from .state import State
 
 __all__ = ["Bar", "Board", "Metrics", "Observer", "Row", "Watch"]
@@ -43,19 +44,18 @@ class Observer:
 
 
 class Watch:
-    """Tells observers what happens.
+    """The observers of a run, and what each is told."""
 
-    Args:
-        observers: what opens each, by the name that a warning gives it.
-    """
-
-    def __init__(self, observers: Mapping[str, Callable[[], Observer]], state: State, t: TrainingConfig) -> None:
-        self.state, self.t = state, t
+    def __init__(self, run: Run, config: Config, images: Dataset, state: State, progress: bool) -> None:
+        self.state, self.t = state, config.training
         self._since = time.perf_counter(), state.step
         self._failed: set[str] = set()
         self._observers: dict[str, Observer] = {}
-        for name, opened in observers.items():
-            self._guarded(name, self._open, name, opened)
+        self._open("metrics.jsonl", lambda: Metrics(run.metrics, state.step))
+        if progress:
+            self._open("the progress bar", lambda: Bar(config.model.head, state.step, self.t.steps))
+        if self.t.tensorboard:
+            self._open("TensorBoard", lambda: Board(run.folder / "tensorboard", state, images))
 
     def __enter__(self) -> "Watch":
         return self
@@ -74,25 +74,26 @@ class Watch:
         self._since = now, step
         values = {name: float(value.detach()) for name, value in terms.mean().items()}
         values |= {f"multiplier_{name}": float(value) for name, value in self.state.constraints.multipliers.items()}
-        self._measured(Row(step, "train", values | {"skipped": self.state.skipped}, rate))
+        row = Row(step, "train", values | {"skipped": self.state.skipped}, rate)
+        self._tell(lambda observer: observer.measured(row))
 
     def evaluated(self, values: dict[str, float]) -> None:
         """After an evaluation."""
-        self._measured(Row(self.state.step, "validation", values))
+        self._tell(lambda observer: observer.measured(Row(self.state.step, "validation", values)))
 
-    def _measured(self, row: Row) -> None:
-        self._tell(lambda observer: observer.measured(row))
+    def _open(self, name: str, opened: Callable[[], Observer]) -> None:
+        with self._guarded(name):
+            self._observers[name] = opened()
 
     def _tell(self, call: Callable[[Observer], None]) -> None:
         for name, observer in self._observers.items():
-            self._guarded(name, call, observer)
+            with self._guarded(name):
+                call(observer)
 
-    def _open(self, name: str, opened: Callable[[], Observer]) -> None:
-        self._observers[name] = opened()
-
-    def _guarded(self, name: str, call: Callable[..., None], *args: Any) -> None:
+    @contextmanager
+    def _guarded(self, name: str) -> Iterator[None]:
         try:
-            call(*args)
+            yield
         except Exception as error:
             if name not in self._failed:
                 self._failed.add(name)
@@ -150,19 +151,14 @@ class Bar(Observer):
 
 
 class Board(Observer):
-    """TensorBoard: scalars, and pictures after each evaluation.
+    """TensorBoard: scalars, and pictures after each evaluation. What was written beyond the state's step is purged."""
 
-    Args:
-        step: the last that counts; what was written beyond it is purged.
-        pictures: makes strips [3, height, width], by name.
-    """
-
-    def __init__(self, folder: Path, step: int, pictures: Callable[[], Mapping[str, Tensor]]) -> None:
+    def __init__(self, folder: Path, state: State, images: Dataset) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tensorboard's own imports
             from torch.utils.tensorboard import SummaryWriter
-        self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1)
-        self._pictures = pictures
+        self._writer: Any = SummaryWriter(str(folder), purge_step=state.step + 1)
+        self._state, self._images = state, images
 
     def measured(self, row: Row) -> None:
         for name, value in row.values.items():
@@ -170,7 +166,9 @@ class Board(Observer):
         if row.rate is not None:
             self._writer.add_scalar("train/images_per_second", row.rate, row.step)
         if row.kind == "validation":
-            for name, strip in self._pictures().items():
+            from ..tools import figures
+
+            for name, strip in figures.panels(self._state.model, self._images.first("validation", 8)).items():
                 self._writer.add_image(name, strip, row.step)
 
     def close(self) -> None:

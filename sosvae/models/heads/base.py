@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...config import Config, ModelConfig
 from ..observation import Observation, PixelwiseNormal
 
-__all__ = ["Head", "full", "head_convolution", "variance", "variance_convolution"]
+__all__ = ["Head", "Pointwise", "Variance"]
 
 INITIAL_STD = 1e-5  # standard deviation of a head's weights at the start (the paper's N(0, 1e-5))
 MIN_VARIANCE = 1e-5  # of a learned diagonal: a pixel that never changes has a density without bound otherwise
@@ -28,7 +28,7 @@ class Head(nn.Module):
     def __init__(self, features: int, channels: int, config: ModelConfig) -> None:
         super().__init__()
         self.channels, self.diagonal = channels, config.diagonal
-        self.mean = head_convolution(features, channels, 0.5)
+        self.mean = Pointwise(features, channels, 0.5)
 
     @classmethod
     def limits(cls, config: Config) -> dict[str, float]:
@@ -44,29 +44,27 @@ class Head(nn.Module):
 
     def mean_alone(self, features: Tensor) -> Observation:
         """N(μ, d·I) of the first phase of training; no part of the covariance is used, so none gets a gradient."""
-        d = self.mean.weight.new_tensor(self.diagonal)
-        return PixelwiseNormal(full(self.mean, features).flatten(1), d)
+        return PixelwiseNormal(self.mean(features).flatten(1), self.mean.weight.new_tensor(self.diagonal))
 
 
-def head_convolution(features: int, outputs: int, bias: float) -> nn.Conv2d:
-    """A 1×1 convolution that starts as the paper's: the bias, and nearly no weights."""
-    conv = nn.Conv2d(features, outputs, 1)
-    nn.init.normal_(conv.weight, std=INITIAL_STD)
-    nn.init.constant_(cast(Tensor, conv.bias), bias)
-    return conv
+class Pointwise(nn.Conv2d):
+    """A 1×1 convolution that starts as the paper's, and keeps the precision of its weights under autocast."""
+
+    def __init__(self, features: int, outputs: int, bias: float = 0.0) -> None:
+        super().__init__(features, outputs, 1)
+        nn.init.normal_(self.weight, std=INITIAL_STD)
+        nn.init.constant_(cast(Tensor, self.bias), bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            return super().forward(features.to(self.weight.dtype))
 
 
-def variance_convolution(features: int, channels: int, start: float) -> nn.Conv2d:
-    """For `variance`, which starts at `start`."""
-    return head_convolution(features, channels, math.log(math.expm1(start)))  # softplus⁻¹
+class Variance(Pointwise):
+    """d = softplus(·) + 1e-5, [B, N], near `start` at first."""
 
+    def __init__(self, features: int, channels: int, start: float) -> None:
+        super().__init__(features, channels, math.log(math.expm1(start)))  # softplus⁻¹
 
-def variance(conv: nn.Conv2d, features: Tensor) -> Tensor:
-    """d = softplus(·) + 1e-5, [B, N]."""
-    return nn.functional.softplus(full(conv, features).flatten(1)) + MIN_VARIANCE
-
-
-def full(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
-    """`layer(x)` in the precision of the layer's weights, under autocast too."""
-    with torch.autocast(x.device.type, enabled=False):
-        return cast(Tensor, layer(x.to(layer.weight.dtype)))
+    def forward(self, features: Tensor) -> Tensor:
+        return nn.functional.softplus(super().forward(features).flatten(1)) + MIN_VARIANCE

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ...config import ModelConfig
 from ..observation import PixelwiseNormal
-from .base import Head, full, variance, variance_convolution
+from .base import Head, Variance
 
 __all__ = ["HEAD", "PixelwiseHead"]
 
@@ -14,11 +14,11 @@ class PixelwiseHead(Head):
 
     def __init__(self, features: int, channels: int, config: ModelConfig) -> None:
         super().__init__(features, channels, config)
-        self.variance = variance_convolution(features, channels, config.diagonal)
+        self.variance = Variance(features, channels, config.diagonal)
 
     def observation(self, features: Tensor) -> PixelwiseNormal:
         features = features.to(self.mean.weight.dtype)
-        return PixelwiseNormal(full(self.mean, features).flatten(1), variance(self.variance, features))
+        return PixelwiseNormal(self.mean(features).flatten(1), self.variance(features))
 
 
 HEAD = PixelwiseHead

@@ -6,7 +6,7 @@ from torch import Tensor
 from lowrank_mvn import LinearFactor, LinearMean, LowRankMultivariateNormal
 
 from ...config import Config, ModelConfig
-from .base import Head, full, head_convolution, variance, variance_convolution
+from .base import Head, Pointwise, Variance
 
 __all__ = ["HEAD", "StructuredHead"]
 
@@ -24,8 +24,8 @@ class StructuredHead(Head):
     def __init__(self, features: int, channels: int, config: ModelConfig) -> None:
         super().__init__(features, channels, config)
         self.rank, self.linear = config.rank, config.factor == "linear"
-        self.factor = head_convolution(features, config.rank * channels, 0.0)
-        self.variance = None if config.fixed_diagonal else variance_convolution(features, channels, config.diagonal)
+        self.factor = Pointwise(features, config.rank * channels)
+        self.variance = None if config.fixed_diagonal else Variance(features, channels, config.diagonal)
 
     @classmethod
     def limits(cls, config: Config) -> dict[str, float]:
@@ -33,7 +33,7 @@ class StructuredHead(Head):
         return {"entropy": o.entropy_limit(config.pixels, m.rank, m.diagonal)} if o.entropy_constraint else {}
 
     def observation(self, features: Tensor) -> LowRankMultivariateNormal:
-        d = self.mean.weight.new_tensor(self.diagonal) if self.variance is None else variance(self.variance, features)
+        d = self.mean.weight.new_tensor(self.diagonal) if self.variance is None else self.variance(features)
         loc: Tensor | LinearMean
         P: Tensor | LinearFactor
         if self.linear:
@@ -42,8 +42,8 @@ class StructuredHead(Head):
         else:
             # An event counts channel by channel, so planes are written: K are copied here, not R·channels later.
             features = features.to(self.mean.weight.dtype, memory_format=torch.contiguous_format)
-            loc = full(self.mean, features).flatten(1)  # [B, N]
-            P = full(self.factor, features).flatten(2).unflatten(1, (self.rank, -1)).flatten(2).mT  # [B, N, R]
+            loc = self.mean(features).flatten(1)  # [B, N]
+            P = self.factor(features).flatten(2).unflatten(1, (self.rank, -1)).flatten(2).mT  # [B, N, R]
         return LowRankMultivariateNormal(loc, P, d, validate_args=False)
 
 
