@@ -6,7 +6,6 @@ as a whole, weights and state always belong together, and the newest folder is t
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import config as configuration
-from .config import Config
-from .model import VAE
+from .. import config as configuration
+from .. import files
+from ..config import Config
+from ..models.vae import VAE
 
-__all__ = ["Checkpoint", "Metrics", "Run"]
+__all__ = ["Checkpoint", "Run"]
 
 WEIGHTS, STATE = "weights.safetensors", "state.pt"
 
@@ -28,7 +28,7 @@ class Checkpoint(NamedTuple):
 
     step: int
     weights: dict[str, Tensor]
-    state: dict[str, Any]  # optimiser, multipliers, random generators; see `trainer.State`
+    state: dict[str, Any]  # optimiser, multipliers, random generators; see `state.State`
 
 
 class Run:
@@ -78,7 +78,7 @@ class Run:
     def write_json(self, name: str, values: Any) -> Path:
         """`values` as the file `name` in this folder."""
         path = self.folder / name
-        write_atomically(path, json.dumps(values, indent=2, ensure_ascii=False).encode() + b"\n")
+        files.write_atomically(path, json.dumps(values, indent=2, ensure_ascii=False).encode() + b"\n")
         return path
 
     def steps(self) -> list[int]:
@@ -98,8 +98,8 @@ class Run:
             save_file(weights, temporary / WEIGHTS)
             torch.save(state, temporary / STATE)
             for name in (WEIGHTS, STATE):
-                _flush(temporary / name)
-            temporary.rename(target)
+                files.sync(temporary / name)
+            files.publish(temporary, target)
         for old in self.steps()[:-keep]:
             # Away from the name that counts first: half a checkpoint must never look like one.
             away = (self.checkpoints / f"step_{old:08d}").rename(self.checkpoints / f".removing_{old:08d}")
@@ -134,47 +134,3 @@ class Run:
         vae = VAE(self.config)
         vae.load_state_dict(checkpoint.weights)
         return vae.to(device).eval()
-
-
-class Metrics:
-    """Rows of `metrics.jsonl`: one JSON object per line, each with its `step`.
-
-    Args:
-        path: the file.
-        last_step: rows beyond it are dropped: a run that is resumed makes them again.
-    """
-
-    def __init__(self, path: Path, last_step: int) -> None:
-        rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [row for row in rows if _step(row) <= last_step]
-        write_atomically(path, "".join(row + "\n" for row in kept).encode())
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, step: int, kind: str, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _step(row: str) -> float:
-    """The step of a row; a last line cut short by a kill counts as beyond every step."""
-    try:
-        return json.loads(row)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """`content` under `path`, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_bytes(content)
-    _flush(temporary)
-    os.replace(temporary, path)
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -1,22 +1,21 @@
-"""What encoder and decoder are made of, and what of it is made again in the backward pass.
+"""The layers of encoder and decoder, and which of them the backward pass computes again.
 
-A `Chain` is a sequence of layers sorted twice: into units (a residual block, or a convolution with its batch norm and
-ReLU) and into stages (all that happens at one resolution). Activation checkpointing keeps the inputs of units, or only
-those of stages, and makes the rest again when the backward pass comes there.
+A `Chain` is a sequence of layers grouped twice: into units (a residual block, or a convolution with its batch norm and
+ReLU) and into stages (everything at one resolution). Activation checkpointing keeps the inputs of units, or only those
+of stages, and computes the rest again during the backward pass.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .config import ModelConfig
+from ..config import ModelConfig
 
 __all__ = ["Chain", "decoder", "encoder"]
 
@@ -31,8 +30,8 @@ class Chain(nn.Sequential):
 
     Args:
         stages: of units, of layers.
-        checkpointing: `none`; `blocks`: the inside of each unit is made again in the backward pass; `stages`: that of
-            each stage, and while it is there, of its units again.
+        checkpointing: `none`; `blocks`: the backward pass computes the inside of each unit again; `stages`: that of
+            each stage, and of its units once more.
     """
 
     def __init__(self, stages: Sequence[Sequence[Unit]], checkpointing: str = "none") -> None:
@@ -102,9 +101,10 @@ class ResidualBlock(nn.Module):
         self.past = past if past is not None else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        # In place, which batch norm's backward allows: on a CPU these layers wait for memory, not arithmetic.
-        y = self.norm1(self.conv1(x)).relu_()
-        return self.norm2(self.conv2(y)).add_(self.past(x)).relu_()
+        # In place, which batch norm's backward allows: on a CPU bandwidth bounds these layers.
+        y: Tensor = self.norm1(self.conv1(x)).relu_()
+        y = self.norm2(self.conv2(y))
+        return y.add_(self.past(x)).relu_()
 
 
 class Bilinear(nn.Module):
@@ -115,7 +115,7 @@ class Bilinear(nn.Module):
         self.size = size
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.interpolate(x, size=self.size, mode="bilinear", align_corners=False)
+        return nn.functional.interpolate(x, size=self.size, mode="bilinear", align_corners=False)
 
 
 class Spread(nn.ConvTranspose2d):
@@ -142,7 +142,7 @@ class Spread(nn.ConvTranspose2d):
 class Pick(nn.Conv2d):
     """[B, K, H, W] → [B, K', h, w]: a convolution of one pixel and stride 2, as one without stride of fewer pixels.
 
-    What is kept for its backward pass is a quarter of `x`. (oneDNN's own, as of torch 2.13, writes past its memory in
+    What is kept for its backward pass is a quarter of `x`. (oneDNN's own, as of torch 2.13, writes past its buffer in
     the backward pass for some small numbers of channels; so does the transposed one.)
     """
 
@@ -150,7 +150,7 @@ class Pick(nn.Conv2d):
         super().__init__(inputs, outputs, 1, STAGE_FACTOR)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(cast(Tensor, _Picked.apply(x)), self.weight, self.bias)
+        return nn.functional.conv2d(_applied(_Picked, x), self.weight, self.bias)
 
 
 class Insert(nn.ConvTranspose2d):
@@ -164,27 +164,27 @@ class Insert(nn.ConvTranspose2d):
         self.size = size
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        return cast(Tensor, _Inserted.apply(F.conv2d(x, self.weight.transpose(0, 1)), self.bias, self.size))
+        return _applied(_Inserted, nn.functional.conv2d(x, self.weight.transpose(0, 1)), self.bias, self.size)
 
 
 class _Picked(torch.autograd.Function):
     """Every other pixel of `x`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.size = x.shape[2:]
         return _every_other(x).contiguous(memory_format=_format(x))
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return cast(Tensor, _Inserted.apply(grad, grad.new_zeros(grad.shape[1]), ctx.size))
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _applied(_Inserted, grad, grad.new_zeros(grad.shape[1]), ctx.size)
 
 
 class _Inserted(torch.autograd.Function):
     """`y` at every other pixel of a grid of `size`, plus a bias for each channel everywhere."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, bias: Tensor, size: tuple[int, int]) -> Tensor:
+    def forward(ctx: Any, y: Tensor, bias: Tensor, size: tuple[int, int]) -> Tensor:
         ctx.dtype = bias.dtype
         full = torch.empty(*y.shape[:2], *size, dtype=y.dtype, device=y.device, memory_format=_format(y))
         full.copy_(bias[:, None, None])
@@ -192,8 +192,12 @@ class _Inserted(torch.autograd.Function):
         return full
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return cast(Tensor, _Picked.apply(grad)), grad.sum((0, 2, 3), dtype=ctx.dtype), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return _applied(_Picked, grad), grad.sum((0, 2, 3), dtype=ctx.dtype), None
+
+
+def _applied(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    return cast(Tensor, function.apply(*args))
 
 
 def _every_other(x: Tensor) -> Tensor:
@@ -211,7 +215,7 @@ def stage_widths(model: ModelConfig) -> list[int]:
 
 
 def encoder(channels: int, model: ModelConfig) -> list[list[Unit]]:
-    """Stages from an image [B, C, H, W] to [B, features]."""
+    """Stages from an image [B, channels, H, W] to [B, features]."""
     widths = stage_widths(model)
     stages: list[list[Unit]] = [[(_conv3(channels, widths[0]), nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True))]]
     previous = widths[0]

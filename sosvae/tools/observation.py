@@ -81,8 +81,8 @@ def condition(p: LowRankMultivariateNormal, edited: Tensor, mask: Tensor) -> Low
     """`p` given some pixels (equations 6 and 7): the rest of the image follows an edit, and can be sampled.
 
     Args:
-        edited: the image that holds the wanted values, [..., C, H, W] or [..., N].
-        mask: true where they are wanted, bool, of the shape of one image, [C, H, W] or [N], or of all of
+        edited: the image that holds the wanted values, [..., channels, H, W] or [..., N].
+        mask: true where they are wanted, bool, of the shape of one image, [channels, H, W] or [N], or of all of
             them.
 
     Returns:
@@ -100,6 +100,6 @@ def _events(images: Tensor, N: int) -> Tensor:
         return images
     if images.dim() < 3 or images.shape[-3:].numel() != N:
         raise ValueError(
-            f"an image has shape {list(images.shape)}, expected [..., C, H, W] or [..., N] of N = {N} values"
+            f"an image has shape {list(images.shape)}, expected [..., channels, H, W] or [..., N] of N = {N} values"
         )
     return images.flatten(-3)

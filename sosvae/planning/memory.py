@@ -1,26 +1,27 @@
 r"""How much memory a training step takes, from a dry run of the step that allocates nothing.
 
-The step itself (`trainer.differentiate`) runs on fake tensors, which have shapes and no values, under a mode that notes
-when each piece of memory is made and when it is let go: everything that autograd keeps, makes again and writes is
-counted as it happens. To that come the weights, Adam's two states and the operators' own blocks of memory, which a dry
-run does not show (`SCRATCH`).
+The step itself (`training.loop.differentiate`) runs on fake tensors, which have shapes and no values. A dispatch mode
+notes when each piece of memory is allocated and when it is freed, so that all that autograd keeps, computes again and
+writes is counted as it happens. The weights, Adam's two states and the operators' own blocks, which a dry run does not
+show (`SCRATCH`), are added.
 
 Every piece is a constant, times the images of a micro-batch or not, times the pixels of one resolution or not. The dry
-run is of images and a batch whose numbers are large primes, so that each piece's size says what it grows with, and the
-peak of any other size is had by adding up again.
+run uses an image side and a batch that are large primes: the factors of a piece's size say what it grows with, and a
+sum over the pieces gives the peak at any other size.
 
-Counted are tensors as torch's allocator sees them. What is held past it (by the C library between two pieces of
-memory, a GPU's context and workspaces) is not; `python -m bench.fit` measures the tensors on a CPU, without the former.
+Tensors are counted as torch's allocator sees them. Other bytes (the C library's between two pieces of memory, a GPU's
+context and workspaces) are not; `python -m bench.fit` measures the tensors on a CPU.
 """
 
 import dataclasses
 import functools
 import gc
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -30,12 +31,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from lowrank_mvn import aten, aten_linear
+from lowrank_mvn import aten as dense
+from lowrank_mvn import aten_linear as linear
 
-from .config import Config
-from .model import VAE, PixelwiseNormal
-from .objective import Multipliers, limits
-from .trainer import differentiate
+from ..config import Config
+from ..models.vae import VAE
+from ..objective import Constraints
+from ..training.loop import differentiate
 
 __all__ = ["FORMULATIONS", "Peak", "StepMemory", "formulated", "with_images"]
 
@@ -44,14 +46,14 @@ FORMULATIONS = {
     "kernels": "P made, lowrank_mvn",
     "linear": "from the features",
 }
-"""How the structured likelihood is had, by name."""
+"""Ways to take a likelihood with a low-rank factor, by the names that a head lists (`Head.formulations`)."""
 
-# What is dry-run: sides of images at the resolutions of the network, each half of the one before (rounded up), and
+# Sides of the dry run's images at the resolutions of the network, each half of the one before (rounded up), and its
 # images in a batch. Primes, of which no network has a multiple for a number of features.
 PRIME_SIDES = 12241, 6121, 3061, 1531
 PRIME_BATCH = 10007
 
-# What is alive at the peak, by what it belongs to.
+# What a piece belongs to.
 KINDS = WEIGHTS, NETWORK, LIKELIHOOD = "weights", "network", "likelihood"
 
 
@@ -75,7 +77,7 @@ class _TorchNormal(td.LowRankMultivariateNormal):
 
     def log_prob_and_entropy(self, value: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(value.device.type, enabled=False):
-            return self.log_prob(value), self.entropy()
+            return self.log_prob(value), self.entropy()  # type: ignore[no-untyped-call]
 
 
 class _ReferenceHead(nn.Module):
@@ -85,28 +87,24 @@ class _ReferenceHead(nn.Module):
 
     def forward(self, features: Tensor, mean_only: bool = False) -> Any:
         p = self.head(features, mean_only)
-        if isinstance(p, PixelwiseNormal):
+        if mean_only:
             return p
         with torch.autocast(features.device.type, enabled=False):
             return _TorchNormal(p.loc, p.cov_factor, p.cov_diag, validate_args=False)
 
 
 def formulated(config: Config, formulation: str) -> VAE:
-    """The network of `config` with the structured likelihood had in one of `FORMULATIONS`."""
-    factor: Literal["linear", "materialised"] = "linear" if formulation == "linear" else "materialised"
-    vae = VAE(dataclasses.replace(config, model=dataclasses.replace(config.model, factor=factor)))
+    """The network of `config` with the likelihood in one of `FORMULATIONS`."""
+    vae = VAE(config.replace(model={"factor": "linear" if formulation == "linear" else "materialised"}))
     if formulation == "reference":
-        vae.head = cast(Any, _ReferenceHead(vae.head))
+        vae.add_module("head", _ReferenceHead(vae.head))
     return vae
 
 
 def with_images(config: Config, height: int, width: int, batch: int, accumulate: int = 1) -> Config:
     """`config` for images of this size, `batch` to a step in `accumulate` micro-batches."""
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, height=height, width=width),
-        training=dataclasses.replace(config.training, batch=batch, accumulate=accumulate),
-    )
+    images = {"height": height, "width": width}
+    return config.replace(data=images, training={"batch": batch, "accumulate": accumulate})
 
 
 # --- The dry run ---------------------------------------------------------------------------------------------------
@@ -114,7 +112,7 @@ def with_images(config: Config, height: int, width: int, batch: int, accumulate:
 
 @dataclass
 class _Record:
-    """Pieces of memory and, in order, when each is made (its number) and let go (the complement of its number)."""
+    """Pieces of memory and, in order, their allocations (a piece's number) and ends (the complement of its number)."""
 
     sizes: list[int] = dataclasses.field(default_factory=list)
     kinds: list[str] = dataclasses.field(default_factory=list)
@@ -134,23 +132,19 @@ class _Record:
         self.events.append(~number)
 
     def sort(self) -> None:
-        """Brings what is let go at once (autocast's copies of weights, ordered by their addresses) into one order."""
+        """Sorts what ends at the same time (autocast's copies of weights, in the order of their addresses)."""
         ordered: list[int] = []
-        let_go: list[int] = []
-        for event in self.events:
-            if event >= 0:
-                ordered += [*sorted(let_go), event]
-                let_go = []
-            else:
-                let_go.append(event)
-        self.events = ordered + sorted(let_go)
+        for ends, group in itertools.groupby(self.events, lambda event: event < 0):
+            events = list(group)
+            ordered += sorted(events) if ends else events
+        self.events = ordered
 
 
 class _Recorder(TorchDispatchMode):
     """Notes every storage that an operator returns for the first time, and its end."""
 
     def __init__(self, record: _Record) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.record, self.kind = record, NETWORK
         self.numbers: dict[int, int | None] = {}  # of storages alive, by identity; None: there before
 
@@ -197,17 +191,23 @@ def _scratch(block_values: int, bytes_per_value: int) -> Callable[..., tuple[int
 # What an operator of `lowrank_mvn` allocates and frees inside, and the most that it ever does: of P a block in float64,
 # or two of half the size where its columns are nearly collinear, as they are at the start of training; two blocks in
 # float64 of F and the rows added to it.
+_DENSE, _LINEAR = _scratch(dense.BLOCK_VALUES, 8), _scratch(linear.BLOCK_VALUES // 2, 16)
+_LINEAR_BACKWARD = _scratch(linear.BLOCK_VALUES, 16)
 SCRATCH: dict[str, Callable[..., tuple[int, str, float]]] = {
-    "mahalanobis_and_logdet": _scratch(aten.BLOCK_VALUES, 8),
-    "mahalanobis_and_logdet_backward": _scratch(aten.BLOCK_VALUES, 8),
-    "linear_mahalanobis_and_logdet": _scratch(aten_linear.BLOCK_VALUES // 2, 16),
-    "linear_mahalanobis_and_logdet_backward": _scratch(aten_linear.BLOCK_VALUES, 16),
+    "mahalanobis_and_logdet": _DENSE,
+    "mahalanobis_and_logdet_backward": _DENSE,
+    "logdet": _DENSE,
+    "logdet_backward": _DENSE,
+    "linear_mahalanobis_and_logdet": _LINEAR,
+    "linear_mahalanobis_and_logdet_backward": _LINEAR_BACKWARD,
+    "linear_logdet": _LINEAR,
+    "linear_logdet_backward": _LINEAR_BACKWARD,
 }
 
 
 @contextmanager
 def _phases(vae: VAE, recorder: _Recorder) -> Iterator[None]:
-    """What is made between the decoder's end and the gradient of its features belongs to the likelihood."""
+    """Pieces between the decoder's end and the gradient of its features belong to the likelihood."""
 
     def decoder_begins(*_: Any) -> None:
         recorder.kind = NETWORK
@@ -233,7 +233,7 @@ def _on_cpu(t: Tensor) -> Any:
 def _dry_run(config: Config, formulation: str, mean_only: bool) -> _Record:
     record = _Record()
     collecting = gc.isenabled()
-    gc.disable()  # what is let go is noted at once or, where objects form a cycle, never: not at some other time
+    gc.disable()  # an end is noted at once or, where objects form a cycle, never: not at some other time
     try:
         with torch.device("meta"):  # where a start for the weights costs nothing
             vae = formulated(config, formulation)
@@ -242,17 +242,16 @@ def _dry_run(config: Config, formulation: str, mean_only: bool) -> _Record:
                 for tensors in (module._parameters, module._buffers):
                     tensors.update({name: _on_cpu(t) for name, t in tensors.items() if t is not None})
             x = torch.empty(config.training.batch, *config.image_shape)
-            xi = limits(config)
-            multipliers = Multipliers(xi)
+            constraints = Constraints.of(config)
             parameters, buffers = list(vae.parameters()), list(vae.buffers())
             for p in parameters:
                 record.made(3 * p.nbytes, WEIGHTS)  # and Adam's two states
             record.made(2 * sum(b.nbytes for b in buffers), WEIGHTS)  # and copies, in case the step is not finite
             record.images = record.made(x.nbytes, NETWORK)
             recorder = _Recorder(record)
-            recorder.known(x, *parameters, *buffers, *multipliers.values())
+            recorder.known(x, *parameters, *buffers, *constraints.multipliers.values())
             with recorder, _phases(vae, recorder):
-                differentiate(vae, x, xi, multipliers, config, mean_only)
+                differentiate(vae, x, constraints, config, mean_only)
             recorder.record = _Record()  # the step has ended
             grads = [p.grad for p in parameters if p.grad is not None]
             record.gradients = [n for n in map(recorder.number, grads) if n is not None]
@@ -271,7 +270,7 @@ class StepMemory:
 
     Args:
         config: precision, checkpointing and memory format are followed; batch and accumulation are asked for later.
-        formulation: one of `FORMULATIONS`; of no consequence where the head is pixel-wise.
+        formulation: one of `FORMULATIONS`; of no consequence where the head lists none.
 
     Raises:
         ValueError: an unknown formulation.
@@ -329,7 +328,7 @@ class _Sizes:
         sizes = self.at(height, width, batch // accumulate)
         changes = np.append(self.sign * sizes[self.number], 0)  # and the end
         if accumulate > 1:
-            # From the second micro-batch on gradients are there, and one that is made is gone once it is added.
+            # From the second micro-batch on gradients are there: a new one ends once it is added.
             made = np.flatnonzero(self.is_gradient[self.number] & (self.sign > 0))
             gradients = changes[made]
             changes[made + 1] -= gradients

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .model import VAE
+from .. import devices
+from ..models.vae import VAE
 
 __all__ = ["Quality", "neighbour_correlation", "quality"]
 
@@ -24,7 +25,7 @@ def neighbour_correlation(images: Tensor) -> Tensor:
     """Mean correlation between horizontally neighbouring pixels.
 
     Args:
-        images: deviations from the mean, [S, B, C, H, W]. Σ of each of the B items is estimated from its S
+        images: deviations from the mean, [S, B, channels, H, W]. Σ of each of the B items is estimated from its S
             samples, around zero, as the mean is known.
 
     Returns:
@@ -34,7 +35,7 @@ def neighbour_correlation(images: Tensor) -> Tensor:
 
 
 def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ yₙyₙ₊₁ and Σ yₙ² over the samples [S, B, C, H, W]."""
+    """Σ yₙyₙ₊₁ and Σ yₙ² over the samples [S, B, channels, H, W]."""
     return (images[..., :-1] * images[..., 1:]).sum(0), images.square().sum(0)
 
 
@@ -55,8 +56,7 @@ def quality(vae: VAE, data_deviation: float, codes: int = 64, samples: int = 64,
     """
     device = next(vae.parameters()).device
     correlations, total, squares = [], torch.zeros((), device=device), torch.zeros((), device=device)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with devices.seeded(device, seed):
         # The samples of all codes may not fit, nor those of one.
         pixels = math.prod(vae.image_shape)
         at_once = max(1, min(8, SAMPLE_VALUES // (samples * pixels)))

@@ -1,21 +1,57 @@
-"""The SOS-VAE and the β-VAE of equal decoder, on the same data: two runs, figures side by side, and the numbers."""
+"""SOS-VAE and β-VAE on the same data: figures side by side, and numbers."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import data, measure
-from .config import Config, beta_vae
-from .run import Run
-from .trainer import train
+from .. import data
+from ..config import Config
+from ..evaluation import samples
+from ..presets import beta_vae
+from ..training.loop import train
+from ..training.run import Run
+from .base import Settings, parse, preset
 
-__all__ = ["compare"]
+USAGE = "[PRESET] [options]"
 
 # What a picture of a working method shows, in numbers: samples smooth where Σ is structured and speckled
 # where it is diagonal, and as spread out as the data (an exploded variance is smooth too).
 SMOOTH, SPECKLED = 0.8, 0.05  # correlation of horizontal neighbours in sample − mean
 DEVIATION = (0.7, 1.4)  # standard deviation of samples over that of the data
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train a SOS-VAE and the β-VAE of equal decoder, one after the other, and set them side by side."""
+
+    config: Settings = field(default_factory=Config)
+    folder: Path | None = None
+    """Folder for both runs and the figures; what is complete there is not trained again; by default runs/PRESET (path).
+    """
+    quiet: bool = False
+    """No progress bar."""
+
+
+def main(args: list[str]) -> int:
+    name, config, args = preset(args)
+    o = parse(Options, "compare", args, Options(config))
+    folder = o.folder or Path("runs") / name
+    result = compare(o.config, folder, progress=not o.quiet)
+    if "unfinished" in result:
+        print("the same command goes on from there, and with what is left to train")
+        return 130  # as a shell counts Ctrl-C
+    print(f"\n{'':10}{'neighbour correlation':>24}{'deviation over data':>22}")
+    for model, values in result["models"].items():
+        print(f"{model:10}{values['neighbour_correlation']:>24.3f}{values['deviation']:>22.2f}")
+    print("correlation of sample − mean between horizontal neighbours: 1 smooth, 0 speckled\n")
+    for expectation in result["missed"]:
+        print(f"missed: {expectation}")
+    print(f"numbers: {folder / 'comparison.json'}")
+    print(f"figures: {folder / 'figures' / 'sheet.png'}, and in the same folder:")
+    print("  " + ", ".join(Path(path).name for path in result["figures"]))
+    return 0
 
 
 def compare(config: Config, folder: str | Path, *, progress: bool = True) -> dict[str, Any]:
@@ -29,7 +65,7 @@ def compare(config: Config, folder: str | Path, *, progress: bool = True) -> dic
 
     Raises: as `train`.
     """
-    from . import figures
+    from ..tools import figures
 
     folder = Path(folder)
     runs: dict[str, Run] = {}
@@ -40,7 +76,7 @@ def compare(config: Config, folder: str | Path, *, progress: bool = True) -> dic
             return {"unfinished": name}
     images = data.load(config.data)
     models = {name: run.model() for name, run in runs.items()}
-    qualities = {name: measure.quality(vae, images.deviation()) for name, vae in models.items()}
+    qualities = {name: samples.quality(vae, images.deviation()) for name, vae in models.items()}
     predictions = {name: figures.predict(vae, 8) for name, vae in models.items()}
     written = figures.save_comparison(predictions, folder / "figures")
     held_out = images.first("validation", 8)
@@ -56,7 +92,7 @@ def compare(config: Config, folder: str | Path, *, progress: bool = True) -> dic
     return result
 
 
-def missed(sos: measure.Quality, beta: measure.Quality) -> list[str]:
+def missed(sos: samples.Quality, beta: samples.Quality) -> list[str]:
     """Expectations that the numbers do not meet, in words; none where the comparison shows what it is for."""
     found = []
     if not sos.neighbour_correlation > SMOOTH:

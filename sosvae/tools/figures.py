@@ -15,13 +15,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .model import VAE
+from .. import devices, files
+from ..models.vae import VAE
 
 __all__ = ["Prediction", "panels", "predict", "save_comparison", "save_images", "save_reconstructions"]
 
 
 class Prediction(NamedTuple):
-    """p(x|z) at codes from the prior, each [B, C, H, W]."""
+    """p(x|z) at codes from the prior, each [B, channels, H, W]."""
 
     mean: Tensor
     sample: Tensor
@@ -44,8 +45,7 @@ TITLES = {
 def predict(vae: VAE, count: int, seed: int = 0) -> Prediction:
     """Predictions at `count` codes z ~ N(0, I), one at a time. The generator of the caller is left as it was."""
     device = next(vae.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with devices.seeded(device, seed):
         codes = torch.randn(count, vae.latents, device=device)
         parts = [_predicted(vae.eval(), z) for z in codes.split(1)]
     return Prediction(*map(torch.cat, zip(*parts, strict=True)))
@@ -66,12 +66,11 @@ def _predicted(vae: VAE, z: Tensor) -> Prediction:
 
 @torch.no_grad()
 def reconstruct(vae: VAE, x: Tensor, samples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Mean [B, C, H, W] and samples [samples, B, C, H, W] of p(x|z) at the mean code of images `x` [B, C, H, W], one
+    """Mean [B, channels, H, W] and samples [samples, B, channels, H, W] of p(x|z) at the mean code of images `x`, one
     image at a time."""
     device = next(vae.parameters()).device
     means, drawn = [], []
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with devices.seeded(device, seed):
         for image in x.split(1):
             p = vae.eval().decode(vae.encode(image.to(device)).loc)
             means.append(vae.unflatten(p.loc).cpu())
@@ -112,7 +111,7 @@ def save_comparison(predictions: Mapping[str, Prediction], folder: Path) -> list
 
 
 def save_reconstructions(models: Mapping[str, VAE], x: Tensor, path: Path, samples: int = 3) -> Path:
-    """Held-out images `x` [B, C, H, W]; below each, per model, the mean and samples at its code."""
+    """Held-out images `x` [B, channels, H, W]; below each, per model, the mean and samples at its code."""
     rows: list[tuple[str, Tensor]] = [("data", x)]
     for name, vae in models.items():
         mean, drawn = reconstruct(vae, x, samples)
@@ -121,7 +120,7 @@ def save_reconstructions(models: Mapping[str, VAE], x: Tensor, path: Path, sampl
 
 
 def save_images(rows: Sequence[tuple[str, Tensor]], path: Path) -> Path:
-    """Rows of images [B, C, H, W], intensities from 0 to 1, each with its label."""
+    """Rows of images [B, channels, H, W], intensities from 0 to 1, each with its label."""
     count = max(len(images) for _, images in rows)
     figure = _figure(len(rows), count)
     for r, (label, images) in enumerate(rows):
@@ -199,19 +198,18 @@ def _axes(figure: Figure, rows: int, columns: int, index: int, label: str | None
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".writing-{path.name}")
-    figure.savefig(temporary, format=path.suffix.removeprefix(".") or "png")
-    return temporary.replace(path)
+    with files.atomic_writer(path) as file:
+        figure.savefig(file, format=path.suffix.removeprefix(".") or "png")
+    return path
 
 
 def _picture(image: Tensor) -> np.ndarray:
-    """[C, H, W] as what imshow takes, intensities clipped to what can be shown."""
+    """[channels, H, W] as what imshow takes, intensities clipped to what can be shown."""
     image = image.clamp(0, 1)
     return (image[0] if len(image) == 1 else image.movedim(0, -1)).numpy()
 
 
 def _strip(rows: Sequence[Tensor]) -> Tensor:
-    """Batches [B, C, H, W] below each other, the images of each side by side: [3, rows · H, B · W]."""
+    """Batches [B, channels, H, W] below each other, the images of each side by side: [3, rows · H, B · W]."""
     grid = torch.cat([torch.cat(list(images), dim=-1) for images in rows], dim=-2).clamp(0, 1)
     return grid.expand(3, -1, -1)
