@@ -199,7 +199,7 @@ def test_channels_last_features_meet_the_likelihood_without_a_copy():
     features = []
     vae.decoder.register_forward_hook(lambda module, args, output: features.append(output))
     p = vae.decode(torch.randn(2, 4))
-    assert p._P.features.data_ptr() == features[0].data_ptr()
+    assert p._parameters.factor.features.data_ptr() == features[0].data_ptr()
     p.log_prob(torch.rand(2, 3 * 17 * 19)).sum().backward()
 
 

@@ -31,8 +31,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from lowrank_mvn import aten as dense
-from lowrank_mvn import aten_linear as linear
+from lowrank_mvn.factors.dense.aten import blocks as dense
+from lowrank_mvn.factors.linear.aten import blocks as linear
 
 from ..config import Config
 from ..models.vae import VAE
