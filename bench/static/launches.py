@@ -122,8 +122,7 @@ class Launch(NamedTuple):
         """Of a product, whose rows are otherwise alike: those of its operands."""
         if "ONES" not in self.arguments:
             return None
-        Q, K, N = self.arguments["sizes"]
-        return f"{Q}×{N}×{K}"
+        return "×".join(map(str, self.arguments["sizes"]))
 
     @property
     def configuration(self) -> tuple:

@@ -78,7 +78,7 @@ def floor(name: str, R: int) -> int | None:
 
 
 def linear_floor(name: str, K: int, columns: int) -> int | None:
-    """Likewise: F [K, LINEAR_N], its gradient, and S · channels columns of x, the residual, their gradient, loc and a sample."""
+    """Likewise: F [K, LINEAR_N], its gradient, and columns of x, the residual, their gradient, loc and a sample."""
     F, column = 4 * K * LINEAR_N, 4 * columns * LINEAR_N
     return {
         "linear_moments": F + column,

@@ -56,7 +56,7 @@ def ceil_div(a: int, b: int) -> int:
 
 def padded_rank(R: int) -> int:
     """A power of two, and at least the 16 that a matrix product needs."""
-    return max(16, triton.next_power_of_2(R))
+    return max(16, int(triton.next_power_of_2(R)))
 
 
 def split_columns(N: int, R: int, block_n: int) -> int:
@@ -170,7 +170,7 @@ def shared_memory(device: torch.device) -> int:
     """Bytes that one program may use; in the interpreter those of sm_90, whose launches it runs."""
     if device.type != "cuda":
         return 232_448
-    return max_shared_mem(device.index if device.index is not None else torch.cuda.current_device())
+    return int(max_shared_mem(device.index if device.index is not None else torch.cuda.current_device()))
 
 
 def fused_rank(device: torch.device) -> int:
@@ -205,7 +205,7 @@ def products(*tensors: Tensor) -> str:
 
 
 def of_matrices(kind: str, device: torch.device) -> str:
-    """The kind of a product of two loaded matrices: "outer" where `tl.dot` does not take float64 (AMD's, Triton 3.7)."""
+    """The kind of a product of two loaded matrices: "outer" where `tl.dot` takes no float64 (AMD's, Triton 3.7)."""
     return "outer" if kind == "float64" and target(device) == "gfx" else kind
 
 

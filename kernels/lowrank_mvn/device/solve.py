@@ -23,7 +23,6 @@ from torch import Tensor
 from ..capacitance import LOG_DET_TOLERANCE
 from . import launch
 
-
 # The widest padded rank that is swept in registers, 16 float64 values of C in each of 256 lanes (32 in each of 128 do
 # spill on sm_100): with 128 rows they spill at 8 and at 16 warps.
 REGISTERS_R = tl.constexpr(64)

@@ -94,7 +94,10 @@ def from_column(P, n):
 
 @triton.jit
 def load_tile(P, offs_r, n, N, R: tl.constexpr, TILE: tl.constexpr):
-    """Rows offs_r and the columns from n on, in P's own dtype, zero outside; P is (pointer, strides of rows, columns)."""
+    """Rows offs_r and the columns from n on, in P's own dtype, zero outside.
+
+    P is the pointer and the strides of rows and columns, here and below.
+    """
     mask = (offs_r < R)[:, None] & ((n + tl.arange(0, TILE.COLUMNS)) < N)[None, :]
     return tl.load(from_column(P, n) + tile_offsets(P, offs_r, TILE), mask=mask, other=0.0)
 
@@ -129,8 +132,8 @@ def converted(P, n, N, DTYPE: tl.constexpr):
 def fold(a, WIDTH: tl.constexpr, FAR: tl.constexpr = False):
     """Sums of WIDTH columns each [R, n] -> [R, n / WIDTH], within a thread where it holds them all.
 
-    Neighbouring columns are one thread's where they are neighbours in memory; where rows are, a thread has every so many
-    columns (FAR).
+    Neighbouring columns are one thread's where they are neighbours in memory; where rows are, a thread has every so
+    many columns (FAR).
     """
     if WIDTH == 1:
         return a
@@ -256,7 +259,7 @@ def in_memory(a, TILE: tl.constexpr):
 
 @triton.jit
 def load_placed(P, rows, columns, n, N, R: tl.constexpr, TILE: tl.constexpr):
-    """The tile from column n on, in P's own dtype, zero outside; P is (pointer, strides of rows, columns)."""
+    """The tile from column n on, in P's own dtype, zero outside."""
     mask = (rows < R) & (n + columns < N)
     return tl.load(from_column(P, n) + _offsets(P, rows, columns, TILE.NARROW), mask=mask, other=0.0)
 

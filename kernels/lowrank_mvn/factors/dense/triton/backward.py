@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....device import launch
-from ....device.launch import Block
+from ....device.launch import Block, Table, TiledTable
 from ....device.math import narrow, product, split
 from ....device.tiles import (
     in_memory,
@@ -36,7 +36,7 @@ from ....device.tiles import (
 )
 
 # By padded rank, and whether neighbouring columns of P are neighbours in memory.
-BLOCKS = {
+BLOCKS: Table = {
     (16, True): Block(1, 64),
     (16, False): Block(1, 32),
     (32, True): Block(1, 32),
@@ -58,9 +58,9 @@ BLOCKS = {
     (64, False, "sm_75"): Block(8, 32),
 }
 # None or several samples, or values to be converted, take the registers that 128 columns of 64 rows just leave.
-SPARING_BLOCKS = {**BLOCKS, (64, True): Block(4, 64)}
+SPARING_BLOCKS: Table = {**BLOCKS, (64, True): Block(4, 64)}
 # Where tiles of rows are walked over, the accumulators of one and the products with another are in registers at once.
-TILED_BLOCKS = {
+TILED_BLOCKS: TiledTable = {
     True: Block(4, 64),
     False: Block(8, 32),
     (True, "sm_75"): Block(8, 32),
@@ -149,7 +149,8 @@ def backward_kernel(
             loc_item = of_item(loc_at, item, TILE.ALIGN)
     if NEED_P:
         if TILE.LIKE:  # the offsets of one are those of the other
-            grad_P_item = (grad_P_at[0] + own * grad_P_at[2] + item * multiple(P_at[1], TILE.ALIGN), P_item[1], P_item[2])
+            grad_P_ptr = grad_P_at[0] + own * grad_P_at[2] + item * multiple(P_at[1], TILE.ALIGN)
+            grad_P_item = (grad_P_ptr, P_item[1], P_item[2])
         else:
             grad_P_item = of_item(of_item(grad_P_at, item, TILE.ALIGN), own, 1)
     C_inv_ptr += item * R * R
@@ -302,10 +303,8 @@ def gradients(
     columns = launch.split_columns(N, R, block.columns)
     splits = max(1, launch.ceil_div(N, columns))
     sums = P.new_zeros(chunks, B, splits, dtype=torch.float64)
-    vectors, loc = [d], None
-    if samples is not None:
-        loc = samples.loc
-        vectors += [samples.x] if loc is None else [samples.x, loc]
+    loc = None if samples is None else samples.loc
+    vectors = [t for t in (None if samples is None else samples.x, loc, d) if t is not None]
     launch.launch(
         backward_kernel,
         (B * splits, chunks),

@@ -22,17 +22,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ....device import launch
-from ....device.launch import Block
+from ....device.launch import Block, Table
 from ....device.math import add_gram, add_logs, gram_of, no_logs, sum_of_logs
 from ....device.tiles import Tile, fold, from_column, load_row, load_tile, multiple, of_item, scaled, tile_offsets
 
 # By padded rank, and whether neighbouring columns of P are neighbours in memory. A single warp multiplies every column
 # of its tile with itself, so that neither operand goes through another warp. With two stages the tile is copied to
 # shared memory by the memory system, and both operands are read and split from there: one write and two reads of it,
-# without bank conflicts as long as nothing but the operands reads it ("stacked", or no w). From 64 rows on four warps are
-# a tensor-core group of sm_90, which wants columns that are neighbours in shared memory; writing them there from
+# without bank conflicts as long as nothing but the operands reads it ("stacked", or no w). From 64 rows on four warps
+# are a tensor-core group of sm_90, which wants columns that are neighbours in shared memory; writing them there from
 # [B, N, R] costs four times the clocks, and two warps are faster.
-BLOCKS = {
+BLOCKS: Table = {
     (16, True): Block(num_warps=1, columns=64, num_stages=2),
     (16, False): Block(num_warps=1, columns=64),
     (32, True): Block(num_warps=1, columns=32, num_stages=2),
@@ -141,7 +141,7 @@ def capacitance_kernel(
         Q = scaled(P, scale[None, :], n, N, dtype, KIND)
         if PROJECTION == "beside":
             w += fold(fold(Q * (delta * scale)[None, :], FAR, True), NEAR)
-        if TILES > 1:
+        if TILES > 1:  # noqa: SIM108
             Q_j = scaled(load_tile(P_item, offs_j, n, N, R, TILE), scale[None, :], n, N, dtype, KIND)
         else:
             Q_j = Q
@@ -192,15 +192,13 @@ def partial_sums(
     gram = P.new_empty(B, splits, R, R, dtype=work)
     w = None if vectors is None else P.new_empty(B, splits, R, dtype=work)
     logdet = P.new_empty(B, splits, dtype=torch.float64)
+    read = (*(vectors or ()), d)
     if vectors is None:
-        projection, read = "none", (d,)
+        projection = "none"
+    elif by_column and kind == "tf32" and block_r >= R + 2 and all(t.dtype == P.dtype for t in vectors):
+        projection = "stacked"
     else:
-        read = *vectors, d
-        same = all(t.dtype == P.dtype for t in vectors)
-        if by_column and kind == "tf32" and block_r >= R + 2 and same:
-            projection = "stacked"
-        else:
-            projection = "augmented" if not wide and block_r == 16 and R < 16 and not by_column else "beside"
+        projection = "augmented" if not wide and block_r == 16 and R < 16 and not by_column else "beside"
     launch.launch(
         capacitance_kernel,
         (B * splits, launch.ceil_div(R, block_r) ** 2),

@@ -114,13 +114,12 @@ def mahalanobis_and_logdet_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """grad_x, grad_loc, grad_P, grad_d, each in its input's shape and dtype; empty where `needs` says no."""
     need_x, need_loc, *others = needs
-    contiguous, kind, shared = torch.contiguous_format, launch.products(P, x, loc, d), loc.shape[0] != x.shape[0]
+    kind, shared = launch.products(P, x, loc, d), loc.shape[0] != x.shape[0]
     chunks = launch.sample_chunks(x.shape[0], *P.shape[1:])
-    grad_x = torch.empty_like(x, memory_format=contiguous) if need_x else None
-    grad_loc = None
-    if need_loc:
-        work = torch.float64 if kind == "float64" else torch.float32
-        grad_loc = launch.empty_chunks(chunks, loc[0], work) if shared else torch.empty_like(loc, memory_format=contiguous)
+    grad_x = x.new_empty(x.shape) if need_x else None
+    grad_loc = loc.new_empty(loc.shape) if need_loc else None
+    if need_loc and shared:
+        grad_loc = launch.empty_chunks(chunks, loc[0], torch.float64 if kind == "float64" else torch.float32)
     samples = Samples(grad_mahalanobis.double(), x, loc, v.contiguous())
     grad_P, grad_d = _gradients(samples, grad_logdet, P, d, C_inv, wide, grad_x, grad_loc, others, kind, chunks)
     if grad_loc is not None and shared:

@@ -17,12 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ....device import launch
-from ....device.launch import Block
+from ....device.launch import Block, Table
 from ....device.math import reciprocal
 from ....device.tiles import load_placed, load_row, multiple, of_item
 
 # By padded rank: one warp and at most 32 values of P in the registers of a lane, in float64 beside float32.
-BLOCKS = {
+BLOCKS: Table = {
     (16, True): Block(1, 64),
     (16, False): Block(1, 32),
     (32, True): Block(1, 32),

@@ -13,13 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ....device import launch
-from ....device.launch import Block
+from ....device.launch import Block, Table
 from ....device.math import narrow, normals
 from ....device.tiles import Tile, from_column, load_row, load_tile, multiple, of_item, tile_offsets
 
 # By padded rank, and whether neighbouring columns of P are neighbours in memory: one warp, and as many columns as its
 # registers hold without spills.
-BLOCKS = {
+BLOCKS: Table = {
     (16, True): Block(1, 64),
     (16, False): Block(1, 64),
     (32, True): Block(1, 32),

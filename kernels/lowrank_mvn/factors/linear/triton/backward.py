@@ -18,6 +18,7 @@ tile. Items that needed float64 for C get every product in it, and each of the t
 alone.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from ....device import launch
-from ....device.launch import Block
+from ....device.launch import Block, Table
 from ....device.math import narrow, split
 from ....device.tiles import Placed, multiple, of_item, operand_rows, places, rows_of, store_result
 from ..forms import one_d
@@ -36,7 +37,7 @@ from .tile import channel, tile_of, times
 
 # By padded number of features. On sm_90 groups of four warps with 64 columns each multiply straight from shared memory;
 # two of them share what is loaded for a tile: step, u and a row of A.
-BLOCKS = {
+BLOCKS: Table = {
     **both({16: Block(1, 64), 32: Block(1, 32), 64: Block(8, 128), 128: Block(8, 32)}),
     (64, True, "sm_75"): Block(8, 16),
     (64, False, "sm_75"): Block(8, 32),
@@ -48,7 +49,7 @@ BLOCKS = {
     (64, False, "gfx"): Block(4, 64),
 }
 # With a d per pixel, parts of M_c of each channel are made for every tile, and need registers elsewhere.
-PIXEL_BLOCKS = {
+PIXEL_BLOCKS: Table = {
     **both({16: Block(1, 64), 32: Block(1, 32), 64: Block(4, 64), 128: Block(8, 16)}),
     (32, True): Block(2, 32),
     (64, True, "sm_75"): Block(8, 16),
@@ -93,7 +94,7 @@ def linear_backward_kernel(
     KIND: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """z = D⁻¹(r − F̃ᵀ step): 2az, AF̃ − 2 Σ a u zᵀ (or Σ_c 2b M_cF̃D_c⁻¹ − …) and bπ − Σₛ az² of one split of the pixels."""
+    """z = D⁻¹(r − F̃ᵀ step): 2az, AF̃ − 2 Σ a u zᵀ (or Σ_c 2b M_cF̃D_c⁻¹ − …) and bπ − Σₛ az² of a split of the pixels."""
     # One loop, and longer than a function should be: a tile of F in registers serves every gradient.
     BLOCK_K: tl.constexpr = TILE.ROWS
     BLOCK_N: tl.constexpr = TILE.COLUMNS
@@ -204,11 +205,10 @@ def gradients(
     columns = columns_per_program(pixels, B, 32 * K, usual.columns)  # the same with products of any kind
     splits = max(1, launch.ceil_div(pixels, columns))
     sums = F.new_zeros(B, splits, dtype=torch.float64)
-    made, vectors = F if grads.F is None else grads.F, (d,)
-    small = (placed(A, F, matrix=True),)
+    made, vectors, small = F if grads.F is None else grads.F, [d], [placed(A, F, matrix=True)]
     if samples is not None:
-        vectors = samples.r, d
-        small = *small, placed(samples.step, F), placed(samples.minus_2au, F)
+        vectors.append(samples.r)
+        small += placed(samples.step, F), placed(samples.minus_2au, F)
     for products in dict.fromkeys((kind, "float64")):
         block = WIDE_BLOCK if products == "float64" else usual
         A, *of_samples = (t if products == "float64" else t.float() for t in small)
@@ -261,7 +261,7 @@ def _by_row(F: Tensor) -> bool:
     return F.stride(1) == 1 and F.stride(2) != 1 and F.stride(2) % 4 == 0 and F.stride(0) % 4 == 0
 
 
-def _tile(block: Block, block_k: int, F: Tensor, made: Tensor, vectors: tuple[Tensor, ...]) -> Placed:
+def _tile(block: Block, block_k: int, F: Tensor, made: Tensor, vectors: Sequence[Tensor]) -> Placed:
     """A warp's rows are in one piece, where tiles are no wider than a group of four warps."""
     strides = (t.stride(i) for t in (F, made) for i in (0, 2))
     tile = launch.placed(block, block_k, F.mT, made.mT, vectors)

@@ -1,7 +1,7 @@
 r"""A linear factor of many features, by way of blocks of P: made of a block of pixels, and gone after it.
 
-Where K is much larger than R · channels, products of the features with themselves (K² for each G_c and each M_c) cost more than
-making P does. A block of P is then a full factor of some of the pixels, and goes through that factor's own kernels:
+Where K is much larger than R · channels, products of the features with themselves (K² for each G_c and each M_c) cost
+more than making P does. A block of P is then a dense factor of some of the pixels, and goes through its kernels:
 
     C and log|D|    `capacitance` of each block, added up block by block
     r, q and v      from the features, as ever (`residual`): P is rounded, and r is what cancellation leaves
@@ -53,7 +53,7 @@ def _blocks(F: Tensor, rows: int) -> Iterator[slice]:
     step = max(LEAST_PIXELS, BLOCK_VALUES // max(1, B * rows))
     step = launch.ceil_div(pixels, max(1, launch.ceil_div(pixels, step)))
     step = max(1, launch.ceil_div(step, 16)) * 16  # so that blocks begin where 16 bytes do
-    ends = [*range(step, pixels - 1, step), pixels]  # none of one pixel, whose diagonal would look like one value for all
+    ends = [*range(step, pixels - 1, step), pixels]  # none of one pixel, whose d would look like one value for all
     for start, end in zip([0, *ends], ends, strict=False):
         yield slice(start, end)
 
@@ -65,7 +65,8 @@ def _weight(W: Tensor, B: int) -> Tensor:
 
 def _factor(rows: Tensor, R: int) -> Tensor:
     """R · channels rows of a block [B, rows, n], as P [B, channels · n, R]."""
-    return rows.unflatten(1, (R, -1)).flatten(2).mT
+    P: Tensor = rows.unflatten(1, (R, -1)).flatten(2).mT
+    return P
 
 
 def _of(d: Tensor, n: slice) -> Tensor:

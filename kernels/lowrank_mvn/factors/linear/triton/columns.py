@@ -4,7 +4,7 @@
 """What the kernels of a linear factor share: sums over columns in either layout, and how work is cut.
 
 A block of the features is a tile [rows, columns] of F; the row of ones is never loaded or padded for: its products
-are sums. Columns of x, δ or z are numbered j = s · channels + c, sample by sample; a few of them ride on each tile of F.
+are sums. Columns of x, δ or z are numbered j = s · channels + c, sample by sample; a few ride on each tile of F.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ def block(kernel: str, table: launch.Table, block_k: int, F: Tensor) -> launch.B
     return launch.block(kernel, table, block_k, F.stride(2) == 1, F.device)
 
 
-def both(table: dict[int, launch.Block]) -> dict[tuple[int, bool] | tuple[int, bool, str], launch.Block]:
+def both(table: dict[int, launch.Block]) -> launch.Table:
     """A table for `launch.block` whose launches suit either layout."""
     return {(block_k, by_column): block for block_k, block in table.items() for by_column in (True, False)}
 

@@ -68,7 +68,9 @@ def _factorised(
     return Factorised(WG, wF, gram, C_inv, logdet, wide)
 
 
-def _projected(x: Tensor, loc: Tensor | None, F: Tensor, W: Tensor, m: Tensor | None, d: Tensor, inverted: bool) -> Tensor:
+def _projected(
+    x: Tensor, loc: Tensor | None, F: Tensor, W: Tensor, m: Tensor | None, d: Tensor, inverted: bool = False
+) -> Tensor:
     """w = PᵀD⁻¹δ [B, S, R] from a pass of its own; W and m in float64."""
     u = None if m is None else m.expand(F.shape[0], x.shape[0], -1, -1)
     return forms.projection(residual.sums(x, loc, F, d, u, None, inverted)[0], None, W, None)
@@ -125,7 +127,7 @@ def mahalanobis_and_logdet(
     WG = None
     if _by_blocks(W, d):
         C_inv, log_det, wide = blocks.factorised(F, W, d, _products(F, x, d, loc))
-        w = _projected(x, loc, F, W64, m64, d, inverted=False)
+        w = _projected(x, loc, F, W64, m64, d)
     else:
         WG, wF, _, C_inv, log_det, wide = _factorised(F, W64, d, x, loc)
         if S and not wF.shape[1]:
@@ -163,13 +165,13 @@ def mahalanobis_and_logdet_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """grad_x [S, B, channels, pixels], grad_F, grad_W, grad_m (empty without m) and grad_d; `needs` is for x, F and d:
     what is not needed is empty. grad_loc is −grad_x."""
-    a, b, kind, empty = grad_mahalanobis.double(), grad_logdet.double().contiguous(), _products(F, residual, d), x.new_empty(0)
+    a, b, kind = grad_mahalanobis.double(), grad_logdet.double().contiguous(), _products(F, residual, d)
     wide, none = wide.contiguous(), F.new_empty(0)
     if _by_blocks(W, d):
         kept = blocks.Kept(a, v.contiguous(), step.contiguous(), residual, m)
         made = blocks.gradients(kept, b, F, W, d, C_inv.contiguous(), wide, needs, kind)
         grad_x, grad_F, grad_W, grad_m, grad_d = made
-        return empty if grad_x is None else grad_x, grad_F, grad_W, none if grad_m is None else grad_m, grad_d
+        return none if grad_x is None else grad_x, grad_F, grad_W, none if grad_m is None else grad_m, grad_d
     need_x, *others = needs
     W64, a = W.double(), a.T.contiguous()  # [B, S]
     v, step = v.transpose(0, 1), step.transpose(0, 1)  # [B, S, R]

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....device import launch
-from ....device.launch import Block
+from ....device.launch import Block, Table
 from ....device.math import add_gram, add_logs, gram_of, no_logs, sum_of_logs
 from ....device.tiles import converted, fold, load_row, load_tile, multiple, of_item, scaled
 from ...dense.triton.capacitance import WIDE_BLOCK, WIDE_ROWS
@@ -35,7 +35,7 @@ from .columns import tile as tile_of
 
 # By padded number of features: one warp multiplies every column of its tile with itself; from 64 rows on four warps are
 # one tensor-core group, for which neighbouring features would be turned in shared memory.
-BLOCKS = {
+BLOCKS: Table = {
     **both({16: Block(1, 64), 32: Block(1, 32), 64: Block(4, 32), 128: Block(8, 32)}),
     (64, False): Block(2, 16),
     (64, False, "sm_75"): Block(4, 32),

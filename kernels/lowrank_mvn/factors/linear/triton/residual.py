@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....device import launch
-from ....device.launch import Block
+from ....device.launch import Block, Table, TiledTable
 from ....device.math import narrow, reciprocal
 from ....device.tiles import fold, load_row, load_tile, multiple, of_item
 from ..forms import one_d
@@ -25,24 +25,24 @@ from .columns import both, channels_last, columns_per_program, nothing, riders
 from .columns import tile as tile_of
 
 # By padded number of features: one warp and at most 32 values of F in the registers of a lane, in float64.
-BLOCKS = {
+BLOCKS: Table = {
     **both({16: Block(1, 64), 32: Block(1, 32), 64: Block(1, 16), 128: Block(2, 16)}),
     (16, False): Block(1, 32),
     (128, False): Block(4, 8),
     (64, False, "sm_100"): Block(2, 16),
 }
 # Each of several samples has a sum of squares of its own, which needs more registers than the tile.
-SAMPLES_BLOCKS = {**BLOCKS, (16, True): Block(1, 32), (64, False): Block(1, 8)}
+SAMPLES_BLOCKS: Table = {**BLOCKS, (16, True): Block(1, 32), (64, False): Block(1, 8)}
 # Where a lane does not hold neighbours in memory together, the sums over its columns are not folded within it; in
 # float64 F itself is twice as large. 8 values of F in a lane, or 4.
-SPARING_BLOCKS = {
+SPARING_BLOCKS: Table = {
     **both({16: Block(2, 32), 64: Block(4, 16), 128: Block(4, 8)}),
     (32, True): Block(2, 32),
     (32, False): Block(4, 16),
 }
 
 # Where tiles of features are walked over, by whether neighbouring columns of F are neighbours in memory.
-TILED_BLOCKS = {True: Block(4, 16), False: Block(4, 32)}
+TILED_BLOCKS: TiledTable = {True: Block(4, 16), False: Block(4, 32)}
 
 # Rows of one piece of a tile where features are neighbours in memory. Triton lays a warp out along them first: a tile
 # of 64 rows would have 16 lanes for each sum over features, a piece of 32 has 8, and pieces are added before lanes are.

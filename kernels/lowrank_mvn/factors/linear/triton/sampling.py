@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....device import launch
-from ....device.launch import Block
+from ....device.launch import Block, Table
 from ....device.math import narrow, normals, normals_anywhere
 from ....device.tiles import Tile, load_row, load_tile, multiple, of_item
 from ..forms import one_d
@@ -19,9 +19,9 @@ from .columns import block as block_of
 from .columns import both, columns_per_program
 
 # By padded number of features: one warp, and as many pixels as its registers hold without spills in either layout.
-BLOCKS = both({16: Block(1, 64), 32: Block(1, 32), 64: Block(1, 64), 128: Block(1, 16)})
+BLOCKS: Table = both({16: Block(1, 64), 32: Block(1, 32), 64: Block(1, 64), 128: Block(1, 16)})
 # In float64, and where noise is drawn for single columns, fewer.
-SPARING_BLOCKS = both({16: Block(1, 32), 32: Block(2, 16), 64: Block(2, 32), 128: Block(4, 16)})
+SPARING_BLOCKS: Table = both({16: Block(1, 32), 32: Block(2, 16), 64: Block(2, 32), 128: Block(4, 16)})
 # Where tiles of features are walked over.
 TILED_BLOCK = Block(2, 64)
 
@@ -74,7 +74,7 @@ def linear_sample_kernel(
         F = load_tile(F_item, offs_k, n, pixels, K, TILE).to(dtype)
         for channel in range(channels):
             c = tl.full((), 1, tl.int64) * channel
-            if ONE_D:
+            if ONE_D:  # noqa: SIM108
                 sigma = sigma_one
             else:
                 sigma = tl.sqrt(load_row(of_item(d_item, c, 1), columns, mask_n, 1.0).to(dtype))
@@ -98,9 +98,7 @@ def linear_sample_kernel(
                 tl.store(y_ptr + ((s * B + b) * channels + c) * pixels + columns, narrow(y, y_ptr), mask=mask_n)
 
 
-def rsample(
-    loc: Tensor | None, F: Tensor, u: Tensor, d: Tensor, omega_d: Tensor | None, seed: Tensor | None
-) -> Tensor:
+def rsample(loc: Tensor | None, F: Tensor, u: Tensor, d: Tensor, omega_d: Tensor | None, seed: Tensor | None) -> Tensor:
     """y [S, B, channels, pixels], of loc [S or 1, B, channels, pixels] or none, u [B, S, channels, K+1], and ω_d
     [S, B, channels, pixels] or a seed [B]."""
     if (omega_d is None) == (seed is None):

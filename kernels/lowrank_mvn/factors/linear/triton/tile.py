@@ -101,7 +101,7 @@ def score(
 @triton.jit
 def curvature(
     b,
-    A_ptr,  # M_c
+    M_ptr,  # M_c
     d_inv,
     F_tile,
     features,
@@ -115,18 +115,18 @@ def curvature(
     BLOCK_K: tl.constexpr = TILE.ROWS
     TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     LD: tl.constexpr = TILES * BLOCK_K + 4
-    T, constant = times(A_ptr, None, F_tile, features, tile, K, KIND, TILE)
+    T, constant = times(M_ptr, None, F_tile, features, tile, K, KIND, TILE)
     pi = d_inv
     if NEED_PI:
         if TILES > 1:  # f̃ᵀM_cf̃ of all tiles, less the corner of M_c
             form = tl.zeros(d_inv.shape, d_inv.dtype)
             for other in range(TILES):
                 F_o = tile_of(features, other, K, TILE)
-                T_o, constant_o = times(A_ptr, None, F_o, features, other, K, KIND, TILE)
+                T_o, constant_o = times(M_ptr, None, F_o, features, other, K, KIND, TILE)
                 form += tl.sum((T_o + constant_o[None, :]) * result(F_o).to(d_inv.dtype), 1)
         else:
             form = tl.sum((T + constant[None, :]) * result(F_tile).to(d_inv.dtype), 1)
-        pi -= (form + tl.load(A_ptr + TILES * BLOCK_K * (LD + 1))) * d_inv * d_inv
+        pi -= (form + tl.load(M_ptr + TILES * BLOCK_K * (LD + 1))) * d_inv * d_inv
     return T * (2.0 * b * d_inv)[:, None], pi
 
 
@@ -167,7 +167,8 @@ def channel(
         d_inv = 1.0 / ordered(load_row(d_row, offs_n.to(tl.int64), mask_n, 1.0).to(F.dtype), TILE)
         az2 = tl.zeros((F.shape[0],), F.dtype)
         if NEED_F or NEED_PI:
-            added, pi = curvature(b, A_ptr + at * ((LD - 3) * LD), d_inv, F_tile, features, tile, NEED_PI, K, KIND, TILE)
+            M_ptr = A_ptr + at * ((LD - 3) * LD)
+            added, pi = curvature(b, M_ptr, d_inv, F_tile, features, tile, NEED_PI, K, KIND, TILE)
             grad_F += added
     if vectors is not None:
         for s in range(S):
