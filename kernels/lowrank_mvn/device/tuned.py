@@ -19,15 +19,13 @@ import functools
 import json
 import os
 import re
-import tempfile
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["Entries", "entries", "read", "users_folder", "write"]
+__all__ = ["Entries", "Key", "Launch", "as_item", "entries", "fault", "file_of", "read", "users_folder"]
 
 Key = tuple[str, int, bool]  # kernel, padded rank, whether neighbouring columns of P are neighbours in memory
 Launch = tuple[int, int, int]  # warps, columns, stages
@@ -94,9 +92,8 @@ def read(folder: Path | None, device_name: str) -> Entries:
     found: Entries = {}
     refused = []
     for i, item in enumerate(table["blocks"]):
-        fault = _fault(item)
-        if fault:
-            refused.append(f"entry {i}: {fault}")
+        if wrong := fault(item):
+            refused.append(f"entry {i}: {wrong}")
         else:
             launch = item["num_warps"], item["columns"], item["num_stages"]
             found[item["kernel"], item["block_r"], item["by_column"]] = launch
@@ -105,41 +102,13 @@ def read(folder: Path | None, device_name: str) -> Entries:
     return found
 
 
-def write(folder: Path, device_name: str, measured: Mapping[Key, Launch | None]) -> Path:
-    """Puts entries into a device's file, and forgets those that are None; to a temporary name that is then renamed.
-
-    Other processes see it when they start.
-    """
-    together: Entries = read(folder, device_name)
-    for key, launch in measured.items():
-        if launch is None:
-            together.pop(key, None)
-        elif fault := _fault(_item(key, launch)):
-            raise ValueError(f"{key}: {launch} cannot be stored: {fault}")
-        else:
-            together[key] = launch
-    folder.mkdir(parents=True, exist_ok=True)
-    path = file_of(folder, device_name)
-    items = ",".join(f"\n    {json.dumps(_item(key, launch))}" for key, launch in sorted(together.items()))
-    text = f'{{\n  "format": {FORMAT},\n  "device": {json.dumps(device_name)},\n  "blocks": [{items}\n  ]\n}}\n'
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    entries.cache_clear()
-    return path
-
-
-def _item(key: Key, launch: Launch) -> dict[str, Any]:
+def as_item(key: Key, launch: Launch) -> dict[str, Any]:
+    """An entry as it stands in a file."""
     names = "kernel", "block_r", "by_column", "num_warps", "columns", "num_stages"
     return dict(zip(names, (*key, *launch), strict=True))
 
 
-def _fault(item: Any) -> str | None:
+def fault(item: Any) -> str | None:
     """What is wrong with an entry."""
     if not isinstance(item, dict):
         return "it is not an object"

@@ -1,21 +1,18 @@
-"""What the kernels share: reading blocks, products in split tf32, and how work is cut into programs.
-
-A block of P is a tile [BLOCK_R, BLOCK_N] in every kernel, whatever the layout in memory: Triton lays the threads
-out along the dimension whose stride is 1. Offsets are int64 before the first multiply.
-"""
+"""How work is cut into programs, how tensors are handed to a kernel, and the one place where kernels are started."""
 
 import functools
 import math
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.compiler import max_shared_mem
 
 from . import tuned
+from .tiles import Placed
 
 # The widest rank that is held in one tile; beyond, kernels walk over tiles of TILED_R rows.
 FUSED_R = 128
@@ -40,98 +37,6 @@ LARGE, LEAST_COLUMNS = 12_288, 256
 ROUNDING = {"tf32": 2.0**-21, "float32": 2.0**-23}
 
 
-@triton.jit
-def aligned(numbers, ALIGN: tl.constexpr):
-    """`numbers`, multiples of ALIGN, so that the compiler knows it: Triton 3.7 drops `multiple_of` on an argument."""
-    if ALIGN == 1:
-        return numbers
-    known = ()
-    for i in tl.static_range(len(numbers)):  # neither starred expressions nor annotations are Triton's
-        known = known + (numbers[i] // ALIGN * ALIGN,)  # type: ignore[assignment]  # noqa: RUF005
-    return known
-
-
-@triton.jit
-def tile_offsets(offs_r, stride_pr, stride_pn, NARROW: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Offsets of a tile from its first column; they do not change from step to step, and with NARROW fit an int32."""
-    local = tl.arange(0, BLOCK_N)
-    if NARROW:
-        return (offs_r * stride_pr)[:, None] + (local * stride_pn)[None, :]
-    else:  # both branches would be compiled without it
-        return (offs_r.to(tl.int64) * stride_pr)[:, None] + (local.to(tl.int64) * stride_pn)[None, :]
-
-
-@triton.jit
-def load_tile(P_ptr, offs_r, n, N, stride_pr, stride_pn, R: tl.constexpr, NARROW: tl.constexpr, BLOCK_N: tl.constexpr):
-    """P[n : n + BLOCK_N, offs_r] as [BLOCK_R, BLOCK_N] in its own dtype, zero outside."""
-    offsets = tile_offsets(offs_r, stride_pr, stride_pn, NARROW, BLOCK_N)
-    mask = (offs_r < R)[:, None] & ((n + tl.arange(0, BLOCK_N)) < N)[None, :]
-    return tl.load(P_ptr + tl.full((), 1, tl.int64) * n * stride_pn + offsets, mask=mask, other=0.0)
-
-
-@triton.jit
-def scaled(P, scale, n, N, KIND: tl.constexpr, OUTER: tl.constexpr = False):
-    """P·scale of a tile [R, n], its first column n, in the dtype KIND, for `tl.dot`.
-
-    In float64 behind a branch that is always taken: where Triton 3.7 sees that an operand of sm_80's or sm_90's float64
-    product was loaded with 16 bits, it lays it out in pairs, and then fails to compile the product. With OUTER there is
-    no such product, and of the branch gfx942 fails to compile some.
-    """
-    if KIND == tl.float64 and not OUTER:  # noqa: SIM300  (not a constant before it is compiled)
-        out = tl.zeros(P.shape, KIND)
-        if n < N:
-            out = P.to(KIND) * scale
-        return out
-    else:
-        return P.to(KIND) * scale
-
-
-@triton.jit
-def converted(P, n, N, KIND: tl.constexpr):
-    """As `scaled`, by nothing: only half precision has to be hidden."""
-    if P.dtype.primitive_bitwidth == 16:
-        return scaled(P, 1.0, n, N, KIND)
-    else:
-        return P.to(KIND)
-
-
-@triton.jit
-def split(a):
-    """a = high + low: high has the 11 significant bits that a tensor core reads, low is exact in float32."""
-    bits = a.to(tl.int32, bitcast=True)
-    high = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    return high, a - high
-
-
-@triton.jit
-def reciprocal(d):
-    """1/d in float64 without a division: one Newton step from float32 leaves a relative error of 1e-14."""
-    if d.dtype == tl.float64:
-        return 1.0 / d
-    else:
-        d64 = d.to(tl.float64)
-        guess = (1.0 / d.to(tl.float32)).to(tl.float64)
-        return guess * (2.0 - d64 * guess)
-
-
-@triton.jit
-def narrow(a, like_ptr):
-    """`a` in the dtype that `like_ptr` points to; half precision by way of float32."""
-    if like_ptr.dtype.element_ty == tl.float64:
-        return a.to(tl.float64)
-    else:
-        return a.to(tl.float32).to(like_ptr.dtype.element_ty)
-
-
-@triton.jit
-def fold(a, WIDTH: tl.constexpr):
-    """Sums over WIDTH neighbouring columns [R, n] -> [R, n / WIDTH]: within a thread where it holds them all."""
-    if WIDTH == 1:
-        return a
-    else:
-        return tl.sum(tl.reshape(a, (a.shape[0], a.shape[1] // WIDTH, WIDTH)), 2)
-
-
 class Block(NamedTuple):
     """How a kernel is cut for one padded rank; found with `bench.static` (kernels/LOG.md), whose bounds they keep."""
 
@@ -140,13 +45,18 @@ class Block(NamedTuple):
     num_stages: int = 1
 
 
+# Launches by padded rank, whether neighbouring columns are neighbours in memory, and the target where it differs.
+Table = Mapping[tuple[int, bool] | tuple[int, bool, str], Block]
+TiledTable = Mapping[bool | tuple[bool, str], Block]
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
 def padded_rank(R: int) -> int:
     """A power of two, and at least the 16 that a matrix product needs."""
-    return max(16, triton.next_power_of_2(R))
+    return max(16, int(triton.next_power_of_2(R)))
 
 
 def split_columns(N: int, R: int, block_n: int) -> int:
@@ -169,6 +79,21 @@ def sample_chunks(S: int, N: int, R: int) -> int:
     return max(1, min(ceil_div(PROGRAMS, max(1, programs)), S // max(64, 8 * R)))
 
 
+def at(t: Tensor) -> tuple[Any, ...]:
+    """A tensor as a kernel takes it: the pointer and the strides."""
+    return t, *t.stride()
+
+
+def samples_at(t: Tensor, by_channel: bool = False) -> tuple[Any, ...]:
+    """Likewise vectors [S or 1, B, ...], with the items first; one that all samples share has the stride 0.
+
+    By channel those of [S or 1, B, channels, pixels] are in the order of items, channels, samples, pixels.
+    """
+    stride, *rest = t.stride()
+    stride = stride if t.shape[0] > 1 else 0
+    return (t, *rest[:2], stride, *rest[2:]) if by_channel else (t, rest[0], stride, *rest[1:])
+
+
 def empty_chunks(chunks: int, t: Tensor, dtype: torch.dtype) -> Tensor:
     """[chunks, *t.shape] for partial sums of a gradient of P or of vectors; if there is one, the gradient itself."""
     if t.dim() < 3:
@@ -189,7 +114,7 @@ def sum_chunks(parts: Tensor, t: Tensor) -> Tensor:
 
 
 def fewer(columns: int, N: int) -> int:
-    """What LARGE columns are cut into, for an item of N."""
+    """Columns per program, reduced for an item of N columns that is smaller than LARGE."""
     if N > MAX_PIXELS:
         raise ValueError(f"an item has {N} pixels, the kernels take at most {MAX_PIXELS}")
     return max(min(columns, ceil_div(columns * N, LARGE)), min(columns, LEAST_COLUMNS))
@@ -245,7 +170,7 @@ def shared_memory(device: torch.device) -> int:
     """Bytes that one program may use; in the interpreter those of sm_90, whose launches it runs."""
     if device.type != "cuda":
         return 232_448
-    return max_shared_mem(device.index if device.index is not None else torch.cuda.current_device())
+    return int(max_shared_mem(device.index if device.index is not None else torch.cuda.current_device()))
 
 
 def fused_rank(device: torch.device) -> int:
@@ -253,7 +178,7 @@ def fused_rank(device: torch.device) -> int:
     return FUSED_R if shared_memory(device) >= FUSED_SHARED else TILED_R
 
 
-def block(kernel: str, table: dict, block_r: int, by_column: bool, device: torch.device) -> Block:
+def block(kernel: str, table: Table, block_r: int, by_column: bool, device: torch.device) -> Block:
     """The launch of `kernel` for a padded rank, where `by_column` says that neighbouring columns of P are neighbours.
 
     What `pytest --benchmark --tune` has measured on this device comes first (`tuned`). `table` holds under (block_r,
@@ -266,7 +191,7 @@ def block(kernel: str, table: dict, block_r: int, by_column: bool, device: torch
     return own if own is not None else table[block_r, by_column]
 
 
-def tiled_block(table: dict, by_column: bool, device: torch.device) -> Block:
+def tiled_block(table: TiledTable, by_column: bool, device: torch.device) -> Block:
     """Likewise where tiles of TILED_R rows are walked over: under by_column, and (by_column, target) what differs."""
     own = table.get((by_column, target(device)))
     return own if own is not None else table[by_column]
@@ -279,12 +204,31 @@ def products(*tensors: Tensor) -> str:
     return "float32" if target(tensors[0].device) in ("sm_75", "gfx") else "tf32"
 
 
-def matrix_float64(device: torch.device) -> bool:
-    """Whether `tl.dot` takes float64: Triton 3.7 compiles it for NVIDIA's targets, not for AMD's."""
-    return target(device) != "gfx"
+def of_matrices(kind: str, device: torch.device) -> str:
+    """The kind of a product of two loaded matrices: "outer" where `tl.dot` takes no float64 (AMD's, Triton 3.7)."""
+    return "outer" if kind == "float64" and target(device) == "gfx" else kind
 
 
-def launch(kernel, grid: tuple[int, ...], num_warps: int, num_stages: int = 1, **arguments) -> None:
+def placed(block: Block, rows: int, like: Tensor, made: Tensor, vectors: Sequence[Tensor]) -> Placed:
+    """The tiles of a kernel that reads a factor `like` [B, N, R] and writes `made`, which is laid out much as it is.
+
+    Four values of 4 bytes are what one instruction loads.
+    """
+    by_column = like.stride(1) == 1
+    J = 4 if by_column and block.columns >= 32 else 2
+    return Placed(
+        ROWS=rows,
+        COLUMNS=block.columns,
+        ALIGN=min(alignment(like, *vectors), alignment(made, *vectors)),
+        NARROW=narrow_offsets(like, block.columns) and narrow_offsets(made, block.columns),
+        BY_COLUMN=by_column,
+        J=J,
+        WARPS=max(1, min(block.num_warps, block.columns // (8 * J))),
+        LIKE=made.stride() == like.stride(),
+    )
+
+
+def launch(kernel: Any, grid: tuple[int, ...], num_warps: int, num_stages: int = 1, **arguments: Any) -> None:
     """Every kernel is started here, so that a tool can see what is started (`bench.static` does).
 
     One stage by default: several programs on a multiprocessor cover the memory's latency for each other, and stages
@@ -292,6 +236,7 @@ def launch(kernel, grid: tuple[int, ...], num_warps: int, num_stages: int = 1, *
     """
     if all(grid):
         # Triton launches on the current device, which need not be that of the tensors.
-        device = next(t.device for t in arguments.values() if isinstance(t, Tensor))
+        tensors = (v[0] if isinstance(v, tuple) else v for v in arguments.values())
+        device = next(t.device for t in tensors if isinstance(t, Tensor))
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
