@@ -70,8 +70,15 @@ def checkout(base: str, repository: Path = ROOT) -> Iterator[Path]:
         yield Path(folder)
 
 
+def _say(line: str) -> None:
+    print(line, flush=True)  # minutes pass before the next
+
+
 def compare(
-    base: Path, entries: Sequence[tuple[Operator, Case]], device: str, say: Callable[[str], None] = print
+    base: Path,
+    entries: Sequence[tuple[Operator, Case]],
+    device: str,
+    say: Callable[[str], None] = _say,
 ) -> list[str]:
     """Prints a line per case and returns the names of those that became slower or went wrong."""
     worse = []

@@ -86,7 +86,7 @@ def predict(point: Point) -> int:
     return model.peak(point.side, point.batch, point.accumulate).total
 
 
-def measure(point: Point) -> dict[str, int]:
+def measure(point: Point) -> dict[str, float]:
     """Bytes at the peak of one step by both accounts; to be called in a fresh process."""
     _prepared(point._replace(side=32, width=0.125))[0]()
     step, there = _prepared(point)
@@ -132,7 +132,7 @@ def _allocator_peak(call: Callable[[], Any]) -> int:
                 moments.append((node.start_time_ns, node.typed[1].ptr, node.typed[1].alloc_size))
             walk(node.children)
 
-    walk(profiled.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
+    walk(profiled.profiler.kineto_results.experimental_event_tree())
     alive: dict[int, int] = {}
     now = highest = 0
     for _, pointer, size in sorted(moments):

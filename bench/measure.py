@@ -178,7 +178,7 @@ def rows(operator: Operator, case: Case, measured: Sequence[Measurement], where:
     return found
 
 
-def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
+def _spread(name: str, values: Sequence[float]) -> dict[str, Any]:
     return {name: percentile(values, 50), f"{name}_p20": percentile(values, 20), f"{name}_p80": percentile(values, 80)}
 
 

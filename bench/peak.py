@@ -32,11 +32,12 @@ def peak_above(call: Callable[[], Any], device: str) -> tuple[float, str]:
     if device == "cpu" and not _reset_peak():
         return math.nan, ""
     measure, account = (_resident, "resident") if device == "cpu" else (_allocated, "allocator")
-    peaks, begun = [], time.perf_counter()
+    peaks: list[int] = []
+    begun = time.perf_counter()
     while not peaks or (len(peaks) < CALLS and time.perf_counter() - begun < SECONDS):
         gc.collect()
         peaks.append(measure(call))
-    return statistics.median(peaks), account
+    return float(statistics.median(peaks)), account
 
 
 def _allocated(call: Callable[[], Any]) -> int:

@@ -64,11 +64,22 @@ def _lines(axis: Any, rows: Sequence[Row], value: Value, floor: bool) -> None:
     for peer in dict.fromkeys(row.peer for row in rows):
         chosen = sorted((row for row in rows if row.peer == peer), key=lambda row: row.N)
         colour, marker = STYLES.get(peer, (None, "o"))
-        points = [row.N for row in chosen], [value(row) for row in chosen]
-        axis.plot(*points, label=titles(chosen[0])[1], color=colour, marker=marker)
+        axis.plot(
+            [row.N for row in chosen],
+            [value(row) for row in chosen],
+            label=titles(chosen[0])[1],
+            color=colour,
+            marker=marker,
+        )
     if floor and any(math.isfinite(row.floor) for row in rows):
-        points = sorted((row.N, row.floor * 1e3) for row in rows if row.peer == "ours")
-        axis.plot(*zip(*points, strict=True), "--", color="0.5", label="floor of this machine")
+        chosen = sorted((row for row in rows if row.peer == "ours"), key=lambda row: row.N)
+        axis.plot(
+            [row.N for row in chosen],
+            [row.floor * 1e3 for row in chosen],
+            "--",
+            color="0.5",
+            label="floor of this machine",
+        )
 
 
 def _dress(axis: Any, rows: Sequence[Row], label: str) -> None:

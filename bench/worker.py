@@ -72,7 +72,7 @@ class Session:
         self.job.call()
         return str(Path(str(sys.modules["lowrank_mvn"].__file__)).resolve().parent) if self.peer.name == "ours" else ""
 
-    def peak(self) -> tuple[int, str]:
+    def peak(self) -> tuple[float, str]:
         """Peak memory of a call, and by whose account."""
         assert self.job is not None, "prepare() comes before peak()"
         return peak_above(self.job.call, self.device)
