@@ -16,26 +16,29 @@ from .peers import Job
 
 try:
     from sosvae.planning import fit, memory
-    from sosvae.training import loop
-except ModuleNotFoundError:  # versions in which these are not folders yet
-    from sosvae import fit, memory
-    from sosvae import trainer as loop
+    from sosvae.training.loop import train_step
+    from sosvae.training.state import State
+except ModuleNotFoundError:  # versions up to 0.1, in which these were no folders
+    from sosvae import fit, memory, objective, trainer
+    from sosvae.trainer import State
+
+    def train_step(state: Any, x: Tensor, config: sosvae.Config) -> tuple[Any, str | None]:
+        return trainer.train_step(state, x, objective.limits(config), config)
+
 
 __all__ = ["TrainingJob", "fit", "memory", "start"]
 
 
 def start(config: sosvae.Config, device: str, formulation: str = "linear") -> tuple[Any, Callable[[Tensor], Any]]:
     """A fresh state of training, and its step: images [B, channels, H, W] -> the objective's terms."""
-    from sosvae.objective import limits
-
-    state = loop.State(config, torch.device(device))
+    state = State(config, torch.device(device))
     if formulation != "linear":
         torch.manual_seed(config.training.seed)
         state.model = memory.formulated(config, formulation).to(device)
         state.optimizer = torch.optim.Adam(state.model.parameters(), lr=config.training.lr, fused=True)
 
     def step(x: Tensor) -> Any:
-        terms, fault = loop.train_step(state, x, limits(config), config)
+        terms, fault = train_step(state, x, config)
         assert fault is None, f"the training step was not finite: {fault}"
         return terms
 
