@@ -6,8 +6,6 @@ import pytest
 
 from bench import machine, measure, plan, store
 
-_environment = functools.cache(machine.environment)
-
 
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("benchmark"):
@@ -15,25 +13,10 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="benchmarks run with --benchmark"))
 
 
-def _file(config, where):
-    path = config.getoption("benchmark_results")
-    return path or store.default_file(where["machine"], where["cores"], where["device"])
-
-
-def pytest_report_collectionfinish(config, items):
-    """Before hours begin: how many, and what will be left out."""
-    if not config.getoption("benchmark_full") or config.option.collectonly:
-        return []
-    calls = [item.callspec.params for item in items if "callspec" in item.__dict__]
-    entries = list(dict.fromkeys(call["entry"] for call in calls if "entry" in call))
-    where = _environment()
-    return list(plan.summary(entries, where, _file(config, where)))
-
-
 @pytest.fixture(scope="session")
 def where():
     """Machine, rates, versions, commit and date of this run."""
-    return _environment()
+    return machine.environment()
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +25,8 @@ def measured(where, request):
 
     `--benchmark-full` goes on where an earlier run of the same commit on this machine has stopped.
     """
-    path = _file(request.config, where)
+    path = request.config.getoption("benchmark_results")
+    path = path or store.default_file(where["machine"], where["cores"], where["device"])
     known = plan.measured_already(path, where) if request.config.getoption("benchmark_full") else {}
 
     @functools.cache

@@ -22,7 +22,8 @@ def build(peer: str, operator: Operator, case: Case, inputs: Arrays, device: str
         from .training import TrainingJob
 
         return TrainingJob(case, inputs, device, peer)
-    return _Job(_FUNCTIONS[operator.name](operator, peer), operator, case, inputs, device, peer)
+    make = _FUNCTIONS.get(operator.name, _density)
+    return _Job(make(operator, peer), operator, case, inputs, device, peer)
 
 
 class _Job(Job):
@@ -163,13 +164,4 @@ def _linear(operator: Operator, peer: str) -> Function:
     return function
 
 
-_FUNCTIONS: dict[str, Callable[[Operator, str], Function]] = {
-    "log_prob": _density,
-    "entropy": _density,
-    "log_prob_backward": _density,
-    "entropy_backward": _density,
-    "log_prob_entropy_backward": _density,
-    "rsample_backward": _sample,
-    "condition": _condition,
-    "linear_backward": _linear,
-}
+_FUNCTIONS = {"rsample_backward": _sample, "condition": _condition, "linear_backward": _linear}

@@ -1,8 +1,7 @@
-"""What is run, and what that will take: time, memory, what an earlier run has measured, what does not fit."""
+"""What is run, what of it an earlier run has measured, and what does not fit into memory."""
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 from . import store
 from .operators import BRAIN, CELEBA, OPERATORS, SMALL, Case, Operator
 
-__all__ = ["Entry", "Estimate", "default_plan", "does_not_fit", "estimate", "full_plan", "measured_already", "summary"]
+__all__ = ["Entry", "default_plan", "does_not_fit", "full_plan", "measured_already"]
 
 SQUARES = (Case(128, 128, 3), Case(256, 256, 3, batch=4), Case(512, 512, 3, batch=1))
 RANKS = (10, 25, 64)
@@ -56,30 +55,17 @@ def full_plan() -> list[Entry]:
     return [_entry(*cell) for cell in dict.fromkeys(cells)]
 
 
-# Of a case, good to a factor of two. The textbook's peers take most of both, and the oracle of memory.
-SECONDS_PER_PEER, SECONDS_PER_VALUE, SECONDS_OF_TRAINING = 20.0, 4e-7, 100.0  # values are those of P
+# Of a case, good to a factor of two. The oracle and the textbook's peers hold most.
 BYTES_PER_PEER, BYTES_PER_VALUE = 5e8, 100.0  # a process with libraries and inputs; what else is held, for each of P
 BYTES_PER_PIXEL = 2e4  # what training steps hold, for each value of their images
 
 
-class Estimate(NamedTuple):
-    seconds: float
-    bytes: float  # in all processes together
-
-
-def estimate(entry: Entry) -> Estimate:
-    """What measuring a case will take."""
-    case, peers = entry.case, len(entry.peers)
-    images = case.batch * case.N
-    seconds, held = SECONDS_PER_PEER + SECONDS_PER_VALUE * images * case.rank, BYTES_PER_VALUE * images * case.rank
-    if entry.operator.name == "train_step":
-        seconds, held = SECONDS_OF_TRAINING, BYTES_PER_PIXEL * images
-    return Estimate(peers * seconds, peers * BYTES_PER_PEER + held)
-
-
 def does_not_fit(entry: Entry, where: dict[str, Any]) -> str | None:
     """The reason not to begin on a machine of `machine.environment`, or none."""
-    needed, free = estimate(entry).bytes, float(where.get("free", math.nan))
+    images = entry.case.batch * entry.case.N
+    training = entry.operator.name == "train_step"
+    held = BYTES_PER_PIXEL * images if training else BYTES_PER_VALUE * images * entry.case.rank
+    needed, free = len(entry.peers) * BYTES_PER_PEER + held, float(where.get("free", math.nan))
     if not needed > free:  # where nobody says what is free, everything is tried
         return None
     return f"does not fit: needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
@@ -98,18 +84,3 @@ def measured_already(path: Path, where: dict[str, Any]) -> dict[tuple[str, str],
         if all(getattr(row, key) == where[key] for key in same) and row.status in ("ok", "missing", "wrong"):
             found.setdefault((row.operator, row.case), set()).add(row.peer)
     return found
-
-
-def summary(entries: Sequence[Entry], where: dict[str, Any], path: Path | None) -> Iterable[str]:
-    """Lines that say what a plan will take; `path` names the file of an earlier run to go on with."""
-    known = measured_already(path, where) if path else {}
-    ahead = [e for e in entries if not set(e.peers) <= known.get((e.operator.name, e.case.id), set())]
-    if known:
-        yield f"{len(entries) - len(ahead)} of {len(entries)} cases were measured in this commit on this machine"
-    fitting = [e for e in ahead if not does_not_fit(e, where)]
-    seconds = sum(estimate(e).seconds for e in fitting)
-    length = f"{seconds / 3600:.1f} hours" if seconds > 3600 else f"{math.ceil(seconds / 60)} minutes"
-    yield f"{len(fitting)} cases to be measured: about {length}"
-    for e in ahead:
-        if reason := does_not_fit(e, where):
-            yield f"{e.operator.name} {e.case.id} {reason}"

@@ -38,17 +38,18 @@ def plots(rows: Sequence[Row], folder: Path, stem: str) -> list[Path]:
         chosen = _along_N([row for row in rows if row.operator == operator and row.status == "ok"])
         if len({row.N for row in chosen}) > 1:
             panels.append(chosen)
-    measures: dict[str, Callable[[Sequence[Row]], tuple[str, Value]]] = {
-        "time": lambda rows: ("time of a call [ms]", lambda row: row.seconds * 1e3),
-        "memory": lambda rows: ("peak above the inputs [MB]", lambda row: row.peak / 1e6),
-        "error": _error,
-    }
     written = []
-    for measure, choose in measures.items() if panels else ():
+    for measure, choose in _MEASURES.items() if panels else ():
         figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4), squeeze=False)
         for axis, chosen in zip(axes[0], panels, strict=True):
             label, value = choose(chosen)
-            _lines(axis, chosen, value, floor=measure == "time")
+            for peer in dict.fromkeys(row.peer for row in chosen):
+                colour, marker = STYLES.get(peer, (None, "o"))
+                _line(axis, chosen, peer, value, color=colour, marker=marker)
+            if measure == "time" and any(math.isfinite(row.floor) for row in chosen):
+                _line(
+                    axis, chosen, "ours", lambda row: row.floor * 1e3, "--", color="0.5", label="floor of this machine"
+                )
             _dress(axis, chosen, label)
         figure.tight_layout()
         path = folder / f"{stem}-{measure}.png"
@@ -60,26 +61,10 @@ def plots(rows: Sequence[Row], folder: Path, stem: str) -> list[Path]:
     return written
 
 
-def _lines(axis: Any, rows: Sequence[Row], value: Value, floor: bool) -> None:
-    for peer in dict.fromkeys(row.peer for row in rows):
-        chosen = sorted((row for row in rows if row.peer == peer), key=lambda row: row.N)
-        colour, marker = STYLES.get(peer, (None, "o"))
-        axis.plot(
-            [row.N for row in chosen],
-            [value(row) for row in chosen],
-            label=titles(chosen[0])[1],
-            color=colour,
-            marker=marker,
-        )
-    if floor and any(math.isfinite(row.floor) for row in rows):
-        chosen = sorted((row for row in rows if row.peer == "ours"), key=lambda row: row.N)
-        axis.plot(
-            [row.N for row in chosen],
-            [row.floor * 1e3 for row in chosen],
-            "--",
-            color="0.5",
-            label="floor of this machine",
-        )
+def _line(axis: Any, rows: Sequence[Row], peer: str, value: Value, *form: str, **style: Any) -> None:
+    chosen = sorted((row for row in rows if row.peer == peer), key=lambda row: row.N)
+    style = {"label": titles(chosen[0])[1], **style}
+    axis.plot([row.N for row in chosen], [value(row) for row in chosen], *form, **style)
 
 
 def _dress(axis: Any, rows: Sequence[Row], label: str) -> None:
@@ -121,3 +106,10 @@ def _error(rows: Sequence[Row]) -> tuple[str, Value]:
     known = (column for column in _ERRORS if any(math.isfinite(getattr(row, column)) for row in rows))
     column = next(known, "error_log_prob")
     return _ERRORS[column] + ", against float64", lambda row: getattr(row, column)
+
+
+_MEASURES: dict[str, Callable[[Sequence[Row]], tuple[str, Value]]] = {
+    "time": lambda rows: ("time of a call [ms]", lambda row: row.seconds * 1e3),
+    "memory": lambda rows: ("peak above the inputs [MB]", lambda row: row.peak / 1e6),
+    "error": _error,
+}

@@ -91,8 +91,6 @@ class Worker:
             raise
 
     def _reply(self, request: str) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
         with suppress(BrokenPipeError):
             self.process.stdin.write(request + "\n")
             self.process.stdin.flush()
@@ -118,8 +116,6 @@ class Worker:
 
     def close(self) -> None:
         """Ends the process; a second call does nothing."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
         with suppress(BrokenPipeError):  # what the worker had no time to read
             self.process.stdin.close()
         try:

@@ -62,26 +62,6 @@ class Row:
     operations: float
     floor: float  # s
 
-    @property
-    def bandwidth(self) -> float:
-        """Least bytes over time, byte/s: what of the machine's bandwidth is put to use."""
-        return self.least_bytes / self.seconds
-
-    @property
-    def copy_share(self) -> float:
-        """`bandwidth` as a share of the measured copy bandwidth."""
-        return self.bandwidth / self.copy_bandwidth
-
-    @property
-    def product_share(self) -> float:
-        """Operations per second as a share of the measured rate of a matrix product."""
-        return self.operations / self.seconds / self.product_rate
-
-    @property
-    def over_floor(self) -> float:
-        """Time over the floor: 1 is as fast as this machine can."""
-        return self.seconds / self.floor
-
 
 _TYPES = get_type_hints(Row)
 _NAMES = [field.name for field in fields(Row)]

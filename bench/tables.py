@@ -160,6 +160,7 @@ def operators(rows: Sequence[Row]) -> str:
     for row in rows:
         if row.status == "ok":
             title, peer = titles(row)
+            bandwidth = row.least_bytes / row.seconds  # what of the machine's is put to use
             errors = (row.error_log_prob, row.error_entropy, row.error_gradient, row.error_output)
             lines.append(
                 [
@@ -168,10 +169,10 @@ def operators(rows: Sequence[Row]) -> str:
                     "1" if row.peer == "ours" else _ratio(row),
                     *map(_digits, errors),
                     _mb(row.peak),
-                    _digits(row.bandwidth / 1e9, 3),
-                    _percent(row.copy_share),
-                    _percent(row.product_share),
-                    _digits(row.over_floor),
+                    _digits(bandwidth / 1e9, 3),
+                    _percent(bandwidth / row.copy_bandwidth),
+                    _percent(row.operations / row.seconds / row.product_rate),
+                    _digits(row.seconds / row.floor),
                 ]
             )
     return _table(header, lines) + f"\n{_where(rows)}.\n" + _absent(rows)

@@ -45,7 +45,6 @@ class Session:
 
     def __init__(self, operator: Operator, case: Case, peer: peers.Peer, device: str, folder: Path) -> None:
         self.operator, self.case, self.peer, self.device, self.folder = operator, case, peer, device, folder
-        self.job: peers.Job | None = None
         self.checked = False
         self.flush: Any = None
         if peer.name == "numpyro" and device == "cpu":
@@ -74,7 +73,6 @@ class Session:
 
     def peak(self) -> tuple[float, str]:
         """Peak memory of a call, and by whose account."""
-        assert self.job is not None, "prepare() comes before peak()"
         return peak_above(self.job.call, self.device)
 
     def check(self) -> dict[str, float]:
@@ -83,7 +81,6 @@ class Session:
         Raises:
             WrongResult: they are larger than this operator allows.
         """
-        assert self.job is not None, "prepare() comes before check()"
         # Compiling proves nothing about the function that is compiled; the case itself checks what came out.
         plain = peers.PEERS.get({"compile": "torch", "textbook_compile": "textbook"}.get(self.peer.name, ""), self.peer)
         small = self.operator.inputs(self.operator.tiny)
@@ -120,7 +117,7 @@ class Session:
         memory back to its host, pages that cost a hundred times their usual first touch: five calls in a row that
         write a fresh gradient of 93 MB (kernels/LOG.md). In use, steps follow each other.
         """
-        if not self.checked or self.job is None:
+        if not self.checked:
             raise WrongResult("not timed before it is checked")
         if self.device != "cpu":
             return self._gpu_turn(calls)
@@ -132,7 +129,6 @@ class Session:
         return statistics.median(self._seconds() for _ in range(calls))
 
     def _seconds(self) -> float:
-        assert self.job is not None
         start = time.perf_counter()
         self.job.call()
         return time.perf_counter() - start
@@ -141,7 +137,6 @@ class Session:
         """The median between events, with the cache overwritten before each call; clocks are left alone."""
         import torch
 
-        assert self.job is not None
         if self.flush is None:
             self.flush = torch.empty(CACHE // 4, dtype=torch.int32, device="cuda")
         times, pairs = [], []
@@ -163,7 +158,6 @@ class Session:
         """Largest relative error of a replayed CUDA graph of one call, against the call itself."""
         import torch
 
-        assert self.job is not None
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -34,16 +34,14 @@ def test_plans():
 
 
 def test_what_does_not_fit_is_named():
-    entries = [plan.Entry(JOINT, case, ("ours", "torch")) for case in (CASE, dataclasses.replace(CELEBA, rank=64))]
-    lines = list(plan.summary(entries, WHERE | {"free": 2e9}, None))
-    assert lines[0] == "1 cases to be measured: about 1 minutes"
-    assert lines[1].startswith("log_prob_entropy_backward 8x218x178x3-R64-pixel-BNR does not fit: needs about ")
-    assert lines[1].endswith("2.0 GB are free")
-    # Where nobody says how much is free, everything is tried.
-    assert len(list(plan.summary(entries, WHERE, None))) == 1
+    small, large = (plan.Entry(JOINT, case, ("ours", "torch")) for case in (CASE, dataclasses.replace(CELEBA, rank=64)))
+    where = WHERE | {"free": 2e9}
+    assert plan.does_not_fit(small, where) is None
+    assert plan.does_not_fit(large, where) == "does not fit: needs about 7.0 GB, 2.0 GB are free"
+    assert plan.does_not_fit(large, WHERE) is None  # where nobody says how much is free, everything is tried
 
 
-def test_a_full_run_goes_on_where_it_stopped(tmp_path):
+def test_a_full_run_knows_where_it_stopped(tmp_path):
     path = tmp_path / "some.csv"
     assert plan.measured_already(path, WHERE) == {}
     results = [*measurements("ours", "torch"), measure.Measurement("numpyro", "failed", "killed")]
@@ -51,10 +49,6 @@ def test_a_full_run_goes_on_where_it_stopped(tmp_path):
     assert plan.measured_already(path, WHERE) == {(JOINT.name, CASE.id): {"ours", "torch"}}
     for other in ({"commit": "0123456780"}, {"commit": "0123456789+"}, {"cores": 4}, {"versions": "torch 3"}):
         assert plan.measured_already(path, WHERE | other) == {}
-    complete, partly = (plan.Entry(JOINT, CASE, names) for names in (("ours", "torch"), ("ours", "numpyro")))
-    lines = list(plan.summary([complete, partly], WHERE, path))
-    assert lines[0] == "1 of 2 cases were measured in this commit on this machine"
-    assert lines[1].startswith("1 cases to be measured")
 
 
 # --- Operators --------------------------------------------------------------------------------------------------
