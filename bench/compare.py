@@ -82,7 +82,7 @@ def compare(
 ) -> list[str]:
     """Prints a line per case and returns the names of those that became slower or went wrong."""
     worse = []
-    say(f"{'operator':28}{'case':36}{'base':>10}{'here':>10}{'here / base':>13}   20–80 %")
+    say(f"{'operator':28}{'case':36}{'base':>12}{'here':>12}{'here / base':>13}   20–80 %")
     for operator, case in entries:
         old, new = measure.measure(operator, case, device, SETTINGS, checkouts={"base": base, "here": ROOT})
         name = f"{operator.name:28}{case.id:36}"
@@ -97,7 +97,7 @@ def compare(
         times = [statistics.median(m.seconds) * 1e3 for m in (old, new)]
         mark = "  slower" if low > LIMIT else ""
         say(
-            f"{name}{times[0]:7.3g} ms{times[1]:7.3g} ms{statistics.median(ratios):13.3f}   {low:.3f}–{high:.3f}"
+            f"{name}{times[0]:9.4g} ms{times[1]:9.4g} ms{statistics.median(ratios):13.3f}   {low:.3f}–{high:.3f}"
             f" of {len(ratios)}{mark}"
         )
         if mark:
