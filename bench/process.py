@@ -17,6 +17,7 @@ from .operators import Case, Operator
 
 __all__ = ["PATIENCE", "Worker", "WorkerError", "link_packages"]
 
+PACKAGES = "kernels/lowrank_mvn", "sosvae"
 PATIENCE = 900.0  # s for one reply; a peer that takes longer has failed
 
 
@@ -30,8 +31,8 @@ class WorkerError(Exception):
 
 def link_packages(checkout: Path, folder: Path) -> None:
     """Makes `folder` one from which exactly the two packages of a checkout are imported, whatever is installed."""
-    (folder / "lowrank_mvn").symlink_to(checkout / "kernels" / "lowrank_mvn")
-    (folder / "sosvae").symlink_to(checkout / "sosvae")
+    for name in PACKAGES:
+        (folder / Path(name).name).symlink_to(checkout / name)
 
 
 class Worker:
@@ -111,8 +112,9 @@ class Worker:
             WorkerError: it cannot, or what it has imported is not the checkout's.
         """
         imported = self.ask("prepare")
-        if imported and Path(imported) != (self.checkout / "kernels" / "lowrank_mvn").resolve():
-            raise WorkerError("failed", "another lowrank_mvn was imported than the one to be measured")
+        packages = [(self.checkout / name).resolve() for name in PACKAGES]
+        if not all(any(Path(file).is_relative_to(package) for package in packages) for file in imported):
+            raise WorkerError("failed", "modules of another version were imported than of the one to be measured")
 
     def close(self) -> None:
         """Ends the process; a second call does nothing."""

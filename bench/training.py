@@ -4,6 +4,7 @@ No other file of `bench` knows inner modules of `sosvae`.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ import sosvae
 from .operators import Arrays, Case
 from .peers import Job
 
-try:
+# Not by `try`: an editable installation of another version would lend this one the modules that it lacks.
+if (Path(str(sosvae.__file__)).parent / "planning").is_dir():
     from sosvae.planning import fit, memory
     from sosvae.training.loop import train_step
     from sosvae.training.state import State
-except ModuleNotFoundError:  # versions up to 0.1, in which these were no folders
+else:  # versions up to 0.1
     from sosvae import fit, memory, objective, trainer
     from sosvae.trainer import State
 

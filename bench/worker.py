@@ -64,12 +64,13 @@ class Session:
             for name, array in self._build(case, self.operator.inputs(case)).outputs().items():
                 np.save(folder / f"{name}.npy", array, allow_pickle=False)
 
-    def prepare(self) -> str:
-        """Makes the inputs and calls once; says where `lowrank_mvn` comes from."""
+    def prepare(self) -> list[str]:
+        """Makes the inputs and calls once; the files of our packages that were imported for it."""
         self.inputs = self.operator.inputs(self.case)
         self.job = self._build(self.case, self.inputs)
         self.job.call()
-        return str(Path(str(sys.modules["lowrank_mvn"].__file__)).resolve().parent) if self.peer.name == "ours" else ""
+        ours = [module for name, module in sys.modules.items() if name.split(".")[0] in ("lowrank_mvn", "sosvae")]
+        return [str(Path(module.__file__).resolve()) for module in ours if module.__file__]
 
     def peak(self) -> tuple[float, str]:
         """Peak memory of a call, and by whose account."""

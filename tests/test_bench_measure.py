@@ -231,6 +231,16 @@ def test_a_worker_that_is_silent_has_failed(monkeypatch, tmp_path):
     assert silent.process.returncode is not None
 
 
+def test_modules_of_another_version_are_not_measured(monkeypatch, tmp_path):
+    with process.Worker(JOINT, CASE, "ours", "cpu", tmp_path) as mixed:
+        files = [str(ROOT / "kernels/lowrank_mvn/functional.py"), str(ROOT / "sosvae/config.py")]
+        monkeypatch.setattr(mixed, "ask", lambda do: files)
+        mixed.prepare()
+        files.append(str(tmp_path / "sosvae/planning/__init__.py"))
+        with pytest.raises(process.WorkerError, match="modules of another version"):
+            mixed.prepare()
+
+
 def test_the_machine_is_described_without_names_or_paths():
     found = json.dumps(machine.describe(copied=1 << 10, product=8))
     for word in (platform.node(), str(ROOT), str(Path.home()) + "/", "http"):
