@@ -12,7 +12,7 @@ Diagonal = Tensor  # d [..., N] or [..., 1]
 
 
 class Capacitance(NamedTuple):
-    """What a pass over a factor leaves behind for the next call with the same factor and diagonal (canonical shapes)."""
+    """What a pass over a factor leaves for the next call with the same factor and diagonal, in canonical shapes."""
 
     C_inv: Tensor
     logdet: Tensor
