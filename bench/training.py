@@ -22,7 +22,8 @@ if (Path(str(sosvae.__file__)).parent / "planning").is_dir():
     from sosvae.training.state import State
 else:  # versions up to 0.1
     from sosvae import fit, memory, objective, trainer
-    from sosvae.trainer import State
+
+    State = trainer.State
 
     def train_step(state: Any, x: Tensor, config: sosvae.Config) -> tuple[Any, str | None]:
         return trainer.train_step(state, x, objective.limits(config), config)
