@@ -241,7 +241,7 @@ def test_gram(kernels, masked):
     ("collinear", "log_p", "gradient"), [("none", 0.05, 1e-4), ("weights", 1.0, 1e-3), ("features", 1.0, 1e-3)]
 )
 def test_small_diagonal_and_what_is_collinear(kernels, collinear, log_p, gradient, dtype, layout):
-    """The bars of a full factor, at d = 1e-5; in half precision of the features as they were rounded."""
+    """The bars of a dense factor, at d = 1e-5; in half precision of the features as they were rounded."""
     S, B, K, R, channels, pixels = 1, 2, 16, 10, 3, 300
     _, _, F, W, m, d = inputs(F32, S, B, K, R, channels, pixels, layout, "item", False, True, True, d=1e-5)
     W = 0.2 * W
@@ -387,7 +387,7 @@ SAMPLES = [
 @pytest.mark.parametrize("given", [True, False], ids=["given", "drawn"])
 @pytest.mark.parametrize("case", SAMPLES, ids=lambda case: "-".join(str(v).removeprefix("torch.") for v in case))
 def test_samples_and_gradients(case, given, joined):
-    """Given noise against the formula; drawn noise against the sample that the kernel for a full factor draws."""
+    """Given noise against the formula; drawn noise against the sample that the kernel for a dense factor draws."""
     dtype, S, B, K, R, channels, spatial, diagonal, last, tolerance = case
     F, weight, bias, mean_weight, mean_bias, d, _ = tensors(F64, B, K, R, channels, spatial, diagonal, last)
     weight = weight / K**0.5
