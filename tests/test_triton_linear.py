@@ -17,7 +17,7 @@ from lowrank_mvn.factors.linear.triton import blocks
 
 pytestmark = [*MARKS, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # torch's own, in opcheck
 
-# (dtype, S, B, K, R, C, M, layout of F, diagonal, loc, linear mean, W per item), ragged first.
+# (dtype, S, B, K, R, channels, pixels, layout of F, diagonal, loc, linear mean, W per item), ragged first.
 MATRIX = [
     (F32, 1, 1, 1, 1, 1, 1, "BKM", "pixel", True, False, False),
     (F32, 1, 2, 5, 3, 3, 5, "BMK", "item", True, True, False),
@@ -52,27 +52,30 @@ def kernels(request, monkeypatch):
     return triton
 
 
-def features(dtype, B, K, M, layout):
-    F = torch.randn(B, K, M, dtype=F64, device=DEVICE).to(dtype)
+def features(dtype, B, K, pixels, layout):
+    F = torch.randn(B, K, pixels, dtype=F64, device=DEVICE).to(dtype)
     if layout == "BMK":
         return F.mT.contiguous().mT
     if layout == "strided":
-        holder = F.new_full((B, 2 * K, 2 * M), float("nan"))
+        holder = F.new_full((B, 2 * K, 2 * pixels), float("nan"))
         holder[:, ::2, ::2] = F
         return holder[:, ::2, ::2]
     return F
 
 
-def inputs(dtype, S, B, K, R, C, M, layout, diagonal, with_loc, with_mean, per_item, d=1.0):
+def inputs(dtype, S, B, K, R, channels, pixels, layout, diagonal, with_loc, with_mean, per_item, d=1.0):
     """x, loc, F, W, m and d in canonical shapes; d in float32 beside half precision."""
     options = {"dtype": F64, "device": DEVICE}
-    W = torch.randn(B if per_item else 1, C, R, K + 1, **options) / K**0.5
-    x, loc = torch.randn(S, B, C, M, **options), torch.randn(1 if S != 2 else S, B, C, M, **options)
-    m = torch.randn(C, K + 1, **options)
-    diag = d * (0.5 + torch.rand(B, *((C, M) if diagonal == "pixel" else (1, 1)), **options))
+    W = torch.randn(B if per_item else 1, channels, R, K + 1, **options) / K**0.5
+    x, loc = (
+        torch.randn(S, B, channels, pixels, **options),
+        torch.randn(1 if S != 2 else S, B, channels, pixels, **options),
+    )
+    m = torch.randn(channels, K + 1, **options)
+    diag = d * (0.5 + torch.rand(B, *((channels, pixels) if diagonal == "pixel" else (1, 1)), **options))
     x, loc, W, m = (t.to(dtype) for t in (x, loc, W, m))
     diag = diag.to(F64 if dtype == F64 else F32)
-    return x, loc if with_loc else None, features(dtype, B, K, M, layout), W, m if with_mean else None, diag
+    return x, loc if with_loc else None, features(dtype, B, K, pixels, layout), W, m if with_mean else None, diag
 
 
 def oracle(x, loc, F, W, m, d, a, b):
@@ -136,7 +139,7 @@ def test_only_what_is_asked_for(kernels, needs, diagonal):
 
 @pytest.mark.parametrize("diagonal", ["pixel", "item"])
 def test_more_columns_than_ride_along(kernels, diagonal):
-    """S·C = 10 columns: rounds in the residual, the last of them with fewer; their sums are passes of their own."""
+    """10 columns: rounds in the residual, the last of them with fewer; their sums are passes of their own."""
     args, (a, b) = inputs(F32, 5, 2, 5, 3, 2, 37, "BMK", diagonal, True, True, False), weights(5, 2)
     expected, expected_grads = oracle(*args, a, b)
     out, grads = both(kernels, args, a, b)
@@ -238,9 +241,9 @@ def test_gram(kernels, masked):
     ("collinear", "log_p", "gradient"), [("none", 0.05, 1e-4), ("weights", 1.0, 1e-3), ("features", 1.0, 1e-3)]
 )
 def test_small_diagonal_and_what_is_collinear(kernels, collinear, log_p, gradient, dtype, layout):
-    """The bars of a full factor, at d = 1e-5; in half precision of the features as they were rounded."""
-    S, B, K, R, C, M = 1, 2, 16, 10, 3, 300
-    _, _, F, W, m, d = inputs(F32, S, B, K, R, C, M, layout, "item", False, True, True, d=1e-5)
+    """The bars of a dense factor, at d = 1e-5; in half precision of the features as they were rounded."""
+    S, B, K, R, channels, pixels = 1, 2, 16, 10, 3, 300
+    _, _, F, W, m, d = inputs(F32, S, B, K, R, channels, pixels, layout, "item", False, True, True, d=1e-5)
     W = 0.2 * W
     if collinear == "weights":
         W[1] = W[1, :, :1] + 1e-4 * W[1]
@@ -300,12 +303,12 @@ def test_the_same_bits_twice(kernels):
 
 def test_offsets_beyond_int32(kernels):
     """A batch stride and a stride of pixels beyond 2³¹ elements in all, of which next to nothing is touched."""
-    B, K, M = 2, 2, 3
+    B, K, pixels = 2, 2, 3
     stride_b, stride_n = 2**31 + 5, 2**30 + 3
-    storage = torch.UntypedStorage(4 * (stride_b + (M - 1) * stride_n + K), device=DEVICE)
-    F = torch.empty(0, device=DEVICE).set_(storage, 0, (B, K, M), (stride_b, 1, stride_n))
-    F.copy_(torch.randn(B, K, M))
-    x, loc, _, W, m, d = inputs(F32, 1, B, K, 2, 2, M, "BKM", "pixel", True, True, False)
+    storage = torch.UntypedStorage(4 * (stride_b + (pixels - 1) * stride_n + K), device=DEVICE)
+    F = torch.empty(0, device=DEVICE).set_(storage, 0, (B, K, pixels), (stride_b, 1, stride_n))
+    F.copy_(torch.randn(B, K, pixels))
+    x, loc, _, W, m, d = inputs(F32, 1, B, K, 2, 2, pixels, "BKM", "pixel", True, True, False)
     expected = kernels.mahalanobis_and_logdet(x, loc, F.mT.contiguous().mT, W, m, d)
     for ours, theirs in zip(kernels.mahalanobis_and_logdet(x, loc, F, W, m, d), expected, strict=True):
         assert torch.equal(ours, theirs)
@@ -314,14 +317,22 @@ def test_offsets_beyond_int32(kernels):
 # --- Through the public functions -------------------------------------------------------------------------------------
 
 
-def tensors(dtype=F64, B=2, K=5, R=4, C=3, spatial=(3, 3), diagonal="pixel", last=False):
+def tensors(dtype=F64, B=2, K=5, R=4, channels=3, spatial=(3, 3), diagonal="pixel", last=False):
     options = {"dtype": dtype, "device": DEVICE}
     F = torch.randn(B, K, *spatial, **options)
     F = F.to(memory_format=torch.channels_last) if last else F
-    N = C * spatial[0] * spatial[1]
+    N = channels * spatial[0] * spatial[1]
     d = 0.5 + torch.rand((B, N) if diagonal == "pixel" else (), **options)
-    weight, bias = torch.randn(R, C, K, **options), torch.randn(R, C, **options)
-    return F, weight, bias, torch.randn(C, K, **options), torch.randn(C, **options), d, torch.randn(2, B, N, **options)
+    weight, bias = torch.randn(R, channels, K, **options), torch.randn(R, channels, **options)
+    return (
+        F,
+        weight,
+        bias,
+        torch.randn(channels, K, **options),
+        torch.randn(channels, **options),
+        d,
+        torch.randn(2, B, N, **options),
+    )
 
 
 @pytest.mark.parametrize(("diagonal", "last"), [("pixel", False), ("item", True)])
@@ -352,7 +363,7 @@ def test_the_class_and_every_gradient(diagonal, last):
 
 @pytest.mark.parametrize("diagonal", ["pixel", "item"])
 def test_gradcheck(kernels, diagonal):
-    args = [t.requires_grad_() for t in tensors(B=1, K=2, R=2, C=2, spatial=(2, 1), diagonal=diagonal)]
+    args = [t.requires_grad_() for t in tensors(B=1, K=2, R=2, channels=2, spatial=(2, 1), diagonal=diagonal)]
 
     def joint(F, weight, bias, mean_weight, mean_bias, d, x):
         loc, factor = LinearMean(F, mean_weight, mean_bias), LinearFactor(F, weight, bias)
@@ -362,7 +373,7 @@ def test_gradcheck(kernels, diagonal):
 
 
 SAMPLES = [
-    # dtype, S, B, K, R, C, spatial, diagonal, channels last
+    # dtype, S, B, K, R, channels, spatial, diagonal, channels last
     (F32, 1, 1, 1, 1, 1, (1, 1), "pixel", False, 3e-7),
     (F32, 3, 2, 16, 4, 3, (7, 9), "pixel", True, 3e-7),
     (F32, 2, 2, 33, 4, 2, (8, 8), "item", False, 3e-7),
@@ -376,12 +387,12 @@ SAMPLES = [
 @pytest.mark.parametrize("given", [True, False], ids=["given", "drawn"])
 @pytest.mark.parametrize("case", SAMPLES, ids=lambda case: "-".join(str(v).removeprefix("torch.") for v in case))
 def test_samples_and_gradients(case, given, joined):
-    """Given noise against the formula; drawn noise against the sample that the kernel for a full factor draws."""
-    dtype, S, B, K, R, C, spatial, diagonal, last, tolerance = case
-    F, weight, bias, mean_weight, mean_bias, d, _ = tensors(F64, B, K, R, C, spatial, diagonal, last)
+    """Given noise against the formula; drawn noise against the sample that the kernel for a dense factor draws."""
+    dtype, S, B, K, R, channels, spatial, diagonal, last, tolerance = case
+    F, weight, bias, mean_weight, mean_bias, d, _ = tensors(F64, B, K, R, channels, spatial, diagonal, last)
     weight = weight / K**0.5
     args = [t.to(dtype) for t in (F, weight, bias, mean_weight / K**0.5, mean_bias, d)]
-    N = C * spatial[0] * spatial[1]
+    N = channels * spatial[0] * spatial[1]
     noise = [torch.randn(S, B, n, device=DEVICE).to(dtype) for n in (R, N)] if given else None
     grad_y = torch.randn(S, B, N, device=DEVICE).to(dtype)
 
@@ -412,7 +423,7 @@ def test_samples_and_gradients(case, given, joined):
 
 
 def test_second_derivative_of_a_sample():
-    F, weight, bias, mean_weight, mean_bias, d, _ = tensors(B=1, K=2, R=2, C=2, spatial=(1, 2))
+    F, weight, bias, mean_weight, mean_bias, d, _ = tensors(B=1, K=2, R=2, channels=2, spatial=(1, 2))
     noise = [torch.randn(2, 1, n, dtype=F64, device=DEVICE) for n in (2, 4)]
 
     def sample(F, weight, bias, mean_weight, d, *noise):
@@ -425,7 +436,7 @@ def test_second_derivative_of_a_sample():
 
 def test_second_derivatives_of_a_density(kernels):
     """By way of P, in torch's operators, whichever way the first ones are made."""
-    args = [t.requires_grad_() for t in tensors(B=1, K=2, R=2, C=2, spatial=(2, 1))]
+    args = [t.requires_grad_() for t in tensors(B=1, K=2, R=2, channels=2, spatial=(2, 1))]
 
     def joint(F, weight, bias, mean_weight, mean_bias, d, x):
         loc, factor = LinearMean(F, mean_weight, mean_bias), LinearFactor(F, weight, bias)

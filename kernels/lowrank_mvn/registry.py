@@ -110,6 +110,15 @@ def _given_for(grad: Tensor | None, t: Tensor) -> bool:
 # --- Operators ----------------------------------------------------------------------------------------------------
 
 
+def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*inputs: Any) -> Any:
+        device = next(t.device for t in inputs if isinstance(t, Tensor))  # the first argument may be none
+        with without_autocast(device):
+            return kernel(*inputs)
+
+    return call
+
+
 class Operator:
     """An operator of this package: call it with the arguments of its schema.
 
@@ -126,7 +135,7 @@ class Operator:
         self.arguments = [a.name for a in parsed.arguments]
         self.tensors = [a.name for a in parsed.arguments if "Tensor" in str(a.type)]
         self.outputs = [r.name for r in parsed.returns]
-        self.dims, self.kernel = dims, self._without_autocast(kernel)
+        self.dims, self.kernel = dims, _without_autocast(kernel)
         library.define(schema)
         library.impl(self.name, self.kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=library)
@@ -135,15 +144,6 @@ class Operator:
 
     def __call__(self, *inputs: Any) -> Any:
         return self._function.apply(*inputs) if self._function and transformed() else self._operator(*inputs)
-
-    def _without_autocast(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
-        first = self.arguments.index(self.tensors[0])
-
-        def call(*inputs: Any) -> Any:
-            with without_autocast(inputs[first].device):
-                return kernel(*inputs)
-
-        return call
 
     def register(
         self,
