@@ -1,4 +1,4 @@
-"""The kernels of a linear factor against the closed forms of `aten_linear` in float64.
+"""The kernels of a linear factor against the closed forms of `aten` in float64.
 
 Runs as `test_triton_kernels.py` does.
 """
@@ -8,8 +8,12 @@ import torch
 from triton_cases import BF16, DEVICE, F16, F32, F64, INTERPRET, MARKS, TOLERANCE, relative, weights
 
 import lowrank_mvn
-from lowrank_mvn import LinearFactor, LinearMean, LowRankMultivariateNormal, aten_linear
-from lowrank_mvn.aten import LOG_DET_TOLERANCE
+from lowrank_mvn import LinearFactor, LinearMean, LowRankMultivariateNormal
+from lowrank_mvn.capacitance import LOG_DET_TOLERANCE
+from lowrank_mvn.device import launch
+from lowrank_mvn.factors.dense import triton as dense
+from lowrank_mvn.factors.linear import aten, triton
+from lowrank_mvn.factors.linear.triton import blocks
 
 pytestmark = [*MARKS, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # torch's own, in opcheck
 
@@ -42,12 +46,10 @@ NAMES = ("grad_x", "grad_F", "grad_W", "grad_m", "grad_d")
 @pytest.fixture(params=["features", "blocks"])
 def kernels(request, monkeypatch):
     """Either way through the features, whatever would be the cheaper one; blocks of few pixels."""
-    from lowrank_mvn.triton import linear, linear_blocks
-
-    monkeypatch.setattr(linear_blocks, "chosen", lambda *sizes: request.param == "blocks")
-    monkeypatch.setattr(linear_blocks, "BLOCK_VALUES", 1)
-    monkeypatch.setattr(linear_blocks, "LEAST_PIXELS", 48)
-    return linear
+    monkeypatch.setattr(blocks, "chosen", lambda *sizes: request.param == "blocks")
+    monkeypatch.setattr(blocks, "BLOCK_VALUES", 1)
+    monkeypatch.setattr(blocks, "LEAST_PIXELS", 48)
+    return triton
 
 
 def features(dtype, B, K, M, layout):
@@ -74,14 +76,14 @@ def inputs(dtype, S, B, K, R, C, M, layout, diagonal, with_loc, with_mean, per_i
 
 
 def oracle(x, loc, F, W, m, d, a, b):
-    """Outputs and gradients of `aten_linear` in float64."""
-    out, grads = both(aten_linear, [None if t is None else t.double() for t in (x, loc, F, W, m, d)], a, b)
+    """Outputs and gradients of `aten` in float64."""
+    out, grads = both(aten, [None if t is None else t.double() for t in (x, loc, F, W, m, d)], a, b)
     return out[:4], grads
 
 
 def both(kernels, args, a, b, needs=(True, True, True)):
-    out = kernels.linear_mahalanobis_and_logdet(*args)
-    return out, kernels.linear_mahalanobis_and_logdet_backward(a, b, *args, *out[2:], list(needs))
+    out = kernels.mahalanobis_and_logdet(*args)
+    return out, kernels.mahalanobis_and_logdet_backward(a, b, *args, *out[2:], list(needs))
 
 
 def amplified(x, loc, F, W, m, d):
@@ -164,8 +166,7 @@ def test_diagonal_of_any_strides(kernels):
 
 
 def test_which_way_is_taken():
-    from lowrank_mvn.triton.linear_blocks import chosen
-
+    chosen = blocks.chosen
     assert chosen(1, 8, 257, per_pixel=False)
     assert chosen(3, 25, 257, per_pixel=True)
     assert not chosen(3, 100, 257, per_pixel=False)  # P would cost more than the features
@@ -173,19 +174,17 @@ def test_which_way_is_taken():
 
 
 def test_never_more_of_the_factor_than_a_block(monkeypatch):
-    from lowrank_mvn.triton import linear, linear_blocks
-
-    made, product = [], linear_blocks.product
+    made, product = [], blocks.product
 
     def counted(A, X, out, *rest, **options):
         made.append(X.shape[2])
         product(A, X, out, *rest, **options)
 
-    monkeypatch.setattr(linear_blocks, "BLOCK_VALUES", 2 * 2 * 3 * 64)
-    monkeypatch.setattr(linear_blocks, "LEAST_PIXELS", 16)
-    monkeypatch.setattr(linear_blocks, "product", counted)
+    monkeypatch.setattr(blocks, "BLOCK_VALUES", 2 * 2 * 3 * 64)
+    monkeypatch.setattr(blocks, "LEAST_PIXELS", 16)
+    monkeypatch.setattr(blocks, "product", counted)
     args, (a, b) = inputs(F32, 1, 2, 130, 3, 2, 300, "BKM", "pixel", True, True, False), weights(1, 2)
-    both(linear, args, a, b)
+    both(triton, args, a, b)
     assert len(made) > 15
     assert max(made) <= 64
 
@@ -198,16 +197,38 @@ def test_empty_batch(kernels):
     assert not grads[2].any()
 
 
+@pytest.mark.parametrize("case", [MATRIX[i] for i in (0, 2, 3, 5, 8, 9, 14, 16)], ids=str)
+def test_log_determinant_alone(kernels, case):
+    _, _, F, W, _, d = inputs(*case)
+    b, dtype, wide = weights(*case[1:3])[1], case[0], [t.double() for t in (F, W, d)]
+    expected, (found, C_inv, WG, flags) = aten.logdet(*wide), kernels.logdet(F, W, d)
+    tolerance = TOLERANCE[F64] if dtype == F64 else 2e-6
+    assert relative(found, expected[0]) < tolerance
+    assert relative(C_inv, expected[1]) < tolerance
+    grads = kernels.logdet_backward(b, F, W, d, C_inv, WG, flags, [True, True])
+    of_wide = aten.logdet_backward(b, *wide, *expected[1:], [True, True])
+    scale = max(1, 2.0**-21 * amplified(None, None, F, W, None, d) / tolerance) if case[4] > case[3] + 1 else 1
+    for ours, theirs, like in zip(grads, of_wide, (F, W, d), strict=True):
+        assert (ours.shape, ours.dtype) == (like.shape, like.dtype)
+        assert relative(ours, theirs) < TOLERANCE[like.dtype] * (scale if like is W else 1)
+    for needs in ([True, False], [False, True]):
+        again = kernels.logdet_backward(b, F, W, d, C_inv, WG, flags, needs)
+        assert torch.equal(again[1], grads[1])
+        for need, ours, theirs in zip(needs, again[::2], grads[::2], strict=True):
+            assert torch.equal(ours, theirs) if need else ours.numel() == 0
+
+
 @pytest.mark.parametrize("masked", [True, False])
 def test_gram(kernels, masked):
     x, loc, F, W, m, d = inputs(F32, 2, 2, 5, 3, 2, 70, "BKM", "pixel" if masked else "item", True, True, False)
     precision = d.reciprocal() * (torch.rand_like(d) < 0.5 if masked else 1)
-    C, w = kernels.linear_gram(x, loc, F, W, m, precision)
+    gram, w = kernels.normal_equations(x, loc, F, W, m, precision)
     ones = torch.cat([F, torch.ones_like(F[:, :1])], 1).double()
     P = torch.einsum("crk,bkn->bcnr", W[0].double(), ones)
     delta = x.double() - loc.double() - torch.einsum("ck,bkn->bcn", m.double(), ones)
     scaled = P * precision.double().expand(2, 2, 70)[..., None]
-    assert relative(C, torch.einsum("bcnr,bcns->brs", P, scaled) + torch.eye(3, device=DEVICE)) < 2e-6
+    assert relative(gram, torch.einsum("bcnr,bcns->brs", P, scaled)) < 2e-6
+    assert torch.equal(kernels.gram(F, W, precision), gram)
     assert relative(w, torch.einsum("sbcn,bcnr->sbr", delta, scaled)) < 1e-12  # made in float64
 
 
@@ -238,8 +259,8 @@ def test_small_diagonal_and_what_is_collinear(kernels, collinear, log_p, gradien
     out, grads = both(kernels, (x, None, F, W, m, d), a, b)
     # Rounding is in G, so that only features can ask for float64; then C is as exact as G, whatever W is. With blocks
     # it is in P.
-    blocks = kernels.linear_blocks.chosen()
-    assert out[-1].tolist() == [False, collinear == "features" or (blocks and collinear == "weights")]
+    rounded = blocks.chosen()
+    assert out[-1].tolist() == [False, collinear == "features" or (rounded and collinear == "weights")]
     assert (out[1] - expected[1]).abs().max() < LOG_DET_TOLERANCE
     assert (0.5 * ((out[0] - expected[0]).abs() + (out[1] - expected[1]).abs())).max() < log_p
     for name, ours, theirs in zip(NAMES, grads, expected_grads, strict=True):
@@ -264,7 +285,7 @@ def test_one_item_that_is_not_finite(kernels):
 def test_without_tensor_cores(kernels, monkeypatch, diagonal):
     args, (a, b) = inputs(F32, 1, 1, 5, 3, 2, 20, "BKM", diagonal, False, True, False), weights(1, 1)
     expected, expected_grads = oracle(*args, a, b)
-    monkeypatch.setattr(kernels.common, "products", lambda *tensors: "float32")
+    monkeypatch.setattr(launch, "products", lambda *tensors: "float32")
     out, grads = both(kernels, args, a, b)
     for ours, theirs in zip((*out[:4], *grads), (*expected, *expected_grads), strict=True):
         assert relative(ours, theirs) < 2e-6
@@ -285,8 +306,8 @@ def test_offsets_beyond_int32(kernels):
     F = torch.empty(0, device=DEVICE).set_(storage, 0, (B, K, M), (stride_b, 1, stride_n))
     F.copy_(torch.randn(B, K, M))
     x, loc, _, W, m, d = inputs(F32, 1, B, K, 2, 2, M, "BKM", "pixel", True, True, False)
-    expected = kernels.linear_mahalanobis_and_logdet(x, loc, F.mT.contiguous().mT, W, m, d)
-    for ours, theirs in zip(kernels.linear_mahalanobis_and_logdet(x, loc, F, W, m, d), expected, strict=True):
+    expected = kernels.mahalanobis_and_logdet(x, loc, F.mT.contiguous().mT, W, m, d)
+    for ours, theirs in zip(kernels.mahalanobis_and_logdet(x, loc, F, W, m, d), expected, strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -374,10 +395,8 @@ def test_samples_and_gradients(case, given, joined):
         drawn = noise and [t.to(loc.dtype) for t in noise]
         if exact and not given:  # ω_p as it was drawn, and ω_d from the same seed
             omega_p = torch.randn(S, B, R, dtype=dtype, device=DEVICE)
-            zero = torch.zeros(B, N, device=DEVICE)
-            torch.manual_seed(5)
-            omega_d = lowrank_mvn.rsample(zero, zero[..., None].expand(B, N, R), 1.0, (S,), impl="triton")
-            drawn = [omega_p.double(), omega_d.double()]
+            seed = torch.randint(2**62, (B,), device=DEVICE)
+            drawn = [omega_p.double(), dense.noise(seed, S, N, F32).double()]
         if exact:
             y = lowrank_mvn.rsample(loc, factor, d, (S,), noise=tuple(drawn), impl="aten")
         else:
@@ -471,7 +490,13 @@ def test_opcheck(kernels):
         operators.linear_mahalanobis_and_logdet_backward.default,
         (q, logdet, *leaves, *kept, [True] * 3, "triton"),
     )
-    torch.library.opcheck(operators.linear_gram.default, (*leaves, "triton"))
+    factor = F, W, d
+    torch.library.opcheck(operators.linear_gram.default, (*factor, "triton"))
+    torch.library.opcheck(operators.linear_normal_equations.default, (*leaves, "triton"))
+    torch.library.opcheck(operators.linear_logdet.default, (*factor, "triton"))
+    with torch.no_grad():
+        logdet, *kept = operators.linear_logdet(*factor, "triton")
+    torch.library.opcheck(operators.linear_logdet_backward.default, (logdet, *factor, *kept, [True, True], "triton"))
     u, seed = torch.randn(2, 2, 2, 4, device=DEVICE, requires_grad=True), torch.tensor([1, 2], device=DEVICE)
     for shift, noise, drawn in ((loc, None, seed), (None, torch.randn(2, 2, 2, 5, device=DEVICE), None)):
         arguments = (shift, F, u, d, noise, drawn, "triton")

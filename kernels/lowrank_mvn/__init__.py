@@ -13,8 +13,7 @@
 README.md in this folder derives the formulas; ARCHITECTURE.md at the root says where something new belongs.
 """
 
-from .distributions import kl as _kl  # registers the divergences
-from .distributions.normal import LowRankMultivariateNormal
+from .distributions import LowRankMultivariateNormal
 from .factors.linear.factor import LinearFactor
 from .factors.linear.mean import LinearMean
 from .functional import Conditional, condition, entropy, log_prob, log_prob_and_entropy, rsample

@@ -61,9 +61,9 @@ def factorise_lean(C: Tensor) -> tuple[Tensor, Tensor]:
 def too_rough(squares: Tensor, C_inv: Tensor, rounding: float) -> Tensor:
     """Whether rounding may have moved log|C| by more than LOG_DET_TOLERANCE, or C could not be factorised, [B].
 
-    With |ΔCᵢⱼ| ≤ ε aᵢaⱼ, |tr C⁻¹ΔC| ≤ ε (Σⱼ aⱼ √C⁻¹ⱼⱼ)²; `squares` [B, R] are aⱼ² (Cⱼⱼ where products of P are summed) and
-    `rounding` is ε. The root of Cⱼⱼ C⁻¹ⱼⱼ is that of the variance inflation factor of column j: 1 where it is orthogonal
-    to the others and large where it is nearly a combination of them.
+    With |ΔCᵢⱼ| ≤ ε aᵢaⱼ, |tr C⁻¹ΔC| ≤ ε (Σⱼ aⱼ √C⁻¹ⱼⱼ)²; `squares` [B, R] are aⱼ² (Cⱼⱼ where products of P are summed)
+    and `rounding` is ε. The root of Cⱼⱼ C⁻¹ⱼⱼ is that of the variance inflation factor of column j: 1 where it is
+    orthogonal to the others and large where it is nearly a combination of them.
     """
     return exceeds(rounding * (squares * C_inv.diagonal(dim1=-2, dim2=-1)).sqrt().sum(-1).square())
 
@@ -96,6 +96,7 @@ def sum_of_pi(d: Tensor, N: int, C_inv: Tensor) -> Tensor:
 
 def root(C_inv: Tensor) -> Tensor:
     """A [B, R, R] with AᵀA = C⁻¹."""
+    L: Tensor
     L, info = torch.linalg.cholesky_ex(C_inv)
     if bool((info > 0).any()):  # not positive definite to the last bit, or not finite
         finite = torch.where((info > 0)[:, None, None] & torch.isfinite(C_inv), C_inv, torch.zeros_like(C_inv))

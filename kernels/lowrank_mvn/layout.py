@@ -27,8 +27,7 @@ class Layout:
         return t.expand(*self.items_shape, t.shape[-1]).reshape(self.B, t.shape[-1])
 
     def factors(self, P: Tensor) -> Tensor:
-        """[..., N, R] -> [B, N, R], a view or, where P is itself broadcast over some of the items, a copy that lies as P
-        does."""
+        """[..., N, R] -> [B, N, R]: a view or, where P is broadcast over some of the items, a copy that lies as P."""
         if P.stride(-2) < P.stride(-1):
             return self.factors(P.mT).mT
         return P.expand(*self.items_shape, *P.shape[-2:]).reshape(self.B, *P.shape[-2:])

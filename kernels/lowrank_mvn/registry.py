@@ -1,8 +1,8 @@
 """How an operator is made known to torch, once for every kind of factor: schema, shapes, derivative, batching.
 
 An operator is opaque to `torch.compile` and `torch.export` (no graph break), has a rule for `torch.func.vmap`, and
-differentiates in closed form. Its tensors are known by name: contexts, derivatives and batching rules read names from the schema,
-and where the items B or the samples S are from a table of dimensions (`Dims`).
+differentiates in closed form. Its tensors are known by name: contexts, derivatives and batching rules read the names
+from the schema, and from a table of dimensions (`Dims`) where the items B and the samples S are.
 
 An operator of `torch.library` and its derivative do not take part in the transforms of `torch.func` outside of
 `torch.compile` (torch 2.13); there the same functions are called as an `autograd.Function`.
@@ -26,7 +26,7 @@ library = torch.library.Library(NAMESPACE, "DEF")
 # Name of a tensor → its dimensions as a word: "SBN" has samples first, then items, then pixels.
 Dims = Mapping[str, str]
 # From what was saved, what is needed and the gradients of the outputs, all by name, to the gradients of inputs by name.
-Derivative = Callable[[SimpleNamespace, SimpleNamespace, SimpleNamespace], dict[str, Tensor | None]]
+Derivative = Callable[[SimpleNamespace, SimpleNamespace, SimpleNamespace], Mapping[str, Tensor | None]]
 
 
 class WhenUsed(ModuleType):
@@ -202,7 +202,7 @@ class Operator:
         self._function = type(self.name, (torch.autograd.Function,), members)
 
 
-# --- Batching: the mapped dimension V joins the items B or, where the factor is shared, the samples S ------------------
+# --- Batching: the mapped dimension V joins the items B or, where the factor is shared, the samples S --------------
 
 
 def front(t: Tensor, dim: int | None, V: int) -> Tensor:
@@ -217,7 +217,8 @@ def joined(t: Tensor, dim: int | None, V: int, at: int) -> Tensor:
 
 def parted(t: Tensor, V: int, at: int) -> Tensor:
     """Undoes `joined`: V in front again."""
-    return t.unflatten(at, (V, t.shape[at] // V)).movedim(at, 0)
+    split: Tensor = t.unflatten(at, (V, t.shape[at] // V))
+    return split.movedim(at, 0)
 
 
 def outputs_of(op: Operator, result: Any, part: Callable[[str, Tensor], tuple[Tensor, int | None]]) -> Any:

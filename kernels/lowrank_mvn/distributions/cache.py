@@ -20,10 +20,10 @@ class _Entry(NamedTuple):
 class Cache:
     """The capacitance, and the log-determinant of the joint node, which spares `entropy` a pass after `log_prob`.
 
-    Both are forgotten when a parameter has moved: every tensor counts its in-place changes, views of it included. (Writing
-    through `.data` or a NumPy view hides a change from that count, as it does from autograd.) Nothing is kept inside a
-    transform of `torch.func`, whose tensors must not outlive it, nothing while compiling, and nothing of tensors made in
-    inference mode, which count no changes.
+    Both are forgotten when a parameter has moved: every tensor counts its in-place changes, views of it included.
+    (Writing through `.data` or a NumPy view hides a change from that count, as it does from autograd.) Nothing is kept
+    inside a transform of `torch.func`, whose tensors must not outlive it, nothing while compiling, and nothing of
+    tensors made in inference mode, which count no changes.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,12 @@ def _state(parameters: list[Tensor]) -> tuple[Any, ...] | None:
         return None
     if any(t.is_inference() for t in parameters):
         return None
-    return tuple((id(t), t._version, t.data_ptr() if not t.is_meta else 0) for t in parameters)
+    return tuple((id(t), t._version, _address(t)) for t in parameters)
+
+
+def _address(t: Tensor) -> int:
+    """Of the values, which assigning to `.data` changes; subclasses and tensors without values may have none."""
+    return t.data_ptr() if type(t) in (Tensor, torch.nn.Parameter) and not t.is_meta else 0
 
 
 def _mode() -> tuple[bool, bool]:

@@ -3,13 +3,12 @@
 from typing import Any
 
 import torch
-import torch.distributions as td
+from torch.distributions import LowRankMultivariateNormal as TorchLowRank
+from torch.distributions import MultivariateNormal as TorchNormal
 from torch.distributions.kl import kl_divergence, register_kl
 
 from ..factors.base import result_dtype
-from .normal import LowRankMultivariateNormal, TorchLowRank, double
-
-TorchNormal = td.MultivariateNormal
+from .normal import LowRankMultivariateNormal, double
 
 
 def _kl(p: Any, q: Any) -> torch.Tensor:

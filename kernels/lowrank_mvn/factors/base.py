@@ -12,7 +12,7 @@ Diagonal = Tensor  # d [..., N] or [..., 1]
 
 
 class Capacitance(NamedTuple):
-    """What one pass over a factor leaves behind for the next call with the same factor and diagonal (canonical shapes)."""
+    """What a pass over a factor leaves for the next call with the same factor and diagonal, in canonical shapes."""
 
     C_inv: Tensor
     logdet: Tensor
@@ -44,7 +44,7 @@ class Operand(ABC):
 
     @abstractmethod
     def materialise(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor, in its own dtype; in `dtype`, if that is given and it has to be made, so that nothing is rounded."""
+        """The tensor, in its own dtype; if it has to be made, in `dtype` where that is given, which rounds less."""
 
     @property
     def _first(self) -> Tensor:

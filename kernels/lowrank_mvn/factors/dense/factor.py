@@ -87,6 +87,7 @@ class DenseFactor(_Dense, Factor):
             if seed is not None:
                 drawn = op_sampling.noise(seed, layout.S, P.shape[-2], high, impl)
                 omega_d = layout.restore(drawn)
+            assert omega_d is not None
             with without_autocast(P.device):
                 loc = mean.materialise(high)
                 return reference.rsample(*(t.to(high) for t in (loc, P, d, noise.omega_p, omega_d))).to(dtype)
@@ -149,7 +150,7 @@ class DenseFactor(_Dense, Factor):
             return P.mT @ P
         layout = Layout(items, items)
         one = P.new_ones(1, dtype=result_dtype(P))
-        gram = op.gram(layout.factors(P), layout.vectors(one), self.implementation(None))
+        gram: Tensor = op.gram(layout.factors(P), layout.vectors(one), self.implementation(None))
         return gram.reshape(*items, *gram.shape[1:])
 
     def mix(self, A: Tensor) -> Self:

@@ -62,7 +62,7 @@ mahalanobis_and_logdet = Operator(
 )
 
 
-def _backward_fake(*inputs):  # type: ignore[no-untyped-def]
+def _backward_fake(*inputs: Any) -> tuple[Tensor, ...]:
     _, _, x, loc, P, d, *_, needs, _ = inputs
     grads = _like(x), _like(loc), torch.empty_like(P), _like(d)
     return tuple(kept(g, need) for g, need in zip(grads, needs, strict=True))
@@ -157,7 +157,7 @@ logdet.register(_derivative_of_logdet, ("P", "d", "C_inv", "wide", "impl"), cons
 logdet_backward.register(second_derivative(reference.logdet, ("grad_logdet",), ("P", "d")), ("grad_logdet", "P", "d"))
 
 
-# --- PᵀDP, and with it the projection of δ: for conditionals and principal components ------------------------------------
+# --- PᵀDP, and with it the projection of δ: for conditionals and principal components -----------------------------
 
 
 def _textbook_gram(P: Tensor, precision: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from ...layout import Layout, broadcast
 from ...registry import forward_mode, transformed, without_autocast
 from ..base import Capacitance, Factor, Mean, Noise, result_dtype
 from ..dense.factor import DenseFactor
+from ..dense.op_sampling import noise as drawn_noise
 from . import forms, op, op_sampling
 from .features import Linear
 from .mean import LinearMean
@@ -136,7 +137,7 @@ class LinearFactor(Linear, Factor):
             given = None if omega_d is None else layout.samples(omega_d.expand(*shape, N))
             return self._rsample(mean, layout.vectors(d), layout, omega_p, given, seed, impl)
         if omega_d is None:
-            omega_d = layout.restore(op_sampling.noise(seed, layout.S, N, high, impl))
+            omega_d = layout.restore(drawn_noise(seed, layout.S, N, high, impl))
         if impl == "reference":
             return (
                 DenseFactor(self.materialise(high))
@@ -152,8 +153,9 @@ class LinearFactor(Linear, Factor):
     ) -> tuple[Tensor, Factor, Tensor]:
         dtype, high = torch.promote_types(mean.dtype, self.dtype), result_dtype(mean, self, d)
         if impl == "reference" or forward_mode():
-            loc, factor, diag = DenseFactor(self.materialise(high)).condition(value, observed, mean, d, shape, impl)
-            return loc.to(dtype), DenseFactor(factor.tensor.to(dtype)), diag.to(dtype)
+            made = DenseFactor(self.materialise(high))
+            loc, dense, diag = made.condition(value, observed, mean, d, shape, impl)
+            return loc.to(dtype), DenseFactor(dense.tensor.to(dtype)), diag.to(dtype)
         N, R = self.shape[-2:]
         items = broadcast(observed.shape[:-1], self._items(d))
         layout = Layout(shape, items)
@@ -304,9 +306,10 @@ class LinearFactor(Linear, Factor):
 
     def _by_channel(self, t: Tensor | None) -> Tensor | None:
         """[..., N] -> [..., channels, pixels], or [..., 1] -> [..., 1, 1]."""
-        if t is None or t.shape[-1] == 1:
-            return None if t is None else t.unsqueeze(-1)
-        return t.unflatten(-1, (self.weight.shape[-2], -1))
+        if t is None:
+            return None
+        channels = 1 if t.shape[-1] == 1 else self.weight.shape[-2]
+        return t.reshape(*t.shape[:-1], channels, t.shape[-1] // channels)
 
     def _weights(self, batch: torch.Size) -> Tensor:
         """W [1 or items, channels, R, K+1] for the items of a batch."""

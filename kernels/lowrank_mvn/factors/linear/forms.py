@@ -6,8 +6,8 @@ A pass over F leaves, in float64 and for each item b and channel c,
     wF  [B, S, channels, K+1]      F̃D_c⁻¹(x − loc)_c
     zF  [B, S, channels, K+1]      F̃z_c
 
-and everything that follows from these is here, for every implementation. W [1 or B, channels, R, K+1] and m [channels, K+1] are in
-float64; S samples, B items, R columns, K features and a row of ones.
+and everything that follows from these is here, for every implementation. W [1 or B, channels, R, K+1] and
+m [channels, K+1] are in float64; S samples, B items, R columns, K features and a row of ones.
 """
 
 import torch
@@ -47,7 +47,8 @@ def projection(wF: Tensor, WG: Tensor | None, W: Tensor, m: Tensor | None) -> Te
 
 def coefficients(v: Tensor, W: Tensor) -> Tensor:
     """u_c = W_cᵀv [B, S, channels, K+1] of v [B, S, R], so that (Pv)_c = F̃ᵀu_c."""
-    return torch.matmul(v, W.transpose(1, 2).flatten(2)).unflatten(2, (W.shape[1], W.shape[3]))
+    u: Tensor = torch.matmul(v, W.transpose(1, 2).flatten(2)).unflatten(2, (W.shape[1], W.shape[3]))
+    return u
 
 
 def weighted(A: Tensor, W: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ def quadratic_sum(A: Tensor, W: Tensor) -> Tensor:
 
 
 def logdet_D(d: Tensor, N: int) -> Tensor:
-    """log|D| [B] of d [B, channels, pixels] or [B, 1, 1], item by item: in float64, which need not hold all of them at once."""
+    """log|D| [B] of d [B, channels, pixels] or [B, 1, 1], item by item: float64 need not hold all of them at once."""
     if one_d(d):
         return N * d[:, 0, 0].double().log()
     logs = [item.double().log().sum() for item in d]
@@ -77,9 +78,9 @@ def rough(diagonal_G: Tensor, W: Tensor, C_inv: Tensor, rounding: float, tiles: 
     """Whether float32 products in a pass may have moved log|C| by more than its tolerance, or failed, [B].
 
     `diagonal_G` [B, channels or 1, K+1] is that of G_c, and |ΔG_kl| ≤ ε√(G_kk G_ll) with ε = `rounding`. From the
-    features, log|C| moves by Σ_c tr M_cΔG_c, at most ε Σ_c Σ_kl |M_c,kl|√(G_kk G_ll); where all channels have one G, the
-    sum of M_c takes the place of each. Where tiles of P are made in float32, |ΔP_nr| ≤ ε Σ_k |W_rk||f_kn| moves C by at
-    most ε aᵣaₛ with aᵣ² = Σ_c (Σ_k |W_crk|√G_kk)²: `capacitance.too_rough`, which grows faster with R.
+    features, log|C| moves by Σ_c tr M_cΔG_c, at most ε Σ_c Σ_kl |M_c,kl|√(G_kk G_ll); where all channels have one G,
+    the sum of M_c takes the place of each. Where tiles of P are made in float32, |ΔP_nr| ≤ ε Σ_k |W_rk||f_kn| moves C
+    by at most ε aᵣaₛ with aᵣ² = Σ_c (Σ_k |W_crk|√G_kk)²: `capacitance.too_rough`, which grows faster with R.
     """
     g = diagonal_G.sqrt().unsqueeze(-1)
     if tiles:
@@ -97,8 +98,10 @@ def of_scores(zF: Tensor, WG: Tensor, step: Tensor) -> Tensor:
 def grad_weight(
     grad_q: Tensor, grad_logdet: Tensor, C_inv: Tensor, v: Tensor, WG: Tensor, zF: Tensor, shared: bool
 ) -> Tensor:
-    """grad_W_c = 2 grad_logdet C⁻¹W_cG_c − 2 grad_q v(F̃z_c)ᵀ [1 or B, channels, R, K+1], summed over items that share W;
-    grad_q [B, S], grad_logdet [B]."""
+    """grad_W_c = 2 grad_logdet C⁻¹W_cG_c − 2 grad_q v(F̃z_c)ᵀ [1 or B, channels, R, K+1].
+
+    Summed over items that share W; grad_q [B, S], grad_logdet [B].
+    """
     grad = weighted(2 * grad_logdet[:, None, None] * C_inv, WG)
     grad -= torch.matmul((2 * grad_q.unsqueeze(-1) * v).mT, zF.flatten(2)).unflatten(2, zF.shape[2:]).transpose(1, 2)
     return grad.sum(0, keepdim=True) if shared else grad
@@ -106,4 +109,5 @@ def grad_weight(
 
 def grad_mean(grad_q: Tensor, zF: Tensor) -> Tensor:
     """grad_m_c = −2 grad_q F̃z_c [channels, K+1]."""
-    return -2 * torch.tensordot(grad_q, zF, 2)
+    grad: Tensor = -2 * torch.tensordot(grad_q, zF, 2)
+    return grad

@@ -46,8 +46,11 @@ def _like(t: Tensor) -> Tensor:
 
 
 def _batched(op: Operator, V: int, given: dict[str, Any], mapped: dict[str, int]) -> Any:
-    """The mapped dimension joins the items, with a weight for each, where the features are mapped and no mean is learned
-    from them; else the operator is called for one after the other. A gradient of W is summed over items that share it."""
+    """The mapped dimension joins the items, with a weight for each, where the features are mapped and no mean is
+    learned from them; else the operator is called for one after the other.
+
+    A gradient of W is summed over items that share it.
+    """
     if "F" not in mapped or given.get("m") is not None:
         return one_by_one(op, V, given, mapped)
     B = front(given["F"], mapped["F"], V).shape[1]
@@ -92,8 +95,8 @@ def _products(x: Tensor, W: Tensor, d: Tensor, impl: str) -> int:
 def _forward_fake(x, loc, F, W, m, d, impl):  # type: ignore[no-untyped-def]
     (S, B, channels, pixels), R, kept_ = x.shape, W.shape[2], _products(x, W, d, impl)
 
-    def new(*shape, dtype=torch.float64):  # type: ignore[no-untyped-def]
-        return x.new_empty(shape, dtype=dtype)
+    def new(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=x.device)
 
     return (
         new(S, B),
@@ -122,7 +125,7 @@ mahalanobis_and_logdet = Operator(
 )
 
 
-def _backward_fake(*inputs):  # type: ignore[no-untyped-def]
+def _backward_fake(*inputs: Any) -> tuple[Tensor, ...]:
     _, _, x, _, F, W, m, d, *_, (need_x, need_F, need_d), _ = inputs
     return (
         x.new_empty(x.shape if need_x else (0,), dtype=product_dtype(x, F, W, d)),
@@ -134,9 +137,9 @@ def _backward_fake(*inputs):  # type: ignore[no-untyped-def]
 
 
 mahalanobis_and_logdet_backward = Operator(
-    "linear_mahalanobis_and_logdet_backward(Tensor grad_mahalanobis, Tensor grad_logdet, Tensor x, Tensor? loc, Tensor F,"
-    " Tensor W, Tensor? m, Tensor d, Tensor C_inv, Tensor v, Tensor step, Tensor WG, Tensor zF, Tensor residual,"
-    " Tensor wide, bool[3] needs, str impl)"
+    "linear_mahalanobis_and_logdet_backward(Tensor grad_mahalanobis, Tensor grad_logdet, Tensor x, Tensor? loc,"
+    " Tensor F, Tensor W, Tensor? m, Tensor d, Tensor C_inv, Tensor v, Tensor step, Tensor WG, Tensor zF,"
+    " Tensor residual, Tensor wide, bool[3] needs, str impl)"
     " -> (Tensor grad_x, Tensor grad_F, Tensor grad_W, Tensor grad_m, Tensor grad_d)",
     lambda *inputs: IMPLEMENTATIONS[inputs[-1]].mahalanobis_and_logdet_backward(*inputs[:-1]),
     _backward_fake,
@@ -207,8 +210,8 @@ mahalanobis_and_logdet_backward.register(
 def _logdet_fake(F, W, d, impl):  # type: ignore[no-untyped-def]
     B, (channels, R) = F.shape[0], W.shape[1:3]
 
-    def new(*shape, dtype=torch.float64):  # type: ignore[no-untyped-def]
-        return F.new_empty(shape, dtype=dtype)
+    def new(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=F.device)
 
     return new(B), new(B, R, R), new(B, channels, R, _products(F, W, d, impl)), new(B, dtype=torch.bool)
 
@@ -249,7 +252,7 @@ logdet_backward.register(
 )
 
 
-# --- PᵀDP, and with it the projection of δ: for conditionals and principal components ------------------------------------
+# --- PᵀDP, and with it the projection of δ: for conditionals and principal components -----------------------------
 
 
 gram = Operator(
@@ -303,7 +306,7 @@ normal_equations_backward = Operator(
     " Tensor? m, Tensor precision, bool[3] needs) -> (Tensor grad_x, Tensor grad_F, Tensor grad_W, Tensor grad_m,"
     " Tensor grad_precision)",
     aten.normal_equations_backward,
-    lambda grad_gram, grad_w, *rest: _backward_fake(grad_gram, grad_w, *rest, ""),
+    lambda *inputs: _backward_fake(*inputs, ""),
     DIMS,
 )
 EQUATIONS = "x", "loc", "F", "W", "m", "precision"
@@ -326,7 +329,7 @@ normal_equations_backward.register(
 )
 
 
-# --- diag PPᵀ, for variances --------------------------------------------------------------------------------------------
+# --- diag PPᵀ, for variances --------------------------------------------------------------------------------------
 
 
 row_norms = Operator(
@@ -344,7 +347,7 @@ row_norms_backward = Operator(
 
 
 def _textbook_norms(F: Tensor, W: Tensor) -> Tensor:
-    return _full_factor(F, W).square().sum(-1).unflatten(1, (W.shape[1], -1))
+    return _full_factor(F, W).square().sum(-1).view(F.shape[0], W.shape[1], F.shape[2])
 
 
 row_norms.register(

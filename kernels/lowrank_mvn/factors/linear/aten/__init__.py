@@ -26,8 +26,9 @@ as above, K² products a pixel for each G_c and each M_c; or from tiles of P, ma
 
 The functions take canonical shapes; item b of F has the weight W[b], or W[0] where all share one:
 
-    x    [S, B, channels, pixels]                F  [B, K, pixels], any strides      d  [B, channels, pixels] or [B, 1, 1]
-    loc  [S or 1, B, channels, pixels], or none  W  [1 or B, channels, R, K+1]       m  [channels, K+1], or none
+    x    [S, B, channels, pixels]                F  [B, K, pixels], any strides
+    loc  [S or 1, B, channels, pixels], or none  W  [1 or B, channels, R, K+1]
+    d    [B, channels, pixels] or [B, 1, 1]      m  [channels, K+1], or none
 """
 
 from .backward import logdet_backward, mahalanobis_and_logdet_backward

@@ -263,7 +263,7 @@ class _Operands:
             grads.x[:, b, :, n] = (2 * grad_q[:, :, None, None] * z_c).transpose(0, 1)
         if not self.needs.d:
             return z.new_zeros(())
-        az2 = (z_c.square() * grad_q[:, :, None, None]).sum(1)
+        az2: Tensor = (z_c.square() * grad_q[:, :, None, None]).sum(1)
         if self.one:
             grads.d[b] -= az2.sum((1, 2), dtype=torch.float64)[:, None, None]
         return az2

@@ -59,7 +59,7 @@ def normal_equations_backward(
 
 def _of_weight(grad_rows: Tensor, W: Tensor) -> Tensor:
     """grad_W of the gradients of P times F̃ᵀ, [B, R·channels, K+1]."""
-    grad = grad_rows.unflatten(1, (W.shape[2], W.shape[1])).transpose(1, 2)
+    grad: Tensor = grad_rows.unflatten(1, (W.shape[2], W.shape[1])).transpose(1, 2)
     return (grad.sum(0, keepdim=True) if W.shape[0] == 1 else grad).to(W.dtype).contiguous()
 
 

@@ -18,8 +18,8 @@ def sums(
 ) -> Sums:
     """W_cG_c [b, channels, R, K+1], F̃D_c⁻¹(x − loc)_c [b, S, channels, K+1] and diag G_c [b, channels or 1, K+1].
 
-    Of some items, in float64, products in `dtype`; S = 0 without samples. `d` is the diagonal of D or, if `inverted`, of
-    D⁻¹, 0 for a pixel that is not observed.
+    Of some items, in float64, products in `dtype`; S = 0 without samples. `d` is the diagonal of D or, if `inverted`,
+    of D⁻¹, 0 for a pixel that is not observed.
     """
     channels, R, K1 = W.shape[1:]
     one = forms.one_d(d)

@@ -13,8 +13,8 @@ from .moments import factorised
 def mahalanobis_and_logdet(
     x: Tensor, loc: Tensor | None, F: Tensor, W: Tensor, m: Tensor | None, d: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """q [S, B], log|Σ| [B], and for the backward pass C⁻¹, v [S, B, R], its last step, W_cG_c [B, channels, R, K+1], F̃z_c
-    [B, S, channels, K+1], the residual and `wide` [B].
+    """q [S, B], log|Σ| [B], and for the backward pass C⁻¹, v [S, B, R], its last step, W_cG_c [B, channels, R, K+1],
+    F̃z_c [B, S, channels, K+1], the residual and `wide` [B].
 
     All float64 but the residual r = δ − F̃ᵀ(u + m) [S, B, channels, pixels], made in float64 and rounded once, at v
     before its last step.
