@@ -9,7 +9,7 @@ C_L = C − A_HᵀA_H, summed without H and never subtracted, and for Yᵀ = C�
 is a sum of squares, as q is: errors of Y enter it squared.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -21,7 +21,7 @@ from .capacitance import factorise, root, with_identity
 SMALL = 0.1
 # Error of a leverage that float64 may leave.
 TOLERANCE = 1e-7
-REFINEMENTS = 3
+REFINEMENTS = 2
 # Values of P and of the samples that are gathered at once.
 VALUES = 1 << 20
 EPS = torch.finfo(torch.float64).eps
@@ -117,12 +117,47 @@ def at_heaviest(
 
 
 def without_cancellation(A: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """(D^½Σ⁻¹D^½)_HH [b, k, k] and Y [b, k, R] of A_H [b, k, R] and C_L − I [b, R, R]."""
+    """(D^½Σ⁻¹D^½)_HH [b, k, k] and Y [b, k, R] of A_H [b, k, R] and C_L − I [b, R, R]; rows of zeros do no harm."""
     C_L, identity = with_identity(gram), torch.eye(A.shape[1], dtype=A.dtype, device=A.device)
     L = torch.linalg.cholesky_ex(C_L + A.mT @ A)[0]
-    Y = torch.cholesky_solve(A.mT, L).mT
-    for _ in range(REFINEMENTS):  # of CYᵀ = Aᵀ with the residual of a product, whose errors are smaller than those of C
+    ones = torch.eye(A.shape[2], dtype=A.dtype, device=A.device)
+    L_inv = torch.linalg.solve_triangular(L, ones, upper=False)  # C⁻¹ itself would lose its small eigenvalues
+    Y = A @ L_inv.mT @ L_inv
+    for _ in range(REFINEMENTS):  # of CYᵀ = Aᵀ; the residual is that of products, not of C, which is rounded
         U = identity - A @ Y.mT
-        Y = Y + torch.cholesky_solve(A.mT @ U - C_L @ Y.mT, L).mT
+        Y = Y + (U.mT @ A - Y @ C_L) @ L_inv.mT @ L_inv
     U = identity - A @ Y.mT
     return U.mT @ U + Y @ C_L @ Y.mT, Y
+
+
+def add_pi(
+    grad_d: Tensor,
+    heaviest: Tensor,
+    d: Tensor,
+    grad_logdet: Tensor,
+    rows: Callable[[Tensor], Tensor],
+    gram: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """Adds grad_logdet π to grad_d [B, N] at the pixels that a kernel left out; nothing waits for the host.
+
+    Args:
+        heaviest: lists of the pixels [B, 1 + k], which begin with their number.
+        rows: gives pₙ [B, k, R] in float64 of indices [B, k].
+        gram: gives Pᵀ diag(ρ) P [B, R, R] of a precision ρ [B, N] for the items that are flagged [B], 0 for the others.
+    """
+    count, H = heaviest[:, :1], heaviest[:, 1:].long()
+    listed = torch.arange(H.shape[1], device=H.device) < count
+    H = torch.where(listed, H, H[:, :1])  # as if pixels were listed several times
+    precision = d.to(torch.promote_types(d.dtype, torch.float32)).reciprocal()
+    scale = precision.gather(1, H).double().mul_(listed).sqrt_()
+    A = rows(H) * scale.unsqueeze(-1)
+    rest = gram(precision.scatter_(1, H, 0), (count[:, 0] > 0).view(torch.uint8))
+    pi = without_cancellation(A, rest)[0].diagonal(dim1=-2, dim2=-1) * scale.square()
+    grad_d.scatter_add_(1, H, (grad_logdet.unsqueeze(1) * pi).to(grad_d.dtype))
+
+
+def sum_of_few(P: Tensor, d: Tensor) -> Tensor:
+    """Σₙ πₙ [B] of one d [B] and no more pixels than columns: P [B, N, R] in float64."""
+    gram = P.new_zeros(len(P), P.shape[2], P.shape[2])
+    precision, _ = without_cancellation(P * d.double().rsqrt()[:, None, None], gram)
+    return precision.diagonal(dim1=-2, dim2=-1).sum(1) / d.double()
