@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....device import launch
+from ....device.heaviest import without_heaviest
 from ....device.launch import Block, Table, TiledTable
 from ....device.math import narrow, product, split
 from ....device.tiles import (
@@ -113,6 +114,7 @@ def backward_kernel(
     grad_loc_ptr,  # [S, B, N], or [CHUNKS, B, N] if SHARED_LOC
     grad_P_at,  # [B, CHUNKS, R, N]
     grad_d_ptr,  # [CHUNKS, B, N], or [CHUNKS, B, SPLITS] of −Σ az² if ONE_D
+    heaviest_ptr,  # [B, 1 + 2R]: pixels whose π is left out (`device.heaviest`); or none
     sizes,  # S, B, N
     cut,  # programs for an item, columns for each, and CHUNKS that share the samples
     R: tl.constexpr,
@@ -249,6 +251,10 @@ def backward_kernel(
             if NEED_P:
                 store_result(grad_P_item, narrow(grad_P, grad_P_at[0]), tile, n, N, R, TILE)
         if NEED_PI:
+            if heaviest_ptr is not None:
+                own_n = ordered(offs_n, TILE)
+                found = heaviest_ptr + item * (1 + 2 * R)
+                pi = without_heaviest(pi, d_inv, own_n, (own_n < N) & (chunk == 0), found, 2 * R)
             grad_d = narrow(in_memory(b * pi - az2_tile, TILE), grad_d_ptr)
             tl.store(grad_d_ptr + (own * B + item) * N + columns, grad_d, mask=mask_n)
     if grad_d_ptr is not None and ONE_D:
@@ -271,6 +277,7 @@ class Gradients(NamedTuple):
     loc: Tensor | None  # [S, B, N], or [chunks, B, N] where the samples share one
     P: Tensor | None  # [chunks, B, N, R]
     d: Tensor | None  # [chunks, B, N]; where d is one value per item it only says that −Σ az² is wanted
+    heaviest: Tensor | None = None  # [B, 1 + 2R], the pixels whose π is left out
 
 
 def gradients(
@@ -323,6 +330,7 @@ def gradients(
         grad_loc_ptr=grads.loc,
         grad_P_at=None if grads.P is None else launch.at(grads.P.permute(1, 0, 3, 2)),
         grad_d_ptr=sums if grads.d is not None and one_d else grads.d,
+        heaviest_ptr=grads.heaviest,
         sizes=(S, B, N),
         cut=(splits, columns, chunks),
         R=R,

@@ -86,11 +86,13 @@ def linear_backward_kernel(
     grad_x_ptr,  # [S, B, channels, pixels]; as the others, none where it is not needed
     grad_F_at,  # [B, K, pixels]
     grad_d_ptr,  # [B, channels, pixels], or [B, SPLITS] of −Σ az² if ONE_D
+    heaviest_ptr,  # [B, 1 + ROOM]: pixels whose π is left out (`device.heaviest`); none if ONE_D or not needed
     sizes,  # S, B, pixels
     cut,  # programs for an item, pixels for each
     K: tl.constexpr,
     CHANNELS: tl.constexpr,
     ONE_D: tl.constexpr,
+    ROOM: tl.constexpr,
     KIND: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -133,11 +135,11 @@ def linear_backward_kernel(
             kept = kept + split(tl.load(half_ptr + HALF))
     az2_sum = tl.zeros((BLOCK_N,), tl.float64)
     if ONE_D:
-        diagonal = (1.0 / tl.load(d_item[0]).to(dtype), grad_d_ptr, b)
+        diagonal = (1.0 / tl.load(d_item[0]).to(dtype), grad_d_ptr, b, None)
     elif grad_d_ptr is None:
-        diagonal = (d_item, None, b)
+        diagonal = (d_item, None, b, None)
     else:
-        diagonal = (d_item, grad_d_ptr + item * CHANNELS * pixels, b)
+        diagonal = (d_item, grad_d_ptr + item * CHANNELS * pixels, b, heaviest_ptr + item * (1 + ROOM))
     start = pid_s * length
     for n in range(start, min(start + length, pixels), BLOCK_N):
         features = (F_item, n, pixels, rows, columns)
@@ -153,13 +155,13 @@ def linear_backward_kernel(
                 for c in tl.static_range(CHANNELS):
                     grad_F, az2 = channel(
                         grad_F, az2, c, all_sizes, A_ptr, vectors, diagonal, F_tile, features, tile,
-                        K, NEED_F, ONE_D, KIND, TILE,
+                        K, NEED_F, ONE_D, ROOM, KIND, TILE,
                     )  # fmt: skip
             else:
                 for c in range(CHANNELS):
                     grad_F, az2 = channel(
                         grad_F, az2, c, all_sizes, A_ptr, vectors, diagonal, F_tile, features, tile,
-                        K, NEED_F, ONE_D, KIND, TILE,
+                        K, NEED_F, ONE_D, ROOM, KIND, TILE,
                     )  # fmt: skip
             if ONE_D and tile == 0:
                 az2_sum += az2.to(tl.float64)
@@ -184,6 +186,7 @@ class Gradients(NamedTuple):
     x: Tensor | None  # [S, B, channels, pixels]
     F: Tensor | None  # [B, K, pixels]
     d: Tensor | None  # [B, channels, pixels]; where d is one value per item it only says that −Σ az² is wanted
+    heaviest: Tensor | None  # [B, 1 + ROOM], where d is not one value per item: the pixels whose π is left out
 
 
 def gradients(
@@ -230,11 +233,13 @@ def gradients(
             grad_x_ptr=grads.x,
             grad_F_at=None if grads.F is None else launch.at(grads.F),
             grad_d_ptr=sums if grads.d is not None and one else grads.d,
+            heaviest_ptr=grads.heaviest,
             sizes=(0 if samples is None else samples.r.shape[0], B, pixels),
             cut=(splits, columns),
             K=K,
             CHANNELS=channels,
             ONE_D=one,
+            ROOM=0 if grads.heaviest is None else grads.heaviest.shape[1] - 1,
             KIND=products,
             TILE=_tile(block, block_k, F, made, vectors),
         )
