@@ -35,7 +35,7 @@ BLOCKS: Table = {
 
 
 class Lanes(NamedTuple):
-    """The tiles of this kernel: LANES rows and GROUPS times NEAR columns of one lie beside each other in a warp's lanes."""
+    """The tiles of this kernel: LANES rows and GROUPS times NEAR columns lie beside each other in a warp's lanes."""
 
     ROWS: int
     COLUMNS: int
@@ -48,7 +48,7 @@ class Lanes(NamedTuple):
 
 @triton.jit
 def _places(TILE: tl.constexpr):
-    """Row and column of each value of a tile [I, H, NEAR, GROUPS, LANES], which go to the lanes from the last dimension on."""
+    """Row and column of each value of a tile [., ., NEAR, GROUPS, LANES], dealt to the lanes from the last on."""
     NEAR: tl.constexpr = TILE.NEAR
     GROUPS: tl.constexpr = TILE.GROUPS
     LANES: tl.constexpr = TILE.LANES
