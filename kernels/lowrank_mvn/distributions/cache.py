@@ -74,7 +74,12 @@ def _state(parameters: list[Tensor]) -> tuple[Any, ...] | None:
         return None
     if any(t.is_inference() for t in parameters):
         return None
-    return tuple((id(t), t._version, t.data_ptr() if not t.is_meta else 0) for t in parameters)
+    return tuple((id(t), t._version, _address(t)) for t in parameters)
+
+
+def _address(t: Tensor) -> int:
+    """Of the values, which assigning to `.data` changes; subclasses and tensors without values may have none."""
+    return t.data_ptr() if type(t) in (Tensor, torch.nn.Parameter) and not t.is_meta else 0
 
 
 def _mode() -> tuple[bool, bool]:
