@@ -26,6 +26,7 @@ usage: sosvae COMMAND ...
   sosvae sample RUN [options]         pictures at codes from the prior: means and samples
   sosvae reconstruct RUN [options]    pictures of held-out images: means and samples at their codes
   sosvae compare [PRESET] [options]   SOS-VAE and β-VAE on the same data: figures side by side, and numbers
+  sosvae edit RUN [options]           a page in the browser: paint, and the rest of the image follows
   sosvae fit [PRESET] [options]       the largest images and batches that train within so many GiB (--memory)
 
 `sosvae COMMAND --help` lists the options of a command, with units and defaults (those of the preset given
@@ -130,6 +131,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "reconstruct": _reconstruct,
         "compare": _compare,
         "fit": _fit,
+        "edit": _edit,
     }
     if command in ("--help", "-h"):
         print(COMMANDS)
@@ -196,6 +198,12 @@ def _fit(args: list[str]) -> int:
     else:
         print(fit.table(found, o.config, budget))
     return 0
+
+
+def _edit(args: list[str]) -> int:
+    from .commands.edit import EditOptions, edit
+
+    return edit(_parse(EditOptions, "sosvae edit", args))
 
 
 @torch.no_grad()

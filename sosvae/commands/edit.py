@@ -1,0 +1,80 @@
+"""`sosvae edit`: a page to paint with what a decoder predicted."""
+
+import secrets
+import threading
+import webbrowser
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+__all__ = ["EditOptions", "edit"]
+
+PORT = 8642
+
+
+@dataclass(frozen=True)
+class EditOptions:
+    """Paint a few pixels in a browser and see the rest of the image follow; or write such a page as one file."""
+
+    run: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN [RUN ...]")]]
+    """Folders of runs, or a folder that holds some (path)."""
+    export: Path | None = None
+    """Write one page that needs no server, with parameters of some codes in it, and stop (path)."""
+    codes: int = 8
+    """In an exported page (count)."""
+    port: int = PORT
+    """To listen on; the next free one where it is taken, 0 for any."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 to be reachable from other machines."""
+    allowed_host: tuple[str, ...] = ()
+    """Further names that this machine or a proxy before it is reached by."""
+    no_browser: bool = False
+    """Print the address and open nothing."""
+
+
+def edit(o: EditOptions) -> int:
+    """Serves the page until Ctrl-C, or writes it."""
+    from ..editor.runs import Runs
+
+    runs = Runs(o.run)
+    if o.export is not None:
+        from ..editor.export import export
+
+        written = export(runs, o.export, o.codes)
+        print(
+            f"{o.export}: {written['bytes'] / 1e6:.2f} MB, {written['codes']} codes, {len(runs.names())} runs; "
+            f"float16 is off by at most {255 * written['error']:.2f} of 255 grey levels"
+        )
+        return 0
+    try:
+        import uvicorn
+
+        from ..editor.server import create_app, listen
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is not installed: pip install 'sosvae[app]'") from error
+
+    token = secrets.token_urlsafe(24)
+    sock = listen(o.host, o.port)
+    shown = "127.0.0.1" if o.host in ("0.0.0.0", "") else "[::1]" if o.host == "::" else o.host
+    address = f"http://{shown}:{sock.getsockname()[1]}/?token={token}"
+    # The first code is decoded while the browser starts.
+    threading.Thread(target=_warm_up, args=(runs,), daemon=True).start()
+    print(f"{address}\nCtrl-C stops.", flush=True)
+    if not o.no_browser:
+        threading.Timer(0.5, webbrowser.open, [address]).start()
+    app = create_app(runs, token, o.host, o.allowed_host)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="off")
+    uvicorn.Server(config).run([sock])
+    return 0
+
+
+def _warm_up(runs: "object") -> None:
+    from ..editor.runs import CodeError, Runs
+
+    assert isinstance(runs, Runs)
+    try:
+        runs.answer(runs.names()[0], {"kind": "seed", "seed": 0})
+    except CodeError:  # the page will say it
+        pass
