@@ -1,5 +1,7 @@
 """`sosvae edit`: a page to paint with what a decoder predicted."""
 
+import contextlib
+import os
 import secrets
 import threading
 import webbrowser
@@ -55,7 +57,8 @@ def edit(o: EditOptions) -> int:
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed: pip install 'sosvae[app]'") from error
 
-    token = secrets.token_urlsafe(24)
+    # A token that is kept lets pages that are open go on after a restart.
+    token = os.environ.get("SOSVAE_EDIT_TOKEN") or secrets.token_urlsafe(24)
     sock = listen(o.host, o.port)
     shown = "127.0.0.1" if o.host in ("0.0.0.0", "") else "[::1]" if o.host == "::" else o.host
     address = f"http://{shown}:{sock.getsockname()[1]}/?token={token}"
@@ -74,7 +77,5 @@ def _warm_up(runs: "object") -> None:
     from ..editor.runs import CodeError, Runs
 
     assert isinstance(runs, Runs)
-    try:
+    with contextlib.suppress(CodeError):  # the page will say it
         runs.answer(runs.names()[0], {"kind": "seed", "seed": 0})
-    except CodeError:  # the page will say it
-        pass

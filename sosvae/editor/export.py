@@ -18,7 +18,7 @@ __all__ = ["export"]
 def export(runs: Runs, path: Path, codes: int, seed: int = 0) -> dict[str, Any]:
     """Writes the page; every run gets the same codes, so that runs can be compared in it.
 
-    Codes are those of held-out images, or from the prior (seeds `seed`, `seed` + 1, …) where the data is not here.
+    Codes are those of held-out images, and where there are fewer or none, from the prior (seeds `seed`, `seed` + 1, …).
 
     Returns:
         `bytes` of the page, `codes` of each run, and the largest float16 `error` (intensity; white is 1).
@@ -31,10 +31,10 @@ def export(runs: Runs, path: Path, codes: int, seed: int = 0) -> dict[str, Any]:
     names = runs.names()
     chosen = _codes(runs, names, codes, seed)
     parameters, errors = {}, []
-    for name in names:
-        for i, code in enumerate(chosen):
-            raw = runs.answer(name, code, "float16")
-            parameters[f"{names.index(name)}-{i}"] = raw
+    for r, name in enumerate(names):
+        for c, code in enumerate(chosen):
+            raw = runs.answer(name, _same_image(runs, names[0], name, code), "float16")
+            parameters[f"{r}-{c}"] = raw
             errors.append(_error(raw))
     listing = runs.listing()
     for row in listing:
@@ -46,15 +46,25 @@ def export(runs: Runs, path: Path, codes: int, seed: int = 0) -> dict[str, Any]:
 
 
 def _codes(runs: Runs, names: Sequence[str], count: int, seed: int) -> list[dict[str, Any]]:
+    """Held-out images as far as they go, then seeds."""
+    codes: list[dict[str, Any]] = []
     try:
-        indices, _ = runs.heldout(names[0], count)
-        codes: list[dict[str, Any]] = [{"kind": "heldout", "index": int(i)} for i in indices]
-        for name in names:  # the same images in all runs, or none
-            runs.answer(name, codes[0], "float16")
+        for name in names:  # all runs have the images, or none is asked for them
+            indices, _ = runs.heldout(name, count)
+        codes = [{"kind": "heldout", "index": int(i)} for i in indices]
     except CodeError:
-        return [{"kind": "seed", "seed": seed + i} for i in range(count)]
-    return codes
+        pass
+    return codes + [{"kind": "seed", "seed": seed + i} for i in range(count - len(codes))]
+
+
+def _same_image(runs: Runs, first: str, name: str, code: dict[str, Any]) -> dict[str, Any]:
+    """A seed means another image to each run: the others encode what the first one makes of it."""
+    shapes = {runs.run(run).config.image_shape for run in (first, name)}
+    if name == first or code["kind"] != "seed" or len(shapes) > 1:
+        return code
+    return {"kind": "mean of", "run": first, "code": code}
 
 
 def _error(raw: bytes) -> float:
-    return max(unpack(raw)[0]["error"].values())
+    errors: dict[str, float] = unpack(raw)[0]["error"]
+    return max(errors.values())

@@ -30,6 +30,7 @@ __all__ = ["CodeError", "Runs"]
 
 MODELS = 3  # kept in memory
 ANSWERS = 24  # packed answers kept in memory
+DEPTH = 4  # codes within codes: the page makes a mean of a mix of two
 
 
 class CodeError(ValueError):
@@ -168,8 +169,12 @@ class Runs:
             code=dict(code),
         )
 
-    def _resolve(self, name: str, code: Mapping[str, Any]) -> tuple[torch.Tensor, NDArray[np.uint8] | None]:
+    def _resolve(
+        self, name: str, code: Mapping[str, Any], depth: int = DEPTH
+    ) -> tuple[torch.Tensor, NDArray[np.uint8] | None]:
         """z [1, latents], and the image that it comes from, if any."""
+        if depth == 0:
+            raise CodeError(f"codes within codes are taken {DEPTH} deep, no deeper")
         vae = self.model(name)
         try:
             match code["kind"]:
@@ -189,15 +194,15 @@ class Runs:
                         raise CodeError(f"a code of this run has {vae.latents} numbers")
                     return z, None
                 case "mix":
-                    start, _ = self._resolve(name, code["from"])
-                    end, _ = self._resolve(name, code["to"])
+                    start, _ = self._resolve(name, code["from"], depth - 1)
+                    end, _ = self._resolve(name, code["to"], depth - 1)
                     return slerp(start, end, torch.tensor(float(code["t"]))), None
                 case "mean of":
                     other = str(code["run"])
                     shape = self.model(other).image_shape
                     if shape != vae.image_shape:
                         raise CodeError(f"the runs' images have different shapes, {shape} and {vae.image_shape}")
-                    mean = self.model(other).decode(self._resolve(other, code["code"])[0]).loc
+                    mean = self.model(other).decode(self._resolve(other, code["code"], depth - 1)[0]).loc
                     return vae.encode(mean.reshape(1, *shape).clamp(0, 1)).loc, None
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             if isinstance(error, CodeError):

@@ -1,4 +1,4 @@
-"""The server behind `sosvae edit`: decodes, encodes an upload, sends typed arrays, saves. Everything else is the page's.
+"""The server behind `sosvae edit`: decodes, encodes an upload, sends typed arrays, saves. The rest is the page's.
 
     GET  /?token=…                the page
     GET  api/runs                 the runs, as JSON
@@ -28,8 +28,8 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from ..files import write_atomically
-from .guard import App, Guard
 from .document import document
+from .guard import App, Guard
 from .parameters import Prediction, pack
 from .runs import CodeError, Runs
 from .uploads import MAX_BYTES, UploadError, read_image
@@ -127,6 +127,7 @@ def listen(host: str, port: int, tries: int = 20) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             sock.bind((host, candidate))
+            sock.listen()  # whoever is quicker than the server waits in line
         except OSError:
             sock.close()
             if candidate == port + tries - 1 or port == 0:

@@ -151,7 +151,7 @@ export function checkbox(label: string, onChange: (on: boolean) => void): { elem
 
 export function section(title: string, ...children: (Node | string | null)[]): HTMLElement {
   const id = uniqueId();
-  return el("section", { "aria-labelledby": id }, el("h3", { id }, title), ...children);
+  return el("section", { "aria-labelledby": id }, el("h2", { id }, title), ...children);
 }
 
 export const note = (...text: (Node | string)[]): HTMLElement => el("p", { class: "note" }, ...text);

@@ -1,0 +1,569 @@
+"""The editor in a real browser, as a person uses it, on its server."""
+
+import base64
+import json
+import re
+
+import numpy as np
+import pytest
+from editor_cases import (  # noqa: F401  (fixtures among them)
+    chromium,
+    draw,
+    make_images,
+    make_run,
+    ready,
+    serving,
+    settled,
+    shown,
+    spot,
+    tab,
+    until,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, chromium):  # noqa: F811  (where there is no browser nothing is made)
+    root = tmp_path_factory.mktemp("page")
+    images = make_images(root / "images")
+    make_run(root / "runs" / "sos", images)
+    make_run(root / "runs" / "beta", images, head="pixelwise")
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    with serving(folder / "runs" / "sos", folder / "runs" / "beta") as (address, _):
+        yield address
+
+
+@pytest.fixture
+def page(tab, server):  # noqa: F811
+    tab.goto(server)
+    ready(tab)
+    return tab
+
+
+def panel(page, name):
+    page.get_by_role("tab", name=name, exact=True).click()
+
+
+def press(page, key):
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press(key)
+    settled(page)
+
+
+# --- Drawing --------------------------------------------------------------------------------------------------
+
+
+def test_the_rest_follows_under_the_brush_and_undo_takes_it_back(page):
+    before = shown(page)
+    page.mouse.move(*spot(page, 5, 5))
+    page.mouse.down()
+    page.mouse.move(*spot(page, 9, 9), steps=5)
+    during = shown(page)
+    assert during[5, 5] == 255
+    assert (during[15:] != before[15:]).any(), "the image follows before the button is released"
+    page.mouse.up()
+    after = shown(page)
+    assert after[9, 9] == 255
+    press(page, "Control+z")
+    np.testing.assert_array_equal(shown(page), before)
+    press(page, "Control+Shift+Z")
+    np.testing.assert_array_equal(shown(page), after)
+
+
+def test_a_hundred_strokes_and_undos_leave_the_image_as_it_began(page):
+    before = shown(page)
+    page.evaluate(
+        """async () => {
+          const {app} = sosvae; let random = 1;
+          const next = (n) => (random = (random * 16807) % 2147483647) % n;
+          for (let i = 0; i < 100; i++) {
+            app.setPrefs({tool: ['paint', 'erase', 'pin', 'recolour', 'paint'][i % 5], diameter: 1 + next(6),
+                          tau: i % 3 ? 0 : 0.05, mirror: i % 4, colour: Array(3).fill(next(256) / 255)});
+            const stroke = app.newStroke([next(20), next(24), app.prefs.diameter]);
+            app.begin(stroke);
+            for (let j = 0; j < 5; j++) app.grow([next(20), next(24), app.prefs.diameter]);
+            app.end();
+            if (i % 10 === 0) await app.engine.ask({type: 'stats', view: app.doc.view});
+          }
+        }"""
+    )
+    assert np.abs(shown(page) - before).max() > 20
+    for _ in range(100):
+        page.keyboard.press("Control+z")
+    assert np.abs(shown(page) - before).max() == 0
+    assert page.evaluate("sosvae.app.frame.pinned") == 0
+
+
+def test_pinning_what_is_shown_changes_nothing(page):
+    before = shown(page)
+    page.keyboard.press("p")
+    draw(page, (3, 3), (15, 15))
+    assert page.evaluate("sosvae.app.frame.pinned") > 10
+    assert np.abs(shown(page) - before).max() <= 1
+
+
+def test_unpinning_gives_pixels_back(page):
+    before = shown(page)
+    draw(page, (4, 4), (10, 4))
+    page.keyboard.press("e")
+    page.evaluate("sosvae.app.setPrefs({diameter: 9})")
+    draw(page, (2, 4), (13, 4))
+    assert page.evaluate("sosvae.app.frame.pinned") == 0
+    assert np.abs(shown(page) - before).max() <= 1
+
+
+def test_a_lasso_fills_its_inside(page):
+    page.keyboard.press("l")
+    draw(page, (3, 3), (14, 3), (14, 14), (3, 14))
+    image = shown(page)
+    assert (image[5:13, 5:13] == 255).all()
+    assert page.evaluate("sosvae.app.frame.pinned") <= 12 * 12
+
+
+def test_symmetry_and_brush_of_one_pixel(page):
+    page.keyboard.press("x")
+    for _ in range(5):
+        page.keyboard.press("[")
+    assert page.evaluate("sosvae.app.prefs.diameter") == 1
+    draw(page, (2, 6), (2, 6))
+    image = shown(page)
+    assert image[6, 2] == 255
+    assert image[6, 17] == 255
+    assert page.evaluate("sosvae.app.frame.pinned") == 2
+
+
+def test_a_stroke_goes_on_over_the_border(page):
+    page.mouse.move(*spot(page, 1, 12))
+    page.mouse.down()
+    page.mouse.move(*spot(page, -6, 12), steps=3)
+    page.mouse.move(*spot(page, -6, 18), steps=3)
+    page.mouse.move(*spot(page, 1, 18), steps=3)
+    page.mouse.up()
+    image = shown(page)
+    assert image[12, 0] == image[18, 0] == 255
+    assert page.evaluate("sosvae.app.doc.strokes.length") == 1
+
+
+def test_a_firm_stroke_holds_and_a_soft_one_gives_way(page):
+    draw(page, (4, 4), (10, 4))
+    panel(page, "Edit")
+    firmness = page.get_by_label("How firmly stroke 1 is meant, number")
+    firmness.fill("0")
+    soft = shown(page)
+    assert soft[4, 4] < 255
+    firmness.fill("100")
+    assert shown(page)[4, 4] == 255
+
+
+def test_only_on_release_where_that_is_asked_for(page):
+    panel(page, "Edit")
+    page.get_by_label("Follow while the pointer moves").uncheck()
+    before = shown(page)
+    page.mouse.move(*spot(page, 5, 5))
+    page.mouse.down()
+    page.mouse.move(*spot(page, 9, 9), steps=5)
+    np.testing.assert_array_equal(shown(page), before)
+    page.mouse.up()
+    assert shown(page)[9, 9] == 255
+
+
+def test_escape_gives_a_stroke_up(page):
+    before = shown(page)
+    page.mouse.move(*spot(page, 5, 5))
+    page.mouse.down()
+    page.mouse.move(*spot(page, 9, 9), steps=5)
+    page.keyboard.press("Escape")
+    page.mouse.up()
+    np.testing.assert_array_equal(shown(page), before)
+    assert page.evaluate("sosvae.app.history.entries.length") == 1
+
+
+# --- Keys, zoom, fingers --------------------------------------------------------------------------------------
+
+
+def test_painting_by_keyboard_alone(page):
+    page.locator("#canvas").focus()
+    for key in ["Shift+ArrowLeft", "ArrowUp", "Enter"]:
+        page.keyboard.press(key)
+    x, y = page.evaluate("[sosvae.stage.cursor.x, sosvae.stage.cursor.y]")
+    assert shown(page)[int(y), int(x)] == 255
+
+
+def test_undo_on_a_layout_of_another_script(page):
+    draw(page, (5, 5), (9, 9))
+    page.evaluate("dispatchEvent(new KeyboardEvent('keydown', {key: 'я', code: 'KeyZ', ctrlKey: true}))")
+    assert page.evaluate("sosvae.app.doc.strokes.length") == 0
+
+
+def test_letters_typed_into_a_number_are_no_shortcuts(page):
+    page.get_by_label("Seed", exact=True).focus()
+    page.keyboard.press("e")
+    assert page.evaluate("sosvae.app.prefs.tool") == "paint"
+
+
+def test_the_wheel_zooms_about_the_pointer_by_whole_pixels(page):
+    x, y = spot(page, 4, 20)
+    page.mouse.move(x, y)
+    page.mouse.wheel(0, -120)
+    until(page, "Number.isInteger(sosvae.stage.zoom)")
+    place = page.evaluate("([x, y]) => sosvae.stage.place(x, y)", [x, y])
+    assert int(place["x"]) == 4
+    assert int(place["y"]) == 20
+    left = page.evaluate("sosvae.stage.left")
+    page.mouse.down(button="middle")
+    page.mouse.move(x + 40, y)
+    page.mouse.up(button="middle")
+    assert page.evaluate("sosvae.stage.left") == left + 40
+    assert page.evaluate("sosvae.app.doc.strokes.length") == 0
+
+
+def test_one_finger_draws_and_two_pinch(chromium, server):  # noqa: F811
+    context = chromium.new_context(viewport={"width": 390, "height": 844}, has_touch=True, device_scale_factor=2)
+    page = context.new_page()
+    page.goto(server)
+    ready(page)
+    session = context.new_cdp_session(page)
+
+    def touch(kind, *points):
+        places = [{"x": x, "y": y, "id": i} for i, (x, y) in enumerate(points)]
+        session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": places})
+
+    a, b = spot(page, 6, 6), spot(page, 12, 6)
+    touch("touchStart", a)
+    touch("touchMove", b)
+    touch("touchEnd")
+    assert shown(page)[6, 9] == 255
+    zoom = page.evaluate("sosvae.stage.zoom")
+    touch("touchStart", a)
+    touch("touchStart", a, b)
+    touch("touchMove", (a[0] - 60, a[1]), (b[0] + 60, b[1]))
+    touch("touchEnd")
+    assert page.evaluate("sosvae.stage.zoom") > zoom
+    assert page.evaluate("sosvae.app.doc.strokes.length") == 1
+    context.close()
+
+
+def test_alt_takes_a_colour(page):
+    expected = shown(page)[7, 8]
+    page.keyboard.down("Alt")
+    page.mouse.click(*spot(page, 8, 7))
+    page.keyboard.up("Alt")
+    assert round(255 * page.evaluate("sosvae.app.prefs.colour[0]")) == expected
+
+
+# --- Panels ---------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_reproduces_a_sample_and_the_grain_is_held(page):
+    panel(page, "Sample")
+    page.get_by_role("radio", name="Sample").first.click()
+    first = shown(page)
+    page.get_by_role("button", name="New sample").click()
+    assert (shown(page) != first).any()
+    page.get_by_label("Seed of the image", exact=True).fill("0")
+    page.keyboard.press("Enter")
+    np.testing.assert_array_equal(shown(page), first)
+    page.get_by_label("Temperature of the grain, number").fill("0")
+    smooth = shown(page)
+    page.get_by_label("Temperature of the whole, number").fill("0")
+    page.get_by_role("radio", name="Mean").first.click()
+    mean = shown(page)
+    page.get_by_role("radio", name="Sample").first.click()
+    np.testing.assert_array_equal(shown(page), mean)
+    assert (smooth != mean).any()
+
+
+def test_components_scale_reset_lock_and_undo(page):
+    panel(page, "Components")
+    page.get_by_role("button", name="Show a sample").click()
+    first = shown(page)
+    page.get_by_label("Component 1, number").fill("2.5")
+    changed = shown(page)
+    assert (changed != first).any()
+    page.get_by_role("button", name="Lock component 1").click()
+    page.get_by_role("button", name="Silence all").click()
+    assert page.evaluate("sosvae.app.doc.view.scales") == [2.5, 0, 0, 0, 0]
+    page.get_by_role("button", name="Lock component 1").click()
+    page.get_by_role("button", name="Reset all").click()
+    np.testing.assert_array_equal(shown(page), first)
+    for _ in range(4):
+        press(page, "Control+z")
+    np.testing.assert_array_equal(shown(page), changed)
+
+
+def test_a_dragged_slider_is_one_step_of_undo(page):
+    panel(page, "Components")
+    box = page.get_by_label("Component 1", exact=True).bounding_box()
+    entries = page.evaluate("sosvae.app.history.entries.length")
+    page.mouse.move(box["x"] + box["width"] / 3, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] - 4, box["y"] + box["height"] / 2, steps=8)
+    page.mouse.up()
+    assert page.evaluate("sosvae.app.history.entries.length") == entries + 1
+
+
+def test_looking_at_covariances_under_the_pointer(page):
+    panel(page, "Look")
+    page.get_by_role("radio", name="Covariance").click()
+    page.mouse.move(*spot(page, 3, 3))
+    first = shown(page)
+    page.mouse.move(*spot(page, 15, 20))
+    assert (shown(page) != first).any()
+    page.mouse.click(*spot(page, 15, 20))
+    assert page.evaluate("sosvae.app.doc.strokes.length") == 0
+    assert "nats" in page.locator("#panel-look .facts").inner_text()
+
+
+def test_codes_from_seed_image_and_between(page):
+    first = shown(page)
+    page.get_by_label("Seed", exact=True).fill("7")
+    page.keyboard.press("Enter")
+    ready(page)
+    second = shown(page)
+    assert (second != first).any()
+    page.get_by_role("button", name="Set B to this code").click()
+    press(page, "Control+z")
+    ready(page)
+    np.testing.assert_array_equal(shown(page), first)
+    page.get_by_role("button", name="Set A to this code").click()
+    page.get_by_label("From A to B, number").fill("1")
+    until(page, "sosvae.app.loaded.header.code.kind === 'mix' && !sosvae.app.busy")
+    assert np.abs(shown(page) - second).max() <= 1
+    page.get_by_role("button", name=re.compile("Held-out image")).first.click()
+    until(page, "sosvae.app.loaded.header.code.kind === 'heldout' && !sosvae.app.busy")
+    page.get_by_text("The reconstruction is off by").wait_for()
+
+
+def test_an_upload_and_a_refused_one(page, folder):
+    choose = page.get_by_label("Image to encode")
+    choose.set_input_files(folder / "images" / "00.png")
+    page.get_by_text("The reconstruction is off by").wait_for()
+    assert page.evaluate("sosvae.app.doc.code.kind") == "vector"
+    choose.set_input_files({"name": "x.png", "mimeType": "image/png", "buffer": b"<svg/>"})
+    page.get_by_text("this is no image that can be read").wait_for()
+    assert page.evaluate("sosvae.app.doc.code.kind") == "vector"
+
+
+def test_interpolation_is_saved_as_png_gif_and_film(page):
+    panel(page, "Interpolate")
+    until(page, "document.querySelectorAll('#panel-interpolate .thumb').length === 25")
+    page.wait_for_timeout(300)
+    settled(page)
+    begins = {"PNG": b"\x89PNG", "GIF": b"GIF89a", "WebM": b"\x1a\x45\xdf\xa3"}
+    for name in begins:
+        with page.expect_download() as download:
+            page.get_by_role("button", name=name, exact=True).click()
+        with open(download.value.path(), "rb") as file:
+            assert file.read(8).startswith(begins[name])
+
+
+def test_two_runs_under_one_brush(page):
+    """In a model of independent pixels an edit changes what it touches and nothing else."""
+    panel(page, "Compare")
+    page.locator("#panel-compare select").select_option("beta")
+    until(page, "sosvae.app.frame.other && !sosvae.app.busy")
+    other = "Array.from(sosvae.app.frame.other.rgba).filter((_, i) => i % 4 === 0)"
+    settled(page)
+    before = [shown(page), np.array(page.evaluate(other)).reshape(24, 20)]
+    page.evaluate("sosvae.app.setPrefs({diameter: 1})")
+    draw(page, (5, 5), (5, 5))
+    after = [shown(page), np.array(page.evaluate(other)).reshape(24, 20)]
+    assert (after[0] != before[0]).sum() > 20
+    changed = np.argwhere(after[1] != before[1])
+    assert changed.tolist() == [[5, 5]]
+
+
+def test_where_the_page_has_no_formulas_the_server_works_it_out_and_the_page_says_so(tab, server):  # noqa: F811
+    from sosvae.editor.parameters import Prediction, pack, unpack
+
+    def without_factor(route):
+        header, arrays = unpack(route.fetch().body())
+        raw = pack(Prediction(arrays["loc"], None, None), tuple(header["shape"]), code=header["code"])
+        route.fulfill(body=raw, content_type="application/octet-stream")
+
+    tab.route("**/api/decode", without_factor)
+    tab.goto(server)
+    ready(tab)
+    tab.get_by_text("the server works the image out").wait_for()
+    before = shown(tab)
+    draw(tab, (5, 5), (9, 9))
+    until(tab, f"sosvae.app.frame.main.rgba[4 * (20 * 20 + 10)] !== {before[20, 10]}")
+
+
+# --- Sessions -------------------------------------------------------------------------------------------------
+
+
+def test_a_link_and_a_file_bring_the_session_back(page, tab, server, tmp_path):  # noqa: F811
+    draw(page, (3, 3), (12, 10))
+    page.keyboard.press("p")
+    draw(page, (4, 18), (14, 18))
+    panel(page, "Components")
+    page.get_by_label("Component 2, number").fill("2")
+    press(page, "s")
+    expected = shown(page)
+    panel(page, "Save")
+    page.get_by_role("button", name="Copy link").click()
+    until(page, "location.hash.length > 10")
+    link = page.url
+    files = {}
+    for name in ("JSON", "PNG, 1:1"):
+        with page.expect_download() as download:
+            page.get_by_role("button", name=name, exact=True).click()
+        files[name] = tmp_path / download.value.suggested_filename
+        download.value.save_as(files[name])
+    assert len(files["JSON"].read_bytes()) < 6000, "seeds and strokes, no arrays"
+    page.goto("about:blank")
+    page.goto(link)
+    ready(page)
+    np.testing.assert_array_equal(shown(page), expected)
+    for file in files.values():
+        page.goto(server)
+        ready(page)
+        panel(page, "Save")
+        page.get_by_label("Session to open").set_input_files(file)
+        until(page, "sosvae.app.doc.strokes.length === 2")
+        np.testing.assert_array_equal(shown(page), expected)
+
+
+def test_a_broken_session_is_told_and_changes_nothing(page):
+    panel(page, "Save")
+    for text in ("{", "[]", '{"format": "sosvae-edit", "doc": {"strokes": [{"tool": "rm"}]}}'):
+        page.get_by_label("Session to open").set_input_files(
+            {"name": "x.json", "mimeType": "application/json", "buffer": text.encode()}
+        )
+        page.get_by_text("this is no session").wait_for()
+        page.evaluate("document.querySelector('.message').textContent = ''")
+    assert page.evaluate("sosvae.app.history.entries.length") == 1
+
+
+def test_saving_into_the_run_s_folder(page, folder):
+    draw(page, (5, 5), (9, 9))
+    panel(page, "Save")
+    page.get_by_role("button", name="Save into the run's folder").click()
+    page.get_by_text("Saved as edits/").wait_for()
+    saved = sorted((folder / "runs" / "sos" / "edits").iterdir())
+    assert [file.suffix for file in saved] == [".json", ".png"] or [file.suffix for file in saved] == [".png", ".json"]
+    session = json.loads(next(file for file in saved if file.suffix == ".json").read_text(encoding="utf-8"))
+    assert len(session["doc"]["strokes"]) == 1
+
+
+def test_the_log_goes_back_to_any_step(page):
+    first = shown(page)
+    for y in (3, 8, 13):
+        draw(page, (3, y), (12, y))
+    panel(page, "Save")
+    entries = page.locator("#panel-save .log button")
+    assert entries.all_inner_texts() == ["Opened", "Painted", "Painted", "Painted"]
+    entries.first.click()
+    np.testing.assert_array_equal(shown(page), first)
+    entries.last.click()
+    assert shown(page)[13, 8] == 255
+
+
+def test_two_tabs_do_not_disturb_each_other(page, server):
+    other = page.context.new_page()
+    other.goto(server)
+    ready(other)
+    before = shown(other)
+    draw(page, (5, 5), (12, 12))
+    np.testing.assert_array_equal(shown(other), before)
+    page.keyboard.press("]")
+    other.reload()
+    ready(other)
+    assert other.evaluate("sosvae.app.prefs.diameter") == 4, "settings are remembered"
+    other.close()
+
+
+# --- A server that dies, and strangers ------------------------------------------------------------------------
+
+
+def test_a_server_that_dies_and_comes_back(tab, folder):  # noqa: F811
+    kept = {"SOSVAE_EDIT_TOKEN": "kept-token"}
+    with serving(folder / "runs" / "sos", env=kept) as (address, _):
+        tab.goto(address)
+        ready(tab)
+    before = shown(tab)
+    draw(tab, (5, 5), (9, 9))
+    assert (shown(tab) != before).any(), "what is loaded goes on working"
+    tab.get_by_label("Seed", exact=True).fill("3")
+    tab.keyboard.press("Enter")
+    tab.get_by_text("The server does not answer. What is loaded goes on working").wait_for()
+    assert tab.evaluate("sosvae.app.doc.strokes.length") == 1
+    assert tab.evaluate("sosvae.app.doc.code.seed") == 0, "the state is that of the picture"
+    port = int(re.search(r":(\d+)/", address)[1])
+    with serving(folder / "runs" / "sos", port=port, env=kept):
+        tab.get_by_text("The server is back").wait_for()
+        tab.get_by_label("Seed", exact=True).fill("4")
+        tab.keyboard.press("Enter")
+        until(tab, "sosvae.app.loaded.header.code.seed === 4")
+    with serving(folder / "runs" / "sos", port=port):
+        tab.get_by_label("Seed", exact=True).fill("5")
+        tab.keyboard.press("Enter")
+        tab.locator(".banner", has_text="The server was started anew").wait_for()
+
+
+def test_a_wrong_token_opens_nothing(tab, server):  # noqa: F811
+    answer = tab.goto(server[:-3] + "xyz")
+    assert answer.status == 403
+    assert "token" in tab.inner_text("body")
+
+
+def test_another_site_cannot_reach_the_server(tab, server, tmp_path):  # noqa: F811
+    """From a file (Origin: null), with the very address and token."""
+    (tmp_path / "stranger.html").write_text("<p>hello", encoding="utf-8")
+    tab.goto((tmp_path / "stranger.html").as_uri())
+    base, token = server.split("?token=")
+    result = tab.evaluate(
+        "([base, token]) => fetch(base + 'api/runs', {headers: {'x-token': token}})"
+        ".then((r) => r.status, () => 'refused')",
+        [base, token],
+    )
+    assert result in ("refused", 403)
+    status = tab.evaluate(
+        "([base]) => fetch(base + 'api/runs', {mode: 'no-cors'}).then((r) => r.type + r.status, () => 'refused')",
+        [base],
+    )
+    assert status in ("refused", "opaque0")
+
+
+# --- For everybody --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_nothing_that_axe_would_find(page, theme):
+    from axe_playwright_python.sync_playwright import Axe
+
+    page.emulate_media(color_scheme=theme)
+    draw(page, (5, 5), (9, 9))
+    for name in ["Codes", "Edit", "Sample", "Components", "Interpolate", "Look", "Compare", "Save"]:
+        panel(page, name)
+        page.wait_for_timeout(150)
+        found = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
+        assert not found, [(v["id"], [node["html"] for node in v["nodes"]][:3]) for v in found]
+
+
+def test_nothing_comes_from_elsewhere(tab, server):  # noqa: F811
+    asked = []
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.goto(server)
+    ready(tab)
+    base = server.split("?")[0]
+    assert all(url.startswith((base, "blob:", "data:")) for url in asked), asked
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 1.5])
+def test_canvas_has_the_screen_s_pixels(chromium, server, ratio):  # noqa: F811
+    context = chromium.new_context(viewport={"width": 1000, "height": 700}, device_scale_factor=ratio)
+    page = context.new_page()
+    page.goto(server)
+    ready(page)
+    width, css = page.evaluate("[sosvae.stage.canvas.width, sosvae.stage.canvas.clientWidth]")
+    assert width == pytest.approx(css * ratio, abs=1)
+    assert float(page.evaluate("sosvae.stage.zoom")).is_integer()
+    x, y = spot(page, 3, 4)
+    shot = page.screenshot(clip={"x": x - 1, "y": y - 1, "width": 2, "height": 2}, type="png")
+    assert base64.b64encode(shot)
+    context.close()
