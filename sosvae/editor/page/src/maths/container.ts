@@ -22,7 +22,8 @@ export interface Container {
 
 const MAGIC = 0x50534f53; // "SOSP"
 
-export function readContainer(buffer: ArrayBuffer): Container {
+/** All arrays, or those of `names`. */
+export function readContainer(buffer: ArrayBuffer, names?: string[]): Container {
   const view = new DataView(buffer);
   if (buffer.byteLength < 8 || view.getUint32(0, true) !== MAGIC) {
     throw new Error("these are no parameters of sosvae edit");
@@ -34,6 +35,7 @@ export function readContainer(buffer: ArrayBuffer): Container {
   const shapes = new Map<string, number[]>();
   for (const entry of header["arrays"] as ArrayEntry[]) {
     const count = entry.shape.reduce((product, size) => product * size, 1);
+    if (names && !names.includes(entry.name)) continue;
     shapes.set(entry.name, entry.shape);
     arrays.set(entry.name, decode(buffer, entry, start + entry.offset, count));
   }

@@ -27,6 +27,8 @@ export class App {
   pointer = { x: 0, y: 0 };
   holdingBefore = false;
   busy = false;
+  /** Milliseconds from opening the page to its first picture. */
+  firstImage = 0;
   private readonly listeners: (() => void)[] = [];
   private readonly frameListeners: (() => void)[] = [];
   private shownKeys = { main: "", other: "" };
@@ -43,6 +45,7 @@ export class App {
     this.engine.onFrame = (frame) => {
       this.frame = frame;
       this.frameListeners.forEach((listener) => listener());
+      this.firstImage ||= performance.now();
     };
   }
 

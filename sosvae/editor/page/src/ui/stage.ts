@@ -79,11 +79,11 @@ export class Stage {
     const wide = window.innerWidth > 700;
     const left = wide ? box("options").width + 32 : 12;
     const top = box("tools").height + (wide ? 32 : 20);
-    const right = wide ? 20 : box("corner").width + 20;
+    const right = wide ? 20 : 12;
     const bottom = box("view").height + (wide ? 32 : box("options").height + 26);
     const caption = this.app.loadedOther ? 20 : 0;
     return {
-      left: wide ? left : Math.min(left, right), top,
+      left, top,
       width: Math.max(40, clientWidth - left - right), height: Math.max(40, clientHeight - top - bottom - caption),
     };
   }
@@ -145,7 +145,11 @@ export class Stage {
     context.imageSmoothingEnabled = this.zoom < 1;
     places.forEach((at, i) => {
       const buffer = i ? this.buffers.other : this.buffers.main;
-      context.drawImage(buffer, this.left + at * this.zoom, this.top, width * this.zoom, height * this.zoom);
+      const left = this.left + at * this.zoom;
+      context.drawImage(buffer, left, this.top, width * this.zoom, height * this.zoom);
+      context.strokeStyle = "rgb(128 128 140 / 45%)"; // where the image ends, on either theme
+      context.lineWidth = 1;
+      context.strokeRect(left - 0.5, this.top - 0.5, width * this.zoom + 1, height * this.zoom + 1);
     });
     for (const at of places) {
       context.setTransform(this.zoom, 0, 0, this.zoom, this.left + at * this.zoom, this.top);

@@ -45,7 +45,7 @@ export function optionsIsland(app: App): HTMLElement {
     app.setPrefs({ channels: next || 7 });
   }));
   const channelRow = el("fieldset", { class: "channels" }, el("legend", {}, "Channels"), ...channels.map((box) => box.element));
-  const mask = checkbox("Outline what is pinned", (on) => { app.setPrefs({ mask: on }); app.requestFrame(); });
+  const mask = checkbox("Outline pins", (on) => { app.setPrefs({ mask: on }); app.requestFrame(); });
   let made = 0;
   app.listen(() => {
     const { prefs } = app;

@@ -44,8 +44,7 @@ export function codesPanel(app: App): HTMLElement {
   app.listen(update);
 
   const runs = runSelect(app);
-  const fileCodes = el("div", { class: "list", role: "group", "aria-label": "Codes in this file" },
-    ...(settings.codes ?? []).map((code) => button(nameOf(code), () => app.openCode(code, nameOf(code)))));
+  const fileCodes = embeddedCodes(app, settings.codes ?? []);
   return el("div", {},
     section("Code", runs, current, isFile ? fileCodes : seed.element, lost),
     isFile ? note("This page holds a few codes and works without a network. New codes need ",
@@ -55,6 +54,32 @@ export function codesPanel(app: App): HTMLElement {
     isFile ? null : section("Between two codes", between.element),
     section("Seen before", history),
   );
+}
+
+/** The codes of a page that is one file, each as its image or, where it comes from none, its mean. */
+function embeddedCodes(app: App, codes: Code[]): HTMLElement {
+  const cells = codes.map((code) => el("button", {
+    type: "button", class: "thumb", "aria-label": nameOf(code), title: nameOf(code), click: () => app.openCode(code, nameOf(code)),
+  }, el("canvas", { "aria-hidden": "true" })));
+  const element = el("div", { class: "thumbs", role: "group", "aria-label": "Codes in this file" }, ...cells);
+  element.style.setProperty("--columns", "4");
+  let filled = "";
+  const fill = async (): Promise<void> => {
+    const { run } = app.doc;
+    if (filled === run || app.prefs.panel !== "codes") return;
+    filled = run;
+    for (let i = 0; i < codes.length && filled === run; i++) {
+      const { header, arrays } = readContainer(await app.source.parameters(run, codes[i]!), ["original", "loc"]);
+      const [channels, height, width] = header["shape"] as [number, number, number];
+      const bytes = arrays.get("original") ?? Uint8ClampedArray.from(arrays.get("loc")!, (value) => 255 * value);
+      drawInto(cells[i]!.querySelector("canvas")!, pictureOfBytes(bytes, channels, height, width));
+      await new Promise((resolve) => setTimeout(resolve)); // one after the other: the page stays quick
+    }
+  };
+  app.onRest(() => void fill());
+  app.listen(() => cells.forEach((cell, i) =>
+    cell.setAttribute("aria-pressed", String(JSON.stringify(codes[i]) === JSON.stringify(app.doc.code)))));
+  return element;
 }
 
 function runSelect(app: App): HTMLElement | null {

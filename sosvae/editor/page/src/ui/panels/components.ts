@@ -78,7 +78,7 @@ export function componentsPanel(app: App): HTMLElement {
     rows.forEach((row, k) => {
       const locked = view.locked.includes(k);
       row.slider.set(values[k] ?? 1);
-      row.share.textContent = `${((100 * variances[k]!) / total).toFixed(1)} % of the variance`;
+      row.share.textContent = `${((100 * variances[k]!) / total).toFixed(1)} % of variance`;
       row.lock.setAttribute("aria-pressed", String(locked));
       row.reset.disabled = locked || (values[k] ?? 1) === 1;
       row.slider.element.querySelectorAll("input").forEach((input) => { input.disabled = locked; });

@@ -21,6 +21,7 @@ export function lookPanel(app: App): HTMLElement {
   const legend = el("div", { class: "legend" });
   const low = el("span", {}), high = el("span", {}), ramp = el("div", { class: "ramp", "aria-hidden": "true" });
   legend.append(low, ramp, high);
+  let pinnedHere = false;
   const facts = el("dl", { class: "facts", "aria-live": "polite" });
 
   app.onFrame(() => {
@@ -28,6 +29,11 @@ export function lookPanel(app: App): HTMLElement {
     legend.hidden = top === undefined;
     if (top === undefined) return;
     const diverging = app.prefs.show === "covariance";
+    const still = diverging && top <= 1e-12;
+    if (still !== pinnedHere) {
+      pinnedHere = still;
+      words.textContent = still ? "The pixel under the pointer is pinned: nothing goes with it." : EXPLAINED["covariance"]!;
+    }
     ramp.classList.toggle("diverging", diverging);
     low.textContent = diverging ? `−${top.toPrecision(2)}` : "0";
     high.textContent = diverging ? `+${top.toPrecision(2)}` : `±${(255 * top).toFixed(1)} of 255`;

@@ -59,7 +59,7 @@ function seedRow(app: App, label: string, action: string, key: "seed" | "localSe
     if (Number.isInteger(value) && value >= 0) set(value);
   });
   return {
-    element: el("div", { class: "row" }, el("label", { for: id }, label), input,
+    element: el("div", { class: "seed" }, el("label", { for: id }, label), input,
       button(action, () => set(Math.floor(Math.random() * 1e6)))),
     update: () => { if (document.activeElement !== input) input.value = String(app.doc.view[key]); },
   };

@@ -56,7 +56,7 @@ export function drawInto(canvas: HTMLCanvasElement, picture: Picture): void {
 }
 
 /** Bytes [C, H, W] as a picture. */
-export function pictureOfBytes(bytes: Uint8Array, channels: number, height: number, width: number): Picture {
+export function pictureOfBytes(bytes: ArrayLike<number>, channels: number, height: number, width: number): Picture {
   const plane = height * width;
   const rgba = new Uint8ClampedArray(4 * plane);
   for (let i = 0; i < plane; i++) {
