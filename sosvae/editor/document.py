@@ -23,8 +23,10 @@ def document(settings: Mapping[str, Any], parameters: Mapping[str, bytes] | None
     for name, raw in (parameters or {}).items():
         text = base64.b64encode(raw).decode()
         blocks.append(f'<script type="application/octet-stream" data-parameters="{name}">{text}</script>')
+    # The first container stands before the program: its image is shown while the browser reads the others.
     return (
-        html.replace("<!-- data -->", "\n".join(blocks))
+        html.replace("<!-- data -->", "\n".join(blocks[:2]))
+        .replace("<!-- more data -->", "\n".join(blocks[2:]))
         .replace("/* style */", css)
         .replace("/* program */", js)
         .replace("{{nonce}}", nonce)

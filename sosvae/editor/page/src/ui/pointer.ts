@@ -105,7 +105,7 @@ export class PointerInput {
     stage.cursor = { x, y: place.y };
     app.pointer = { x: Math.floor(x), y: Math.floor(place.y) };
     if (app.prefs.show === "covariance") app.requestFrame();
-    stage.draw();
+    if (!this.drawing || !app.prefs.live) stage.draw(); // else the frame that is on its way brings the cursor along
   }
 
   private up(event: PointerEvent, keep: boolean): void {

@@ -30,7 +30,7 @@ export class Source {
     const key = JSON.stringify([run, code]);
     const kept = this.kept.get(key);
     if (kept) return kept;
-    const buffer = this.isFile ? this.embedded(run, code) : await this.decoded(run, code);
+    const buffer = await (this.isFile ? this.embedded(run, code) : this.decoded(run, code));
     this.keep(key, buffer);
     return buffer;
   }
@@ -42,13 +42,21 @@ export class Source {
     while (this.kept.size > most) this.kept.delete(this.kept.keys().next().value!);
   }
 
-  private embedded(run: string, code: Code): ArrayBuffer {
+  private async embedded(run: string, code: Code): Promise<ArrayBuffer> {
     const r = this.settings.runs.findIndex((info) => info.name === run);
     const wanted = code.kind === "mean of" ? code.code : code; // the export has put the same image there
     const c = this.settings.codes!.findIndex((known) => JSON.stringify(known) === JSON.stringify(wanted));
-    const block = document.querySelector(`script[data-parameters="${r}-${c}"]`);
+    const find = (): Element | null => document.querySelector(`script[data-parameters="${r}-${c}"]`);
+    // The first code stands before the program; a large file's others may still be on their way.
+    if (!find() && document.readyState === "loading") {
+      await new Promise((resolve) => document.addEventListener("DOMContentLoaded", resolve, { once: true }));
+    }
+    const block = find();
     if (!block) throw new Refused("This file holds a few codes only; others need `sosvae edit` and its server.");
-    return Uint8Array.from(atob(block.textContent!), (letter) => letter.charCodeAt(0)).buffer;
+    const text = atob(block.textContent!);
+    const bytes = new Uint8Array(text.length);
+    for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+    return bytes.buffer;
   }
 
   private async decoded(run: string, code: Code): Promise<ArrayBuffer> {
