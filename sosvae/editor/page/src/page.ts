@@ -28,16 +28,31 @@ app.source.onState = (reachable, why) => {
   banner.textContent = why;
   if (reachable) app.onMessage("The server is back.");
 };
-const byServer = el("div", { class: "banner calm", role: "status", hidden: true },
-  "This model's local part has no formulas in the page: after each stroke the server works the image out.");
+const byServer = el(
+  "div",
+  { class: "banner calm", role: "status", hidden: true },
+  "This model's local part has no formulas in the page: after each stroke the server works the image out.",
+);
 
-const dialog = el("dialog", { "aria-labelledby": "keys" }, el("h2", { id: "keys" }, "Keys"),
+const dialog = el(
+  "dialog",
+  { "aria-labelledby": "keys" },
+  el("h2", { id: "keys" }, "Keys"),
   el("dl", { class: "facts" }, ...HELP.flatMap(([keys, what]) => [el("dt", {}, keys), el("dd", {}, what)])),
-  button("Close", () => dialog.close()));
+  button("Close", () => dialog.close()),
+);
 const help = (): void => dialog.showModal();
 
 stage.canvas.setAttribute("aria-label", "The image. Arrow keys move the brush, Enter paints.");
-stage.element.append(toolsIsland(app, pointer), optionsIsland(app), viewIsland(app, stage), cornerIsland(app, help), banner, byServer, message);
+stage.element.append(
+  toolsIsland(app, pointer),
+  optionsIsland(app),
+  viewIsland(app, stage),
+  cornerIsland(app, help),
+  banner,
+  byServer,
+  message,
+);
 const main = el("main", {}, el("h1", { class: "unseen" }, "SOS-VAE editor"), stage.element);
 document.body.append(main, sidePanel(app), dialog);
 listenToKeys(app, stage, pointer, help);

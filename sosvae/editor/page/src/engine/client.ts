@@ -83,7 +83,11 @@ export class EngineClient {
     else if (this.wanted) {
       const wanted = this.wanted;
       this.wanted = null;
-      this.start({ request: this.request(wanted), resolve: (frame: Frame) => this.onFrame(frame), reject: console.error });
+      this.start({
+        request: this.request(wanted),
+        resolve: (frame: Frame) => this.onFrame(frame),
+        reject: console.error,
+      });
     } else if (this.queue.length) this.start(this.queue.shift()!);
   }
 

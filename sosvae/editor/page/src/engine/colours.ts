@@ -13,13 +13,27 @@ export function pictureOf(y: Float32Array, channels: number, rgba: Uint8ClampedA
 
 // Magma at nine places: light is more, and it stays readable in grey and to the colour-blind.
 const MAGMA = [
-  [0, 0, 4], [28, 16, 68], [79, 18, 123], [129, 37, 129], [181, 54, 122], [229, 80, 100], [251, 135, 97],
-  [254, 194, 135], [252, 253, 191],
+  [0, 0, 4],
+  [28, 16, 68],
+  [79, 18, 123],
+  [129, 37, 129],
+  [181, 54, 122],
+  [229, 80, 100],
+  [251, 135, 97],
+  [254, 194, 135],
+  [252, 253, 191],
 ];
 // From blue over white to red.
 const DIVERGING = [
-  [5, 48, 97], [33, 102, 172], [67, 147, 195], [146, 197, 222], [247, 247, 247], [244, 165, 130], [214, 96, 77],
-  [178, 24, 43], [103, 0, 31],
+  [5, 48, 97],
+  [33, 102, 172],
+  [67, 147, 195],
+  [146, 197, 222],
+  [247, 247, 247],
+  [244, 165, 130],
+  [214, 96, 77],
+  [178, 24, 43],
+  [103, 0, 31],
 ];
 
 /** Values from 0 to `top` (all channels of a pixel averaged by `reduce`) as magma, or from −top to top as diverging. */

@@ -11,8 +11,24 @@ export type SlotName = "main" | "other";
 export type Request =
   | { type: "load"; slot: SlotName; buffer: ArrayBuffer }
   | { type: "drop"; slot: SlotName }
-  | { type: "frame"; view: View; order: { id: number; tau: number }[]; fresh: Stroke[]; grown: Grown[]; show: Show; at: number }
-  | { type: "thumbnail"; slot: SlotName; view: View; epsilon?: number[]; component?: number; pinned: boolean; show: Show }
+  | {
+      type: "frame";
+      view: View;
+      order: { id: number; tau: number }[];
+      fresh: Stroke[];
+      grown: Grown[];
+      show: Show;
+      at: number;
+    }
+  | {
+      type: "thumbnail";
+      slot: SlotName;
+      view: View;
+      epsilon?: number[];
+      component?: number;
+      pinned: boolean;
+      show: Show;
+    }
   | { type: "stats"; view: View }
   | { type: "pinned"; slot: SlotName }
   | { type: "override"; slot: SlotName; buffer: ArrayBuffer };
@@ -147,7 +163,11 @@ export class Engine {
       const index = Math.max(0, Math.min(p.N - 1, at));
       picture.top = heatOf(slot.posterior(view).covarianceRow(index, this.scratch), p.channels, rgba, true);
     } else if (show === "original" && p.original) {
-      pictureOf(Float32Array.from(p.original, (byte) => byte / 255), p.channels, rgba);
+      pictureOf(
+        Float32Array.from(p.original, (byte) => byte / 255),
+        p.channels,
+        rgba,
+      );
     } else {
       const shown: View = show === "mean" ? { ...view, mode: "mean" } : view;
       const pins = show === "before" ? new Pins(p) : slot.pins;

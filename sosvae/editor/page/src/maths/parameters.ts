@@ -63,15 +63,24 @@ export class Parameters {
     out.set(this.loc);
     let k = 0;
     for (; k + 5 <= R; k += 5) {
-      const c0 = c[k]!, c1 = c[k + 1]!, c2 = c[k + 2]!, c3 = c[k + 3]!, c4 = c[k + 4]!;
+      const c0 = c[k]!,
+        c1 = c[k + 1]!,
+        c2 = c[k + 2]!,
+        c3 = c[k + 3]!,
+        c4 = c[k + 4]!;
       if (!(c0 || c1 || c2 || c3 || c4)) continue;
-      const o0 = k * N, o1 = o0 + N, o2 = o1 + N, o3 = o2 + N, o4 = o3 + N;
+      const o0 = k * N,
+        o1 = o0 + N,
+        o2 = o1 + N,
+        o3 = o2 + N,
+        o4 = o3 + N;
       for (let n = 0; n < N; n++) {
         out[n] = out[n]! + c0 * B[o0 + n]! + c1 * B[o1 + n]! + c2 * B[o2 + n]! + c3 * B[o3 + n]! + c4 * B[o4 + n]!;
       }
     }
     for (; k < R; k++) {
-      const ck = c[k]!, o = k * N;
+      const ck = c[k]!,
+        o = k * N;
       if (ck) for (let n = 0; n < N; n++) out[n] = out[n]! + ck * B[o + n]!;
     }
     return out;

@@ -17,7 +17,11 @@ export class Posterior {
   ) {
     const { S, h } = pins.sums;
     this.L = cholesky(capacitance(S, a, p.R), p.R);
-    this.omegaHat = solve(this.L, h.map((value, k) => value * a[k]!), p.R);
+    this.omegaHat = solve(
+      this.L,
+      h.map((value, k) => value * a[k]!),
+      p.R,
+    );
   }
 
   /** a ∘ (ω̂ + t L₂⁻ᵀε): what B is multiplied with. */
@@ -95,7 +99,8 @@ export class Posterior {
     const c = solveUpper(this.L, solveLower(this.L, row, p.R), p.R).map((value, k) => value * a[k]! * here.share);
     out.fill(0);
     for (let k = 0; k < p.R; k++) {
-      const ck = c[k]!, o = k * p.N;
+      const ck = c[k]!,
+        o = k * p.N;
       if (ck) for (let n = 0; n < p.N; n++) out[n] = out[n]! + ck * p.B[o + n]!;
     }
     if (this.pins.strokes.length > 0) {

@@ -110,7 +110,12 @@ export class App {
   newStroke(points: number[], patch: Partial<Stroke> = {}): Stroke {
     const { tool, shape, colour, tau, channels, mirror } = this.prefs;
     const stroke: Stroke = {
-      id: ++this.strokeIds, tool, shape, points, tau, mirror,
+      id: ++this.strokeIds,
+      tool,
+      shape,
+      points,
+      tau,
+      mirror,
       colour: colour.slice(0, this.channels),
       channels: this.channels === 1 ? 1 : channels,
       ...patch,

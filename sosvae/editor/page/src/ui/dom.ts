@@ -3,7 +3,9 @@
 type Props = Record<string, string | number | boolean | undefined | ((event: never) => void)>;
 
 export function el<K extends keyof HTMLElementTagNameMap>(
-  tag: K, props: Props = {}, ...children: (Node | string | null | undefined)[]
+  tag: K,
+  props: Props = {},
+  ...children: (Node | string | null | undefined)[]
 ): HTMLElementTagNameMap[K] {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(props)) {
@@ -25,7 +27,12 @@ export function button(label: string, onClick: () => void, props: Props = {}): H
 /** A button that shows only an icon; the label is its name and its tooltip. */
 export function iconButton(icon: string, label: string, onClick: () => void, props: Props = {}): HTMLButtonElement {
   const made = el("button", {
-    type: "button", class: "icon", "aria-label": label, title: label, click: onClick, ...props,
+    type: "button",
+    class: "icon",
+    "aria-label": label,
+    title: label,
+    click: onClick,
+    ...props,
   });
   made.append(iconElement(icon));
   return made;
@@ -44,10 +51,13 @@ const ICONS: Record<string, string> = {
   redo: "m16 5 4 4-4 4M20 9H10a5 5 0 0 0 0 10h3",
   before: "M12 4v16M4 6h5v12H4M15 6h5v12h-5",
   theme: "M20 14A8 8 0 1 1 10 4a6.5 6.5 0 0 0 10 10z",
-  plus: "M12 5v14M5 12h14", minus: "M5 12h14", fit: "M4 9V4h5M20 9V4h-5M4 15v5h5M20 15v5h-5",
+  plus: "M12 5v14M5 12h14",
+  minus: "M5 12h14",
+  fit: "M4 9V4h5M20 9V4h-5M4 15v5h5M20 15v5h-5",
   mask: "M4 4h4M12 4h4M20 4v4M20 12v4M20 20h-4M12 20H8M4 20v-4M4 12V8",
   dice: "M5 5h14v14H5zM9 9h.01M15 15h.01M15 9h.01M9 15h.01",
-  reset: "M5 12a7 7 0 1 0 2-5L4 9M4 4v5h5", lock: "M7 11V8a5 5 0 0 1 10 0v3M5 11h14v9H5z",
+  reset: "M5 12a7 7 0 1 0 2-5L4 9M4 4v5h5",
+  lock: "M7 11V8a5 5 0 0 1 10 0v3M5 11h14v9H5z",
   bin: "M4 7h16M9 7V4h6v3M6 7l1 13h10l1-13",
 };
 
@@ -85,7 +95,14 @@ export function slider(options: SliderOptions): Slider {
   const { label, min, max, step, onInput, onCommit } = options;
   const id = uniqueId();
   const range = el("input", { type: "range", id, min, max, step, value: options.value, "aria-label": label });
-  const number = el("input", { type: "number", min, max, step, value: options.value, "aria-label": `${label}, number` });
+  const number = el("input", {
+    type: "number",
+    min,
+    max,
+    step,
+    value: options.value,
+    "aria-label": `${label}, number`,
+  });
   const words = el("output", { class: "words", for: id });
   const show = (value: number): void => {
     range.value = String(value);
@@ -103,8 +120,14 @@ export function slider(options: SliderOptions): Slider {
   range.addEventListener("input", () => take(range.value));
   number.addEventListener("input", () => take(number.value));
   for (const input of [range, number]) input.addEventListener("change", () => onCommit?.());
-  const element = el("div", { class: options.quiet ? "slider quiet" : "slider" },
-    options.quiet ? null : el("label", { for: id }, label), words, range, number);
+  const element = el(
+    "div",
+    { class: options.quiet ? "slider quiet" : "slider" },
+    options.quiet ? null : el("label", { for: id }, label),
+    words,
+    range,
+    number,
+  );
   show(options.value);
   return { element, set: show };
 }
@@ -117,7 +140,8 @@ export interface Choice<T extends string> {
 /** One of a few, as buttons side by side. */
 export function choice<T extends string>(label: string, options: [T, string][], onPick: (value: T) => void): Choice<T> {
   const buttons = options.map(([value, text]) =>
-    el("button", { type: "button", role: "radio", "aria-checked": "false", click: () => onPick(value) }, text));
+    el("button", { type: "button", role: "radio", "aria-checked": "false", click: () => onPick(value) }, text),
+  );
   const element = el("div", { class: "choice", role: "radiogroup", "aria-label": label }, ...buttons);
   element.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
@@ -141,11 +165,16 @@ export function choice<T extends string>(label: string, options: [T, string][], 
   };
 }
 
-export function checkbox(label: string, onChange: (on: boolean) => void): { element: HTMLElement; set(on: boolean): void } {
+export function checkbox(
+  label: string,
+  onChange: (on: boolean) => void,
+): { element: HTMLElement; set(on: boolean): void } {
   const input = el("input", { type: "checkbox", change: () => onChange(input.checked) });
   return {
     element: el("label", { class: "check" }, input, el("span", {}, label)),
-    set: (on) => { input.checked = on; },
+    set: (on) => {
+      input.checked = on;
+    },
   };
 }
 

@@ -23,15 +23,17 @@ export const HELP: [string, string][] = [
 
 /** The letter that a key stands for: its own, or on layouts of other scripts the one at its place. */
 export function keyOf(event: KeyboardEvent): string {
-  if (event.key.length > 1 || /^[\x20-\x7e]$/.test(event.key)) return event.key.length > 1 ? event.key : event.key.toLowerCase();
+  if (event.key.length > 1 || /^[\x20-\x7e]$/.test(event.key))
+    return event.key.length > 1 ? event.key : event.key.toLowerCase();
   if (/^Key[A-Z]$/.test(event.code)) return event.code.slice(3).toLowerCase();
   return { BracketLeft: "[", BracketRight: "]" }[event.code] ?? event.key;
 }
 
 export function listenToKeys(app: App, stage: Stage, pointer: PointerInput, help: () => void): void {
   const typing = (target: EventTarget | null): boolean =>
-    target instanceof HTMLInputElement && !["range", "checkbox", "color", "file"].includes(target.type)
-    || target instanceof HTMLSelectElement || target instanceof HTMLTextAreaElement;
+    (target instanceof HTMLInputElement && !["range", "checkbox", "color", "file"].includes(target.type)) ||
+    target instanceof HTMLSelectElement ||
+    target instanceof HTMLTextAreaElement;
 
   window.addEventListener("keydown", (event) => {
     if (typing(event.target) || document.querySelector("dialog[open]")) return;
@@ -65,10 +67,19 @@ export function listenToKeys(app: App, stage: Stage, pointer: PointerInput, help
       e: () => app.setPrefs({ tool: "erase" }),
       d: () => app.setPrefs({ shape: "brush" }),
       l: () => app.setPrefs({ shape: "lasso" }),
-      i: () => { pointer.picking = !pointer.picking; app.notify(); },
+      i: () => {
+        pointer.picking = !pointer.picking;
+        app.notify();
+      },
       x: () => app.setPrefs({ mirror: (prefs.mirror + 1) % 4 }),
-      m: () => { app.setPrefs({ mask: !prefs.mask }); app.requestFrame(); },
-      s: () => app.view(app.doc.view.mode === "mean" ? "Sample" : "Mean", { mode: app.doc.view.mode === "mean" ? "sample" : "mean" }),
+      m: () => {
+        app.setPrefs({ mask: !prefs.mask });
+        app.requestFrame();
+      },
+      s: () =>
+        app.view(app.doc.view.mode === "mean" ? "Sample" : "Mean", {
+          mode: app.doc.view.mode === "mean" ? "sample" : "mean",
+        }),
       n: () => app.view("New sample", { mode: "sample", seed: app.doc.view.seed + 1 }),
       h: () => holdBefore(app, true),
       "[": () => app.setPrefs({ diameter: Math.max(1, prefs.diameter - step) }),
@@ -120,7 +131,8 @@ function moveByKey(app: App, stage: Stage, key: string, fast: boolean): boolean 
   const at = stage.cursor ?? { x: Math.floor(width / 2) + 0.5, y: Math.floor(height / 2) + 0.5 };
   if (by) {
     const step = fast ? 8 : 1;
-    const inside = (value: number, size: number): number => Math.max(0.5, Math.min(size - 0.5, Math.floor(value) + 0.5));
+    const inside = (value: number, size: number): number =>
+      Math.max(0.5, Math.min(size - 0.5, Math.floor(value) + 0.5));
     stage.cursor = { x: inside(at.x + step * by[0]!, width), y: inside(at.y + step * by[1]!, height) };
     app.pointer = { x: Math.floor(stage.cursor.x), y: Math.floor(stage.cursor.y) };
     if (app.prefs.show === "covariance") app.requestFrame();

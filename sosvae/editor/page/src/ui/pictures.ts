@@ -19,7 +19,8 @@ export function canvasOf(picture: Picture, scale = 1): HTMLCanvasElement {
 
 export function pngOf(canvas: HTMLCanvasElement): Promise<Blob> {
   return new Promise((resolve, reject) =>
-    canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new Error("no PNG could be made"))), "image/png"));
+    canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new Error("no PNG could be made"))), "image/png"),
+  );
 }
 
 /** Pictures in rows, one pixel apart. */

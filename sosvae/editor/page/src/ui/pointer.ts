@@ -16,7 +16,10 @@ export class PointerInput {
   private pinch: { distance: number; x: number; y: number } | null = null;
   private wheel = 0;
 
-  constructor(private readonly app: App, private readonly stage: Stage) {
+  constructor(
+    private readonly app: App,
+    private readonly stage: Stage,
+  ) {
     const { canvas } = stage;
     canvas.addEventListener("pointerdown", (event) => this.down(event));
     canvas.addEventListener("pointermove", (event) => this.move(event));

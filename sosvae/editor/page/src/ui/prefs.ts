@@ -19,8 +19,19 @@ export interface Prefs {
 
 const KEY = "sosvae-edit";
 const START: Prefs = {
-  tool: "paint", shape: "brush", diameter: 3, colour: [1, 1, 1], tau: 0, channels: 7, mirror: 0, live: true, mask: true,
-  panel: "codes", show: "image", theme: "system", sheet: true,
+  tool: "paint",
+  shape: "brush",
+  diameter: 3,
+  colour: [1, 1, 1],
+  tau: 0,
+  channels: 7,
+  mirror: 0,
+  live: true,
+  mask: true,
+  panel: "codes",
+  show: "image",
+  theme: "system",
+  sheet: true,
 };
 
 export function loadPrefs(): Prefs {

@@ -16,8 +16,13 @@ export function toSession(doc: Doc): Session {
 export function fromSession(value: unknown): Doc {
   const session = value as Session;
   const doc = session?.doc;
-  const sound = session?.format === "sosvae-edit" && doc && typeof doc.run === "string" && isObject(doc.code)
-    && Array.isArray(doc.strokes) && doc.strokes.every(isStroke);
+  const sound =
+    session?.format === "sosvae-edit" &&
+    doc &&
+    typeof doc.run === "string" &&
+    isObject(doc.code) &&
+    Array.isArray(doc.strokes) &&
+    doc.strokes.every(isStroke);
   if (!sound) throw new Error("this is no session of sosvae edit");
   const view = { ...START_VIEW, ...doc.view };
   return { run: doc.run, code: doc.code, view, strokes: doc.strokes, compare: doc.compare ?? null };
@@ -28,13 +33,19 @@ function isObject(value: unknown): boolean {
 }
 
 function isStroke(stroke: Stroke): boolean {
-  return ["paint", "recolour", "pin", "erase"].includes(stroke.tool) && ["brush", "lasso", "all"].includes(stroke.shape)
-    && [stroke.points, stroke.colour].every((list) => Array.isArray(list) && list.every(Number.isFinite))
-    && [stroke.tau, stroke.channels, stroke.mirror].every(Number.isFinite);
+  return (
+    ["paint", "recolour", "pin", "erase"].includes(stroke.tool) &&
+    ["brush", "lasso", "all"].includes(stroke.shape) &&
+    [stroke.points, stroke.colour].every((list) => Array.isArray(list) && list.every(Number.isFinite)) &&
+    [stroke.tau, stroke.channels, stroke.mirror].every(Number.isFinite)
+  );
 }
 
 export async function toLink(doc: Doc): Promise<string> {
-  const bytes = await pipe(new TextEncoder().encode(JSON.stringify(toSession(doc))), new CompressionStream("deflate-raw"));
+  const bytes = await pipe(
+    new TextEncoder().encode(JSON.stringify(toSession(doc))),
+    new CompressionStream("deflate-raw"),
+  );
   const text = btoa(Array.from(bytes, (byte) => String.fromCharCode(byte)).join(""));
   const url = new URL(location.href);
   url.hash = "s=" + text.replace(/\+/g, "-").replace(/\//g, "_").replace(/=+$/, "");
@@ -50,8 +61,13 @@ export async function fromLink(hash: string): Promise<Doc | null> {
   return fromSession(JSON.parse(new TextDecoder().decode(plain)));
 }
 
-async function pipe(bytes: Uint8Array<ArrayBuffer>, through: CompressionStream | DecompressionStream): Promise<Uint8Array> {
-  const stream = new Blob([bytes]).stream().pipeThrough(through as ReadableWritablePair<Uint8Array, Uint8Array<ArrayBuffer>>);
+async function pipe(
+  bytes: Uint8Array<ArrayBuffer>,
+  through: CompressionStream | DecompressionStream,
+): Promise<Uint8Array> {
+  const stream = new Blob([bytes])
+    .stream()
+    .pipeThrough(through as ReadableWritablePair<Uint8Array, Uint8Array<ArrayBuffer>>);
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 

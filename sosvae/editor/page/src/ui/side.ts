@@ -22,12 +22,32 @@ const PANELS: [string, string, (app: App) => HTMLElement][] = [
 ];
 
 export function sidePanel(app: App): HTMLElement {
-  const tabs = PANELS.map(([id, name]) => el("button", {
-    type: "button", role: "tab", id: `tab-${id}`, "aria-controls": `panel-${id}`, click: () => app.setPrefs({ panel: id, sheet: true }),
-  }, name));
-  const bodies = PANELS.map(([id, , make]) => el("div", {
-    role: "tabpanel", id: `panel-${id}`, "aria-labelledby": `tab-${id}`, class: "body", tabindex: 0,
-  }, make(app)));
+  const tabs = PANELS.map(([id, name]) =>
+    el(
+      "button",
+      {
+        type: "button",
+        role: "tab",
+        id: `tab-${id}`,
+        "aria-controls": `panel-${id}`,
+        click: () => app.setPrefs({ panel: id, sheet: true }),
+      },
+      name,
+    ),
+  );
+  const bodies = PANELS.map(([id, , make]) =>
+    el(
+      "div",
+      {
+        role: "tabpanel",
+        id: `panel-${id}`,
+        "aria-labelledby": `tab-${id}`,
+        class: "body",
+        tabindex: 0,
+      },
+      make(app),
+    ),
+  );
   const list = el("div", { class: "tabs", role: "tablist", "aria-label": "Panels" }, ...tabs);
   list.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
@@ -38,8 +58,12 @@ export function sidePanel(app: App): HTMLElement {
     app.setPrefs({ panel: PANELS[next]![0] });
     tabs[next]!.focus();
   });
-  const handle = el("button", { type: "button", class: "handle", "aria-label": "Show or hide the panel",
-    click: () => app.setPrefs({ sheet: !app.prefs.sheet }) });
+  const handle = el("button", {
+    type: "button",
+    class: "handle",
+    "aria-label": "Show or hide the panel",
+    click: () => app.setPrefs({ sheet: !app.prefs.sheet }),
+  });
   const aside = el("aside", { class: "side", "aria-label": "Panels" }, handle, list, ...bodies);
   let shown = "";
   app.listen(() => {

@@ -61,12 +61,16 @@ export class Source {
 
   private async decoded(run: string, code: Code): Promise<ArrayBuffer> {
     const { label: _, ...bare } = code as Code & { label?: string };
-    return (await this.request("api/decode", { method: "POST", body: JSON.stringify({ run, code: bare }) })).arrayBuffer();
+    return (
+      await this.request("api/decode", { method: "POST", body: JSON.stringify({ run, code: bare }) })
+    ).arrayBuffer();
   }
 
   /** Parameters at the code of an image file. */
   async encode(run: string, file: Blob): Promise<ArrayBuffer> {
-    return (await this.request(`api/encode?run=${encodeURIComponent(run)}`, { method: "POST", body: file })).arrayBuffer();
+    return (
+      await this.request(`api/encode?run=${encodeURIComponent(run)}`, { method: "POST", body: file })
+    ).arrayBuffer();
   }
 
   /** An upload is known under its code from now on, with the image that it came from. */
@@ -77,7 +81,9 @@ export class Source {
   async heldout(run: string, count: number): Promise<{ indices: number[]; shape: number[]; bytes: Uint8Array }> {
     const answer = await this.request(`api/heldout?run=${encodeURIComponent(run)}&count=${count}`);
     const { indices, shape, bytes } = (await answer.json()) as { indices: number[]; shape: number[]; bytes: string };
-    const decoded = Uint8Array.from({ length: bytes.length / 2 }, (_, i) => parseInt(bytes.slice(2 * i, 2 * i + 2), 16));
+    const decoded = Uint8Array.from({ length: bytes.length / 2 }, (_, i) =>
+      parseInt(bytes.slice(2 * i, 2 * i + 2), 16),
+    );
     return { indices, shape, bytes: decoded };
   }
 

@@ -83,8 +83,10 @@ export class Stage {
     const bottom = box("view").height + (wide ? 32 : box("options").height + 26);
     const caption = this.app.loadedOther ? 20 : 0;
     return {
-      left, top,
-      width: Math.max(40, clientWidth - left - right), height: Math.max(40, clientHeight - top - bottom - caption),
+      left,
+      top,
+      width: Math.max(40, clientWidth - left - right),
+      height: Math.max(40, clientHeight - top - bottom - caption),
     };
   }
 
@@ -119,7 +121,8 @@ export class Stage {
     if (!frame) return;
     fill(this.buffers.main, frame.main);
     if (frame.other) fill(this.buffers.other, frame.other);
-    this.outline = this.app.prefs.mask && frame.pinned > 0 ? outlineOf(frame.mask, frame.main.width, frame.main.height) : null;
+    this.outline =
+      this.app.prefs.mask && frame.pinned > 0 ? outlineOf(frame.mask, frame.main.width, frame.main.height) : null;
     const shape = `${frame.main.width}x${frame.main.height}${frame.other ? "+" : ""}`;
     if (shape !== this.fitted) {
       this.fitted = shape;

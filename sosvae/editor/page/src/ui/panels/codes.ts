@@ -9,11 +9,16 @@ const HELDOUT = 24;
 
 export function nameOf(code: Code): string {
   switch (code.kind) {
-    case "seed": return `Seed ${code.seed}`;
-    case "heldout": return `Held-out image ${code.index}`;
-    case "vector": return code.label ?? "Your image";
-    case "mix": return `${Math.round(100 * code.t)} % from A to B`;
-    case "mean of": return `The image of ${code.run}`;
+    case "seed":
+      return `Seed ${code.seed}`;
+    case "heldout":
+      return `Held-out image ${code.index}`;
+    case "vector":
+      return code.label ?? "Your image";
+    case "mix":
+      return `${Math.round(100 * code.t)} % from A to B`;
+    case "mean of":
+      return `The image of ${code.run}`;
   }
 }
 
@@ -32,10 +37,17 @@ export function codesPanel(app: App): HTMLElement {
     seed.update();
     between.update();
     showLost(app, lost);
-    history.replaceChildren(...app.seen.slice(0, 12).map((seen) =>
-      button(app.source.settings.runs.length > 1 ? `${nameOf(seen.code)} · ${seen.run}` : nameOf(seen.code),
-        () => app.change(nameOf(seen.code), { run: seen.run, code: seen.code }),
-        { "aria-pressed": String(JSON.stringify(seen.code) === JSON.stringify(app.doc.code)) })));
+    history.replaceChildren(
+      ...app.seen
+        .slice(0, 12)
+        .map((seen) =>
+          button(
+            app.source.settings.runs.length > 1 ? `${nameOf(seen.code)} · ${seen.run}` : nameOf(seen.code),
+            () => app.change(nameOf(seen.code), { run: seen.run, code: seen.code }),
+            { "aria-pressed": String(JSON.stringify(seen.code) === JSON.stringify(app.doc.code)) },
+          ),
+        ),
+    );
     if (!isFile && app.prefs.panel === "codes" && shownRun !== app.doc.run && app.loaded) {
       shownRun = app.doc.run;
       void fillHeldout(app, heldout);
@@ -45,12 +57,25 @@ export function codesPanel(app: App): HTMLElement {
 
   const runs = runSelect(app);
   const fileCodes = embeddedCodes(app, settings.codes ?? []);
-  return el("div", {},
+  return el(
+    "div",
+    {},
     section("Code", runs, current, isFile ? fileCodes : seed.element, lost),
-    isFile ? note("This page holds a few codes and works without a network. New codes need ",
-      el("code", {}, "sosvae edit"), " and its server.") : null,
+    isFile
+      ? note(
+          "This page holds a few codes and works without a network. New codes need ",
+          el("code", {}, "sosvae edit"),
+          " and its server.",
+        )
+      : null,
     isFile ? null : section("Held-out images", heldout),
-    isFile ? null : section("Your own image", note("Encoded on this server; nothing else of the file is kept. Paste or drop works too."), uploadButton(app)),
+    isFile
+      ? null
+      : section(
+          "Your own image",
+          note("Encoded on this server; nothing else of the file is kept. Paste or drop works too."),
+          uploadButton(app),
+        ),
     isFile ? null : section("Between two codes", between.element),
     section("Seen before", history),
   );
@@ -58,9 +83,19 @@ export function codesPanel(app: App): HTMLElement {
 
 /** The codes of a page that is one file, each as its image or, where it comes from none, its mean. */
 function embeddedCodes(app: App, codes: Code[]): HTMLElement {
-  const cells = codes.map((code) => el("button", {
-    type: "button", class: "thumb", "aria-label": nameOf(code), title: nameOf(code), click: () => app.openCode(code, nameOf(code)),
-  }, el("canvas", { "aria-hidden": "true" })));
+  const cells = codes.map((code) =>
+    el(
+      "button",
+      {
+        type: "button",
+        class: "thumb",
+        "aria-label": nameOf(code),
+        title: nameOf(code),
+        click: () => app.openCode(code, nameOf(code)),
+      },
+      el("canvas", { "aria-hidden": "true" }),
+    ),
+  );
   const element = el("div", { class: "thumbs", role: "group", "aria-label": "Codes in this file" }, ...cells);
   element.style.setProperty("--columns", "4");
   let filled = "";
@@ -77,8 +112,11 @@ function embeddedCodes(app: App, codes: Code[]): HTMLElement {
     }
   };
   app.onRest(() => void fill());
-  app.listen(() => cells.forEach((cell, i) =>
-    cell.setAttribute("aria-pressed", String(JSON.stringify(codes[i]) === JSON.stringify(app.doc.code)))));
+  app.listen(() =>
+    cells.forEach((cell, i) =>
+      cell.setAttribute("aria-pressed", String(JSON.stringify(codes[i]) === JSON.stringify(app.doc.code))),
+    ),
+  );
   return element;
 }
 
@@ -86,9 +124,14 @@ function runSelect(app: App): HTMLElement | null {
   const { runs } = app.source.settings;
   if (runs.length < 2) return null;
   const id = uniqueId();
-  const select = el("select", { id, change: () => app.change(`Run ${select.value}`, { run: select.value, compare: null }) },
-    ...runs.map((run) => el("option", { value: run.name }, `${run.name} (${run.head}, ${run.shape.join("×")})`)));
-  app.listen(() => { select.value = app.doc.run; });
+  const select = el(
+    "select",
+    { id, change: () => app.change(`Run ${select.value}`, { run: select.value, compare: null }) },
+    ...runs.map((run) => el("option", { value: run.name }, `${run.name} (${run.head}, ${run.shape.join("×")})`)),
+  );
+  app.listen(() => {
+    select.value = app.doc.run;
+  });
   return el("div", { class: "row" }, el("label", { for: id }, "Run"), select);
 }
 
@@ -101,8 +144,13 @@ function seedField(app: App): { element: HTMLElement; update: () => void } {
     if (Number.isInteger(seed) && seed >= 0) open(seed);
   });
   return {
-    element: el("div", { class: "row" }, el("label", { for: id }, "Seed"), input,
-      button("New code", () => open(Math.floor(Math.random() * 1e6)), { class: "button primary" })),
+    element: el(
+      "div",
+      { class: "row" },
+      el("label", { for: id }, "Seed"),
+      input,
+      button("New code", () => open(Math.floor(Math.random() * 1e6)), { class: "button primary" }),
+    ),
     update: () => {
       if (app.doc.code.kind === "seed" && document.activeElement !== input) input.value = String(app.doc.code.seed);
     },
@@ -123,13 +171,20 @@ function showLost(app: App, into: HTMLElement): void {
   const original = el("canvas", { "aria-hidden": "true" });
   const mean = el("canvas", { "aria-hidden": "true" });
   into.replaceChildren(
-    el("div", { class: "pair" },
+    el(
+      "div",
+      { class: "pair" },
       el("figure", {}, original, el("figcaption", {}, "image")),
-      el("figure", {}, mean, el("figcaption", {}, "reconstruction"))),
-    note(`The reconstruction is off by ${(255 * loaded.lost).toFixed(1)} of 255 (root mean square): what the code does not keep is lost before any edit.`),
+      el("figure", {}, mean, el("figcaption", {}, "reconstruction")),
+    ),
+    note(
+      `The reconstruction is off by ${(255 * loaded.lost).toFixed(1)} of 255 (root mean square): what the code does not keep is lost before any edit.`,
+    ),
   );
   const unpinned = { type: "thumbnail", slot: "main", view: { ...START_VIEW }, pinned: false } as const;
-  void app.engine.ask({ ...unpinned, show: "original" }).then((picture) => drawInto(original, picture as never), ignore);
+  void app.engine
+    .ask({ ...unpinned, show: "original" })
+    .then((picture) => drawInto(original, picture as never), ignore);
   void app.engine.ask({ ...unpinned, show: "image" }).then((picture) => drawInto(mean, picture as never), ignore);
 }
 
@@ -139,25 +194,46 @@ async function fillHeldout(app: App, into: HTMLElement): Promise<void> {
     const { indices, shape, bytes } = await app.source.heldout(app.doc.run, HELDOUT);
     const [, channels, height, width] = shape as [number, number, number, number];
     const size = channels * height * width;
-    into.replaceChildren(...indices.map((index, i) => {
-      const canvas = el("canvas", { "aria-hidden": "true" });
-      drawInto(canvas, pictureOfBytes(bytes.subarray(i * size, (i + 1) * size), channels, height, width));
-      const label = `Held-out image ${index}`;
-      return el("button", { type: "button", class: "thumb", "aria-label": label, title: label,
-        click: () => app.openCode({ kind: "heldout", index }, label) }, canvas);
-    }));
+    into.replaceChildren(
+      ...indices.map((index, i) => {
+        const canvas = el("canvas", { "aria-hidden": "true" });
+        drawInto(canvas, pictureOfBytes(bytes.subarray(i * size, (i + 1) * size), channels, height, width));
+        const label = `Held-out image ${index}`;
+        return el(
+          "button",
+          {
+            type: "button",
+            class: "thumb",
+            "aria-label": label,
+            title: label,
+            click: () => app.openCode({ kind: "heldout", index }, label),
+          },
+          canvas,
+        );
+      }),
+    );
   } catch (error) {
     into.replaceChildren(note(error instanceof Error ? error.message : String(error)));
   }
 }
 
 function uploadButton(app: App): HTMLElement {
-  const input = el("input", { type: "file", accept: "image/png,image/jpeg,image/webp,image/bmp", hidden: true, "aria-label": "Image to encode" });
+  const input = el("input", {
+    type: "file",
+    accept: "image/png,image/jpeg,image/webp,image/bmp",
+    hidden: true,
+    "aria-label": "Image to encode",
+  });
   input.addEventListener("change", () => {
     if (input.files?.[0]) void openImage(app, input.files[0]);
     input.value = "";
   });
-  return el("div", {}, input, button("Choose an image …", () => input.click()));
+  return el(
+    "div",
+    {},
+    input,
+    button("Choose an image …", () => input.click()),
+  );
 }
 
 /** Sends an image to the server and goes to its code. */
@@ -176,10 +252,20 @@ export async function openImage(app: App, file: Blob & { name?: string }): Promi
 function betweenCodes(app: App): { element: HTMLElement; update: () => void } {
   let from: Code | null = null;
   let to: Code | null = null;
-  const a = button("Set A", () => { from = base(app.doc.code); app.notify(); });
-  const b = button("Set B", () => { to = base(app.doc.code); app.notify(); });
+  const a = button("Set A", () => {
+    from = base(app.doc.code);
+    app.notify();
+  });
+  const b = button("Set B", () => {
+    to = base(app.doc.code);
+    app.notify();
+  });
   const t = slider({
-    label: "From A to B", min: 0, max: 1, step: 0.01, value: 0,
+    label: "From A to B",
+    min: 0,
+    max: 1,
+    step: 0.01,
+    value: 0,
     onInput: (value) => {
       if (from && to) app.openCode({ kind: "mix", from, to, t: value }, "Between two codes", "mix");
     },
@@ -191,7 +277,9 @@ function betweenCodes(app: App): { element: HTMLElement; update: () => void } {
     update: () => {
       a.textContent = from ? `A: ${nameOf(from)}` : "Set A to this code";
       b.textContent = to ? `B: ${nameOf(to)}` : "Set B to this code";
-      t.element.querySelectorAll("input").forEach((input) => { input.disabled = !from || !to; });
+      t.element.querySelectorAll("input").forEach((input) => {
+        input.disabled = !from || !to;
+      });
       if (app.doc.code.kind === "mix") t.set(app.doc.code.t);
     },
   };

@@ -40,16 +40,47 @@ export function componentsPanel(app: App): HTMLElement {
     for (let k = 0; k < R; k++) {
       const name = `Component ${k + 1}`;
       const canvas = el("canvas", { role: "img", "aria-label": `Effect of component ${k + 1}` });
-      const made = slider({ label: name, quiet: true, min: 0, max: MOST, step: 0.05, value: 1, onInput: (value) => set(k, value), onCommit: app.seal });
-      const lock = iconButton("lock", `Lock component ${k + 1}`, () => {
-        const { locked } = app.doc.view;
-        const on = locked.includes(k);
-        app.view(`${on ? "Unlocked" : "Locked"} component ${k + 1}`, { locked: on ? locked.filter((i) => i !== k) : [...locked, k] });
-      }, { "aria-pressed": "false" });
-      const reset = iconButton("reset", `Reset component ${k + 1}`, () => { set(k, 1); app.seal(); });
+      const made = slider({
+        label: name,
+        quiet: true,
+        min: 0,
+        max: MOST,
+        step: 0.05,
+        value: 1,
+        onInput: (value) => set(k, value),
+        onCommit: app.seal,
+      });
+      const lock = iconButton(
+        "lock",
+        `Lock component ${k + 1}`,
+        () => {
+          const { locked } = app.doc.view;
+          const on = locked.includes(k);
+          app.view(`${on ? "Unlocked" : "Locked"} component ${k + 1}`, {
+            locked: on ? locked.filter((i) => i !== k) : [...locked, k],
+          });
+        },
+        { "aria-pressed": "false" },
+      );
+      const reset = iconButton("reset", `Reset component ${k + 1}`, () => {
+        set(k, 1);
+        app.seal();
+      });
       const share = el("span", { class: "share" });
       rows.push({ slider: made, lock, reset, canvas, share });
-      list.append(el("li", {}, canvas, el("div", { class: "body" }, el("div", { class: "head" }, el("span", {}, String(k + 1)), share, reset, lock), made.element)));
+      list.append(
+        el(
+          "li",
+          {},
+          canvas,
+          el(
+            "div",
+            { class: "body" },
+            el("div", { class: "head" }, el("span", {}, String(k + 1)), share, reset, lock),
+            made.element,
+          ),
+        ),
+      );
     }
   };
   const thumbnails = async (): Promise<void> => {
@@ -59,7 +90,14 @@ export function componentsPanel(app: App): HTMLElement {
     shown = key;
     for (let k = 0; k < rows.length; k++) {
       try {
-        const picture = await app.engine.ask<Picture>({ type: "thumbnail", slot: "main", view: START_VIEW, component: k, pinned: false, show: "image" });
+        const picture = await app.engine.ask<Picture>({
+          type: "thumbnail",
+          slot: "main",
+          view: START_VIEW,
+          component: k,
+          pinned: false,
+          show: "image",
+        });
         if (shown !== key) return;
         drawInto(rows[k]!.canvas, picture);
       } catch {
@@ -81,18 +119,30 @@ export function componentsPanel(app: App): HTMLElement {
       row.share.textContent = `${((100 * variances[k]!) / total).toFixed(1)} % of variance`;
       row.lock.setAttribute("aria-pressed", String(locked));
       row.reset.disabled = locked || (values[k] ?? 1) === 1;
-      row.slider.element.querySelectorAll("input").forEach((input) => { input.disabled = locked; });
+      row.slider.element.querySelectorAll("input").forEach((input) => {
+        input.disabled = locked;
+      });
     });
     hint.hidden = view.mode === "sample" || app.doc.strokes.length > 0 || R === 0;
     none.hidden = R > 0;
   });
-  return el("div", {},
-    section("Components",
-      note("1 is the model, 0 silences. Each picture is the mean and two standard deviations of its component. The first varies most."),
-      hint, none,
-      el("div", { class: "row" },
+  return el(
+    "div",
+    {},
+    section(
+      "Components",
+      note(
+        "1 is the model, 0 silences. Each picture is the mean and two standard deviations of its component. The first varies most.",
+      ),
+      hint,
+      none,
+      el(
+        "div",
+        { class: "row" },
         button("Reset all", () => all(1, "All components reset")),
-        button("Silence all", () => all(0, "All components silenced"))),
-      list),
+        button("Silence all", () => all(0, "All components silenced")),
+      ),
+      list,
+    ),
   );
 }

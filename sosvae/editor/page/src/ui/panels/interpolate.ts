@@ -10,7 +10,12 @@ import { drawInto, Thumbs, type ThumbWanted } from "./thumbs";
 const SIDE = 5;
 const PER_EDGE = 12;
 const DELAY = 80; // ms between two pictures of a film
-const EDGES: [string, [number, number]][] = [["Top", [0, 1]], ["Right", [1, 3]], ["Bottom", [3, 2]], ["Left", [2, 0]]];
+const EDGES: [string, [number, number]][] = [
+  ["Top", [0, 1]],
+  ["Right", [1, 3]],
+  ["Bottom", [3, 2]],
+  ["Left", [2, 0]],
+];
 
 export function interpolatePanel(app: App): HTMLElement {
   const seeds = [11, 22, 33, 44];
@@ -22,14 +27,21 @@ export function interpolatePanel(app: App): HTMLElement {
 
   const corners = (): Float32Array[] => seeds.map((seed) => normals(seed, app.loaded?.R ?? 0));
   const request = (epsilon: Float32Array): ThumbWanted["request"] => ({
-    type: "thumbnail", slot: "main", view: { ...app.doc.view, mode: "sample" }, epsilon: Array.from(epsilon), pinned: true,
+    type: "thumbnail",
+    slot: "main",
+    view: { ...app.doc.view, mode: "sample" },
+    epsilon: Array.from(epsilon),
+    pinned: true,
     show: "image",
   });
   const fill = (): void => {
     if (app.prefs.panel !== "interpolate" || !app.loaded) return;
-    void thumbs.show(grid(corners(), SIDE, SIDE).map((epsilon, i) => ({
-      label: `Row ${Math.floor(i / SIDE) + 1}, column ${(i % SIDE) + 1}`, request: request(epsilon),
-    })));
+    void thumbs.show(
+      grid(corners(), SIDE, SIDE).map((epsilon, i) => ({
+        label: `Row ${Math.floor(i / SIDE) + 1}, column ${(i % SIDE) + 1}`,
+        request: request(epsilon),
+      })),
+    );
     void step();
   };
   const between = (place: number): Float32Array => {
@@ -44,32 +56,50 @@ export function interpolatePanel(app: App): HTMLElement {
       // overtaken by a newer state
     }
   };
-  const along = slider({ label: "Along the edge", min: 0, max: 1, step: 0.01, value: 0, onInput: (value) => { t = value; void step(); } });
-  const which = choice("Edge", EDGES.map(([name], i) => [String(i), name]), (value) => {
-    edge = Number(value);
-    which.set(value);
-    void step();
+  const along = slider({
+    label: "Along the edge",
+    min: 0,
+    max: 1,
+    step: 0.01,
+    value: 0,
+    onInput: (value) => {
+      t = value;
+      void step();
+    },
   });
+  const which = choice(
+    "Edge",
+    EDGES.map(([name], i) => [String(i), name]),
+    (value) => {
+      edge = Number(value);
+      which.set(value);
+      void step();
+    },
+  );
   which.set("0");
-  const play = button("Play", () => {
-    if (playing) {
-      clearInterval(playing);
-      playing = 0;
-    } else {
-      playing = window.setInterval(() => {
-        t += 0.04;
-        if (t > 1) {
-          t = 0;
-          edge = (edge + 1) % EDGES.length;
-          which.set(String(edge));
-        }
-        along.set(t);
-        void step();
-      }, DELAY);
-    }
-    play.textContent = playing ? "Stop" : "Play";
-    play.setAttribute("aria-pressed", String(!!playing));
-  }, { "aria-pressed": "false" });
+  const play = button(
+    "Play",
+    () => {
+      if (playing) {
+        clearInterval(playing);
+        playing = 0;
+      } else {
+        playing = window.setInterval(() => {
+          t += 0.04;
+          if (t > 1) {
+            t = 0;
+            edge = (edge + 1) % EDGES.length;
+            which.set(String(edge));
+          }
+          along.set(t);
+          void step();
+        }, DELAY);
+      }
+      play.textContent = playing ? "Stop" : "Play";
+      play.setAttribute("aria-pressed", String(!!playing));
+    },
+    { "aria-pressed": "false" },
+  );
 
   /** All four edges, once around. */
   const film = async (): Promise<Picture[]> => {
@@ -82,18 +112,48 @@ export function interpolatePanel(app: App): HTMLElement {
     }
     return pictures;
   };
-  const save = (name: string, make: () => Promise<Blob>): HTMLElement => button(name, () => {
-    make().then((blob) => download(blob, `interpolation.${name.toLowerCase()}`), (error) => app.fail(error));
-  });
+  const save = (name: string, make: () => Promise<Blob>): HTMLElement =>
+    button(name, () => {
+      make().then(
+        (blob) => download(blob, `interpolation.${name.toLowerCase()}`),
+        (error) => app.fail(error),
+      );
+    });
   app.onRest(fill);
-  return el("div", {},
-    section("Between four samples", thumbs.element,
-      button("Other corners", () => { seeds.forEach((_, i) => { seeds[i] = Math.floor(Math.random() * 1e6); }); fill(); }),
-      note("The corners are samples; in between, ω turns from one to the other at constant speed (eq. 4), and the grain is held. What is pinned stays pinned.")),
+  return el(
+    "div",
+    {},
+    section(
+      "Between four samples",
+      thumbs.element,
+      button("Other corners", () => {
+        seeds.forEach((_, i) => {
+          seeds[i] = Math.floor(Math.random() * 1e6);
+        });
+        fill();
+      }),
+      note(
+        "The corners are samples; in between, ω turns from one to the other at constant speed (eq. 4), and the grain is held. What is pinned stays pinned.",
+      ),
+    ),
     section("Along an edge", moving, which.element, along.element, play),
-    section("Save", el("div", { class: "row" },
-      save("PNG", async () => pngOf(sheetOf(thumbs.pictures, SIDE, Math.max(1, Math.round(enlarged(thumbs.pictures[0]!) / 4))))),
-      save("GIF", async () => { const pictures = await film(); return gifOf(pictures, enlarged(pictures[0]!), DELAY); }),
-      save("WebM", async () => { const pictures = await film(); return webmOf(pictures, enlarged(pictures[0]!), DELAY); }))),
+    section(
+      "Save",
+      el(
+        "div",
+        { class: "row" },
+        save("PNG", async () =>
+          pngOf(sheetOf(thumbs.pictures, SIDE, Math.max(1, Math.round(enlarged(thumbs.pictures[0]!) / 4)))),
+        ),
+        save("GIF", async () => {
+          const pictures = await film();
+          return gifOf(pictures, enlarged(pictures[0]!), DELAY);
+        }),
+        save("WebM", async () => {
+          const pictures = await film();
+          return webmOf(pictures, enlarged(pictures[0]!), DELAY);
+        }),
+      ),
+    ),
   );
 }

@@ -4,7 +4,11 @@ import type { App } from "../app";
 import { choice, el, note, section } from "../dom";
 
 export const SHOWS: [Show, string][] = [
-  ["image", "Image"], ["mean", "Mean"], ["deviation", "Deviation"], ["covariance", "Covariance"], ["original", "Original"],
+  ["image", "Image"],
+  ["mean", "Mean"],
+  ["deviation", "Deviation"],
+  ["covariance", "Covariance"],
+  ["original", "Original"],
 ];
 const EXPLAINED: Record<string, string> = {
   image: "What the settings under Sample and Edit make.",
@@ -19,7 +23,9 @@ export function lookPanel(app: App): HTMLElement {
   show.element.classList.add("wrap");
   const words = note("");
   const legend = el("div", { class: "legend" });
-  const low = el("span", {}), high = el("span", {}), ramp = el("div", { class: "ramp", "aria-hidden": "true" });
+  const low = el("span", {}),
+    high = el("span", {}),
+    ramp = el("div", { class: "ramp", "aria-hidden": "true" });
   legend.append(low, ramp, high);
   let pinnedHere = false;
   const facts = el("dl", { class: "facts", "aria-live": "polite" });
@@ -32,7 +38,9 @@ export function lookPanel(app: App): HTMLElement {
     const still = diverging && top <= 1e-12;
     if (still !== pinnedHere) {
       pinnedHere = still;
-      words.textContent = still ? "The pixel under the pointer is pinned: nothing goes with it." : EXPLAINED["covariance"]!;
+      words.textContent = still
+        ? "The pixel under the pointer is pinned: nothing goes with it."
+        : EXPLAINED["covariance"]!;
     }
     ramp.classList.toggle("diverging", diverging);
     low.textContent = diverging ? `−${top.toPrecision(2)}` : "0";
@@ -42,16 +50,27 @@ export function lookPanel(app: App): HTMLElement {
     const { stats } = app;
     if (!stats) return;
     facts.replaceChildren(
-      el("dt", {}, "Log-density"), el("dd", {}, `${Math.round(stats.logDensity).toLocaleString("en")} nats`),
-      el("dt", {}, "of each value"), el("dd", {}, `${stats.perValue.toFixed(3)} nats`),
-      el("dt", {}, "Mean deviation"), el("dd", {}, `±${(255 * stats.deviation).toFixed(1)} of 255`));
+      el("dt", {}, "Log-density"),
+      el("dd", {}, `${Math.round(stats.logDensity).toLocaleString("en")} nats`),
+      el("dt", {}, "of each value"),
+      el("dd", {}, `${stats.perValue.toFixed(3)} nats`),
+      el("dt", {}, "Mean deviation"),
+      el("dd", {}, `±${(255 * stats.deviation).toFixed(1)} of 255`),
+    );
   });
   app.listen(() => {
     show.set(app.prefs.show);
     const missing = app.prefs.show === "original" && app.loaded?.lost === undefined;
-    words.textContent = missing ? "This code comes from no image." : EXPLAINED[app.prefs.show] ?? "";
+    words.textContent = missing ? "This code comes from no image." : (EXPLAINED[app.prefs.show] ?? "");
   });
-  return el("div", {},
+  return el(
+    "div",
+    {},
     section("What the canvas shows", show.element, words, legend),
-    section("What is shown now", facts, note("Under the model of this code, components scaled as they are; what is pinned counts as it is.")));
+    section(
+      "What is shown now",
+      facts,
+      note("Under the model of this code, components scaled as they are; what is pinned counts as it is."),
+    ),
+  );
 }

@@ -16,28 +16,76 @@ export function savePanel(app: App): HTMLElement {
     if (app.prefs.panel !== "save") return;
     const { entries, index } = app.history;
     const start = Math.max(0, entries.length - 200);
-    log.replaceChildren(...entries.slice(start).map((entry, i) =>
-      el("li", {}, button(entry.label, () => app.goTo(start + i), {
-        class: "entry", "aria-current": start + i === index ? "step" : undefined,
-      }), el("time", {}, new Date(entry.time).toLocaleTimeString()))));
+    log.replaceChildren(
+      ...entries.slice(start).map((entry, i) =>
+        el(
+          "li",
+          {},
+          button(entry.label, () => app.goTo(start + i), {
+            class: "entry",
+            "aria-current": start + i === index ? "step" : undefined,
+          }),
+          el("time", {}, new Date(entry.time).toLocaleTimeString()),
+        ),
+      ),
+    );
     log.lastElementChild?.scrollIntoView?.({ block: "nearest" });
   });
-  const act = (work: () => Promise<unknown>): (() => void) => () => { work().catch((error) => app.fail(error)); };
-  return el("div", {},
-    section("Picture", el("div", { class: "row" },
-      button("PNG, 1:1", act(async () => download(await png(app, 1), "image.png"))),
-      button("PNG, enlarged", act(async () => download(await png(app), "image-large.png"))),
-      button("Copy", act(() => copyPicture(app)))),
-    note("The session is inside the PNG: drop it here again to go on."),
-    app.source.isFile ? null : button("Save into the run's folder", act(async () => {
-      const name = await app.source.save(app.doc.run, "png", await png(app));
-      await app.source.save(app.doc.run, "json", sessionFile(app));
-      app.onMessage(`Saved as ${name}`);
-    }))),
-    section("Session", el("div", { class: "row" },
-      button("Copy link", act(() => copyLink(app))),
-      button("JSON", act(async () => download(sessionFile(app), "session.json"))),
-      button("Open …", () => open.click()), open)),
+  const act =
+    (work: () => Promise<unknown>): (() => void) =>
+    () => {
+      work().catch((error) => app.fail(error));
+    };
+  return el(
+    "div",
+    {},
+    section(
+      "Picture",
+      el(
+        "div",
+        { class: "row" },
+        button(
+          "PNG, 1:1",
+          act(async () => download(await png(app, 1), "image.png")),
+        ),
+        button(
+          "PNG, enlarged",
+          act(async () => download(await png(app), "image-large.png")),
+        ),
+        button(
+          "Copy",
+          act(() => copyPicture(app)),
+        ),
+      ),
+      note("The session is inside the PNG: drop it here again to go on."),
+      app.source.isFile
+        ? null
+        : button(
+            "Save into the run's folder",
+            act(async () => {
+              const name = await app.source.save(app.doc.run, "png", await png(app));
+              await app.source.save(app.doc.run, "json", sessionFile(app));
+              app.onMessage(`Saved as ${name}`);
+            }),
+          ),
+    ),
+    section(
+      "Session",
+      el(
+        "div",
+        { class: "row" },
+        button(
+          "Copy link",
+          act(() => copyLink(app)),
+        ),
+        button(
+          "JSON",
+          act(async () => download(sessionFile(app), "session.json")),
+        ),
+        button("Open …", () => open.click()),
+        open,
+      ),
+    ),
     section("How it came about", log),
   );
 }
@@ -65,8 +113,11 @@ async function copyLink(app: App): Promise<void> {
   history.replaceState(null, "", link);
   try {
     await navigator.clipboard.writeText(link);
-    app.onMessage(app.source.isFile ? "The link is in the clipboard, and in the address bar."
-      : "The link is in the clipboard. It holds this server's token: who has it can use this server.");
+    app.onMessage(
+      app.source.isFile
+        ? "The link is in the clipboard, and in the address bar."
+        : "The link is in the clipboard. It holds this server's token: who has it can use this server.",
+    );
   } catch {
     app.onMessage("The link is in the address bar.");
   }

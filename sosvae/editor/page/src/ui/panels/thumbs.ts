@@ -16,7 +16,11 @@ export class Thumbs {
   pictures: Picture[] = [];
   private run = 0;
 
-  constructor(private readonly app: App, label: string, columns: number) {
+  constructor(
+    private readonly app: App,
+    label: string,
+    columns: number,
+  ) {
     this.element = el("div", { class: "thumbs", role: "group", "aria-label": label });
     this.element.style.setProperty("--columns", String(columns));
   }
@@ -27,8 +31,18 @@ export class Thumbs {
       const had = this.element.children[i]?.querySelector("canvas");
       const canvas = had ?? el("canvas", { "aria-hidden": "true" });
       return onPick
-        ? el("button", { type: "button", class: "thumb", "aria-label": label, title: label, click: onPick,
-            "aria-pressed": pressed === undefined ? undefined : String(pressed) }, canvas)
+        ? el(
+            "button",
+            {
+              type: "button",
+              class: "thumb",
+              "aria-label": label,
+              title: label,
+              click: onPick,
+              "aria-pressed": pressed === undefined ? undefined : String(pressed),
+            },
+            canvas,
+          )
         : el("div", { class: "thumb", role: "img", "aria-label": label }, canvas);
     });
     const focused = [...this.element.children].indexOf(document.activeElement as Element);
