@@ -499,7 +499,7 @@ def test_a_server_that_dies_and_comes_back(tab, folder):  # noqa: F811
         tab.get_by_label("Seed", exact=True).fill("4")
         tab.keyboard.press("Enter")
         until(tab, "sosvae.app.loaded.header.code.seed === 4")
-    with serving(folder / "runs" / "sos", port=port):
+        tab.route("**/api/**", lambda route: route.fulfill(status=403, body="another token"))
         tab.get_by_label("Seed", exact=True).fill("5")
         tab.keyboard.press("Enter")
         tab.locator(".banner", has_text="The server was started anew").wait_for()

@@ -76,7 +76,8 @@ def create_app(runs: Runs, token: str, host: str = "127.0.0.1", allowed_hosts: I
         config = runs.run(name).config.data
         raw = await _body(request, MAX_BYTES)
         image = await run_in_threadpool(read_image, raw, config)
-        return _binary(await run_in_threadpool(runs.encoded, name, image))
+        precision = request.query_params.get("precision", "float32")
+        return _binary(await run_in_threadpool(runs.encoded, name, image, precision))
 
     async def condition(request: Request) -> Response:
         asked = await _json(request)

@@ -37,7 +37,7 @@ export function brush(
         py = y + 0.5 - y0;
       const t = length2 > 0 ? Math.max(0, Math.min(1, (px * dx + py * dy) / length2)) : 0;
       const radius = (d0 + t * (d1 - d0)) / 2;
-      if ((px - t * dx) ** 2 + (py - t * dy) ** 2 <= radius * radius) touch(x, y);
+      if ((px - t * dx) ** 2 + (py - t * dy) ** 2 < radius * radius) touch(x, y);
     }
   }
 }

@@ -38,6 +38,7 @@ export function listenToKeys(app: App, stage: Stage, pointer: PointerInput, help
   window.addEventListener("keydown", (event) => {
     if (typing(event.target) || document.querySelector("dialog[open]")) return;
     const key = keyOf(event);
+    if (key === "Tab" || key.startsWith("Arrow")) delete stage.canvas.dataset["by"];
     const command = event.ctrlKey || event.metaKey;
     if (command) {
       if (key === "z" && !event.altKey) event.shiftKey ? app.redo() : app.undo();

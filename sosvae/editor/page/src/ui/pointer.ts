@@ -36,6 +36,7 @@ export class PointerInput {
   private down(event: PointerEvent): void {
     const { app, stage } = this;
     if (!app.loaded) return;
+    stage.canvas.dataset["by"] = "pointer"; // whoever points sees the cursor and needs no ring
     stage.canvas.setPointerCapture(event.pointerId);
     stage.canvas.focus({ preventScroll: true });
     if (event.pointerType === "touch") {

@@ -76,7 +76,7 @@ export class Stage {
     const { clientWidth, clientHeight } = this.element;
     const box = (name: string): { width: number; height: number } =>
       this.element.querySelector(`.${name}`)?.getBoundingClientRect() ?? { width: 0, height: 0 };
-    const wide = window.innerWidth > 700;
+    const wide = window.innerWidth > 820;
     const left = wide ? box("options").width + 32 : 12;
     const top = box("tools").height + (wide ? 32 : 20);
     const right = wide ? 20 : 12;

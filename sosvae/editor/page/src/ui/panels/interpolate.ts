@@ -26,6 +26,17 @@ export function interpolatePanel(app: App): HTMLElement {
   let playing = 0;
 
   const corners = (): Float32Array[] => seeds.map((seed) => normals(seed, app.loaded?.R ?? 0));
+  const fields = seeds.map((seed, i) => {
+    const label = `Seed of the ${["top left", "top right", "bottom left", "bottom right"][i]} corner`;
+    const input = el("input", { type: "number", min: 0, step: 1, value: seed, "aria-label": label, title: label });
+    input.addEventListener("change", () => {
+      const value = Number(input.value);
+      if (!Number.isInteger(value) || value < 0) return;
+      seeds[i] = value;
+      fill();
+    });
+    return input;
+  });
   const request = (epsilon: Float32Array): ThumbWanted["request"] => ({
     type: "thumbnail",
     slot: "main",
@@ -126,9 +137,11 @@ export function interpolatePanel(app: App): HTMLElement {
     section(
       "Between four samples",
       thumbs.element,
+      el("div", { class: "corners", role: "group", "aria-label": "Seeds of the corners" }, ...fields),
       button("Other corners", () => {
         seeds.forEach((_, i) => {
           seeds[i] = Math.floor(Math.random() * 1e6);
+          fields[i]!.value = String(seeds[i]);
         });
         fill();
       }),

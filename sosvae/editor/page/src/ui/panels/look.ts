@@ -36,6 +36,7 @@ export function lookPanel(app: App): HTMLElement {
     if (top === undefined) return;
     const diverging = app.prefs.show === "covariance";
     const still = diverging && top <= 1e-12;
+    legend.hidden = still;
     if (still !== pinnedHere) {
       pinnedHere = still;
       words.textContent = still
