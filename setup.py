@@ -46,7 +46,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages("kernels"), *find_packages(include=["sosvae", "sosvae.*"])],
     package_dir={"lowrank_mvn": "kernels/lowrank_mvn"},
-    package_data={"lowrank_mvn": ["py.typed", "triton/tuned/*.json"], "sosvae": ["py.typed"]},
+    package_data={"lowrank_mvn": ["py.typed", "device/tuned/*.json"], "sosvae": ["py.typed"]},
     install_requires=[
         "numpy>=1.26",
         "torch>=2.8",

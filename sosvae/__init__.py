@@ -8,24 +8,16 @@ Figures, TensorBoard, safetensors and the command line are imported where they a
 and numpy only.
 """
 
-from .config import (
-    PRESETS,
-    Config,
-    DataConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    TrainingConfig,
-    beta_vae,
-    from_dict,
-    to_dict,
-)
+from .config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainingConfig, from_dict, to_dict
 from .data import Dataset, load
-from .measure import Quality, neighbour_correlation, quality
-from .model import VAE, PixelwiseNormal
+from .evaluation.samples import Quality, neighbour_correlation, quality
+from .models.observation import PixelwiseNormal
+from .models.vae import VAE
 from .objective import Terms
-from .run import Run
-from .tools import condition, interpolate, scale_components
-from .trainer import NonFiniteError, train
+from .presets import PRESETS, beta_vae
+from .tools.observation import condition, interpolate, scale_components
+from .training.loop import NonFiniteError, train
+from .training.run import Run
 
 __all__ = [
     "PRESETS",

@@ -7,20 +7,25 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+from .models import heads
 
 __all__ = [
-    "PRESETS",
     "Config",
     "DataConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "TrainingConfig",
-    "beta_vae",
     "differences",
     "from_dict",
     "to_dict",
 ]
+
+if TYPE_CHECKING:
+    HeadName = str
+else:
+    HeadName = Literal[heads.NAMES]  # for the command line's choices
 
 
 def _require(condition: bool, message: str) -> None:
@@ -49,6 +54,11 @@ def _check_types(section: Any) -> None:
         _require(_fits(getattr(section, name), hint), f"{name} is {getattr(section, name)!r}, expected {_text(hint)}")
 
 
+def _at_least(bound: int, section: Any, *names: str) -> None:
+    for name in names:
+        _require(getattr(section, name) >= bound, f"{name} is {getattr(section, name)}, expected at least {bound}")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """What to learn from. Images are decoded once, into a memory-mapped cache of bytes."""
@@ -74,7 +84,7 @@ class DataConfig:
         _check_types(self)
         _require(
             min(self.height, self.width) >= 16,
-            f"images are {self.height}×{self.width}, at least 16×16 is needed",
+            f"height and width are {self.height}×{self.width}, expected at least 16×16",
         )
         _require(0 < self.validation < 1, f"validation is {self.validation}, expected a fraction between 0 and 1")
 
@@ -83,7 +93,7 @@ class DataConfig:
 class ModelConfig:
     """The network (the paper's, where a field is left alone)."""
 
-    head: Literal["structured", "pixelwise"] = "structured"
+    head: HeadName = "structured"
     """Observation model: N(μ, PPᵀ + D), or independent pixels with a learned variance (the β-VAE)."""
     rank: int = 25
     """Columns R of the low-rank factor P (count)."""
@@ -104,8 +114,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name in ("rank", "latents", "depth"):
-            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, expected at least 1")
+        _at_least(1, self, "rank", "latents", "depth")
         _require(self.width > 0, f"width is {self.width}, expected a positive factor")
         _require(self.diagonal > 0, f"diagonal is {self.diagonal}, expected a positive variance")
 
@@ -131,8 +140,7 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name in ("beta", "damping", "multiplier_lr"):
-            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected at least 0")
+        _at_least(0, self, "beta", "damping", "multiplier_lr")
 
     def entropy_limit(self, pixels: int, rank: int, diagonal: float) -> float:
         """ξ_H in nats for images of `pixels` values (H · W · channels)."""
@@ -175,8 +183,8 @@ class TrainingConfig:
     """Write scalars and pictures for TensorBoard into the run's folder."""
     accumulate: int = 1
     """Micro-batches that a step's images go through the network in, one after the other: the memory of one, the
-    gradient of all. Batch norm sees a micro-batch at a time, which is the one difference; damping, which needs the
-    whole batch, is had from a pass without gradients before, at a third more time. Divides the batch (count)."""
+    gradient of all. Batch norm sees a micro-batch at a time, which is the one difference. Damping needs the whole
+    batch: an extra pass without gradients computes it, for about a third more time. Divides the batch (count)."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of encoder and decoder while training, by autocast: bfloat16 halves what they keep. Weights, likelihood, KL,
     multipliers and all evaluation stay in float32."""
@@ -184,30 +192,20 @@ class TrainingConfig:
     """How images lie in memory inside encoder and decoder: the same numbers to rounding. Convolutions are mostly
     faster with channels last."""
     checkpointing: Literal["none", "blocks", "stages"] = "none"
-    """Make again in the backward pass, for less memory and more time and the same weights: nothing; the inside of
+    """Compute again in the backward pass, for less memory and more time and the same weights: nothing; the inside of
     each residual block; that of each resolution, and of its blocks once more."""
     device: str = "auto"
     """`auto` (a GPU where there is one), or any name that torch knows."""
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name in (
-            "steps",
-            "batch",
-            "accumulate",
-            "log_every",
-            "evaluate_every",
-            "evaluate_batches",
-            "save_every",
-            "keep",
-        ):
-            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}, expected at least 1")
+        _at_least(1, self, "steps", "batch", "accumulate", "log_every", "evaluate_every", "evaluate_batches")
+        _at_least(1, self, "save_every", "keep")
+        _at_least(0, self, "mean_only_steps", "skip_limit")
         _require(
             self.batch % self.accumulate == 0,
             f"accumulate is {self.accumulate} and does not divide the batch of {self.batch} images",
         )
-        _require(self.mean_only_steps >= 0, f"mean_only_steps is {self.mean_only_steps}, expected at least 0")
-        _require(self.skip_limit >= 0, f"skip_limit is {self.skip_limit}, expected at least 0")
         _require(0 <= self.decay <= 1, f"decay is {self.decay}, expected a fraction between 0 and 1")
         _require(self.lr > 0, f"lr is {self.lr}, expected a positive step size")
         _require(self.clip is None or self.clip > 0, f"clip is {self.clip}, expected a positive norm")
@@ -227,72 +225,20 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
+    def replace(self, **sections: dict[str, Any]) -> "Config":
+        """This with other values: `config.replace(model={"rank": 5}, training={"steps": 10})`."""
+        new = {name: dataclasses.replace(getattr(self, name), **values) for name, values in sections.items()}
+        return dataclasses.replace(self, **new)
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W); an event of the likelihood is such an image, flattened in this order."""
+        """(channels, H, W); an event of the likelihood is such an image, flattened in this order."""
         return self.data.channels, self.data.height, self.data.width
 
     @property
     def pixels(self) -> int:
-        """N = C · H · W (the paper's S)."""
+        """N = channels · H · W (the paper's S)."""
         return math.prod(self.image_shape)
-
-
-_FACES = Config(
-    data=DataConfig(source="faces", height=48, width=40, channels=1, flip=True),
-    model=ModelConfig(rank=10, latents=32, width=0.25, depth=1, upsampling="bilinear", diagonal=3e-5),
-    objective=ObjectiveConfig(kl_slack=20.0, nats_per_rank=5.1),
-    training=TrainingConfig(steps=3600, mean_only_steps=1200, batch=16, lr=1e-3),
-)
-
-PRESETS: dict[str, tuple[str, Config]] = {
-    "faces": ("400 AT&T faces, 48×40 grey, small network: minutes on two cores", _FACES),
-    "digits": (
-        "5,000 MNIST digits, 28×28: a smoke test (their constant background suits no normal likelihood)",
-        dataclasses.replace(
-            _FACES,
-            data=DataConfig(source="digits", height=28, width=28),
-            model=dataclasses.replace(_FACES.model, diagonal=1e-3),
-            objective=dataclasses.replace(_FACES.objective, nats_per_rank=3.0),
-            training=dataclasses.replace(_FACES.training, steps=1500, mean_only_steps=500),
-        ),
-    ),
-    "celeba-64-grey": (
-        "CelebA at 64×64 grey with the paper's settings; give --data.source celeba:PATH",
-        Config(
-            data=DataConfig(source="celeba:celeba", height=64, width=64, channels=1),
-            objective=ObjectiveConfig(kl_slack=45.0, entropy_slack=-17_630.0),
-        ),
-    ),
-    "celeba": (
-        "CelebA at 218×178 in colour with the paper's settings; give --data.source celeba:PATH",
-        Config(
-            data=DataConfig(source="celeba:celeba", height=218, width=178, channels=3),
-            objective=ObjectiveConfig(kl_slack=45.0, entropy_slack=-504_750.0),
-        ),
-    ),
-    "brain": (
-        "Axial brain slices at 197×233 with the paper's settings; give --data.source brain:PATH",
-        Config(
-            data=DataConfig(source="brain:brain", height=197, width=233, channels=1, fit="pad"),
-            objective=ObjectiveConfig(kl_slack=15.0, entropy_slack=-198_906.0),
-        ),
-    ),
-}
-"""Name → (one line about it, configuration)."""
-
-
-def beta_vae(config: Config) -> Config:
-    """The β-VAE of `config`: independent pixels with learned variances; everything else stays as it is.
-
-    The KL stays under the same constraint (its multiplier is the β, found instead of guessed), and so does
-    the mean-only phase. Only the entropy constraint goes: it bounds the low-rank part, which is not there.
-    """
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, head="pixelwise"),
-        objective=dataclasses.replace(config.objective, entropy_constraint=False),
-    )
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -306,7 +252,8 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     Raises:
         ValueError: an unknown key (all of them are named), or a value of the wrong type or out of range.
     """
-    return _build(Config, values, "")
+    config: Config = _build(Config, values, "")
+    return config
 
 
 def differences(a: Config, b: Config, *sections: str) -> list[str]:
@@ -324,22 +271,19 @@ def differences(a: Config, b: Config, *sections: str) -> list[str]:
 _FORMER = {"training.checkpointing": {False: "none", True: "blocks"}}
 
 
-def _build(kind: Any, values: Mapping[str, Any], path: str) -> Any:
+def _build(kind: Any, values: Any, path: str) -> Any:
     if not isinstance(values, Mapping):
-        raise ValueError(f"{path or 'the configuration'} is {values!r}, expected an object")
+        raise ValueError(f"{path.removesuffix('.') or 'the configuration'} is {values!r}, expected an object")
     hints = get_type_hints(kind)
     unknown = [path + key for key in values if key not in hints]
     if unknown:
         raise ValueError(f"unknown configuration key {', '.join(unknown)}; known here: {', '.join(hints)}")
     arguments = {}
     for key, value in values.items():
-        hint = hints[key]
         if isinstance(value, bool):
             value = _FORMER.get(path + key, {}).get(value, value)
-        if dataclasses.is_dataclass(hint):
-            arguments[key] = _build(hint, value, f"{path}{key}.")
-        elif _fits(value, hint):
-            arguments[key] = value
-        else:
-            raise ValueError(f"{path}{key} is {value!r}, expected {_text(hint)}")
-    return kind(**arguments)
+        arguments[key] = _build(hints[key], value, f"{path}{key}.") if dataclasses.is_dataclass(hints[key]) else value
+    try:
+        return kind(**arguments)
+    except ValueError as error:  # of a section, and names the field
+        raise ValueError(f"{path}{error}") from None

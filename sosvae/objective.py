@@ -11,18 +11,19 @@ KL under its slack does not collapse further, and the entropy is drawn up to its
 where we average, which multiplies c and η by its size.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 import torch.distributions as td
 from torch import Tensor
 
-from lowrank_mvn import LowRankMultivariateNormal
-
 from .config import Config, ObjectiveConfig
-from .model import VAE, PixelwiseNormal
+from .models import heads
+from .models.observation import Observation
+from .models.vae import VAE
 
-__all__ = ["Multipliers", "Terms", "evaluate_terms", "limits", "objective", "violations"]
+__all__ = ["Constraints", "Terms", "evaluate_terms", "objective"]
 
 
 class Terms(NamedTuple):
@@ -39,8 +40,8 @@ class Terms(NamedTuple):
 
 def evaluate_terms(
     vae: VAE, x: Tensor, mean_only: bool = False, noise: Tensor | None = None
-) -> tuple[Terms, LowRankMultivariateNormal | PixelwiseNormal]:
-    """The terms of images `x` [B, C, H, W] (0 to 1) with one draw of z, and p(x|z) [B, N].
+) -> tuple[Terms, Observation]:
+    """The terms of images `x` [B, channels, H, W] (0 to 1) with one draw of z, and p(x|z) [B, N].
 
     Args:
         noise: standard normal, [B, latents], in place of a draw.
@@ -52,51 +53,70 @@ def evaluate_terms(
     return Terms(log_prob, td.kl_divergence(q, standard).sum(-1), entropy), p
 
 
-def limits(config: Config) -> dict[str, float]:
-    """ξ of each constraint that is switched on, by the name of its term, in nats."""
-    o, found = config.objective, {}
-    if o.kl_slack is not None:
-        found["kl"] = o.kl_slack
-    if o.entropy_constraint and config.model.head == "structured":
-        found["entropy"] = o.entropy_limit(config.pixels, config.model.rank, config.model.diagonal)
-    return found
+class Constraints:
+    """Limits on terms, and the multipliers that hold them.
 
+    Attributes:
+        limits: ξ of each constraint, by the name of its term, in nats.
+        multipliers: λ ≥ 0 of each, 0-d tensors; all start at 0.
 
-def violations(terms: Terms, limits: dict[str, float]) -> dict[str, Tensor]:
-    """g of each constraint, a 0-d tensor in nats: positive where the limit is passed."""
-    means = terms.mean()
-    return {name: means[name] - limit for name, limit in limits.items()}
+    Args:
+        damping: c, in 1/nat.
+        lr: η, the step of the multipliers, in 1/nat.
+    """
+
+    def __init__(
+        self, limits: Mapping[str, float], damping: float = 0.0, lr: float = 0.0, device: torch.device | str = "cpu"
+    ) -> None:
+        self.limits, self.damping, self.lr = dict(limits), damping, lr
+        self.multipliers = {name: torch.zeros((), device=device) for name in limits}
+
+    @classmethod
+    def of(cls, config: Config, device: torch.device | str = "cpu") -> "Constraints":
+        """Those that a configuration switches on: on the KL, and what its head constrains."""
+        o = config.objective
+        limits = ({} if o.kl_slack is None else {"kl": o.kl_slack}) | heads.find(config.model.head).limits(config)
+        return cls(limits, o.damping, o.multiplier_lr, device)
+
+    def violations(self, terms: Terms) -> dict[str, Tensor]:
+        """g of each, a 0-d tensor in nats: positive where the limit is passed."""
+        means = terms.mean()
+        return {name: means[name] - limit for name, limit in self.limits.items()}
+
+    def penalised(self, loss: Tensor, terms: Terms, damped: Mapping[str, Tensor] | None = None) -> Tensor:
+        """loss + Σ (λ + c·[g])·g, whose gradient moves the network, never the multipliers.
+
+        Args:
+            damped: [g], where `terms` are of a part of the batch; by default their own.
+        """
+        violations = self.violations(terms)
+        for name, g in violations.items():
+            loss = loss + (self.multipliers[name] + self.damping * (damped or violations)[name].detach()) * g
+        return loss
+
+    @torch.no_grad()
+    def ascend(self, terms: Terms) -> None:
+        """λ ← max(0, λ + η·g)."""
+        for name, g in self.violations(terms).items():
+            self.multipliers[name] = (self.multipliers[name] + self.lr * g).clamp_(min=0)
+
+    def load(self, multipliers: Mapping[str, Tensor]) -> None:
+        """Goes on with multipliers that were saved."""
+        for name, value in multipliers.items():
+            self.multipliers[name] = value.to(self.multipliers[name].device)
 
 
 def objective(
-    terms: Terms,
-    g: dict[str, Tensor],
-    multipliers: "Multipliers",
-    config: ObjectiveConfig,
-    damped: dict[str, Tensor] | None = None,
+    terms: Terms, constraints: Constraints, config: ObjectiveConfig, damped: Mapping[str, Tensor] | None = None
 ) -> Tensor:
-    """The loss in nats per image, a 0-d tensor whose gradient moves the network (never the multipliers).
+    """The loss in nats per image, a 0-d tensor.
 
     Args:
-        damped: [g], where `terms` and `g` are of a part of the batch: damping follows the whole of it, and the losses
-            of equal parts, averaged, have the gradient of the whole one.
+        config: weighs the KL with `beta` where it is not constrained.
+        damped: [g] of the whole batch, where `terms` are of a part of it: the losses of equal parts, averaged, then
+            have the gradient of the whole one.
     """
     loss = -terms.log_prob.mean()
     if config.kl_slack is None:
         loss = loss + config.beta * terms.kl.mean()
-    for name, violation in g.items():
-        loss = loss + (multipliers[name] + config.damping * (damped or g)[name].detach()) * violation
-    return loss
-
-
-class Multipliers(dict[str, Tensor]):
-    """λ ≥ 0 of each constraint, by name; all start at 0."""
-
-    def __init__(self, names: dict[str, float], device: torch.device | str = "cpu") -> None:
-        super().__init__({name: torch.zeros((), device=device) for name in names})
-
-    @torch.no_grad()
-    def ascend(self, g: dict[str, Tensor], lr: float) -> None:
-        """λ ← max(0, λ + lr · g)."""
-        for name, violation in g.items():
-            self[name] = (self[name] + lr * violation).clamp_(min=0)
+    return constraints.penalised(loss, terms, damped)

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from lowrank_mvn import functional
+from lowrank_mvn.factors.base import Factor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -28,8 +28,8 @@ def backend(monkeypatch):
     """What ours is computed with where nobody chooses: in the interpreter the kernels, for CPU tensors too."""
     if not INTERPRET:
         return "aten"
-    choose = functional.check_impl
-    monkeypatch.setattr(functional, "check_impl", lambda impl, P: choose(impl or "triton", P))
+    choose = Factor.implementation
+    monkeypatch.setattr(Factor, "implementation", lambda factor, impl: choose(factor, impl or "triton"))
     return "triton"
 
 
@@ -100,6 +100,18 @@ def tensor_cores(monkeypatch):
 
 @pytest.fixture
 def kernels():
-    from lowrank_mvn import triton
+    from lowrank_mvn.factors.dense import triton
 
+    return triton
+
+
+@pytest.fixture(params=["features", "blocks"])
+def linear_kernels(request, monkeypatch):
+    """Either way through the features, whatever would be the cheaper one; blocks of few pixels."""
+    from lowrank_mvn.factors.linear import triton
+    from lowrank_mvn.factors.linear.triton import blocks
+
+    monkeypatch.setattr(blocks, "chosen", lambda *sizes: request.param == "blocks")
+    monkeypatch.setattr(blocks, "BLOCK_VALUES", 1)
+    monkeypatch.setattr(blocks, "LEAST_PIXELS", 48)
     return triton

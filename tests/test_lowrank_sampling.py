@@ -4,7 +4,8 @@ import pytest
 import sampling_cases
 import torch
 
-from lowrank_mvn import aten
+from lowrank_mvn.factors.dense import aten
+from lowrank_mvn.factors.dense.aten import blocks
 
 
 @pytest.mark.parametrize("case", sampling_cases.CASES, ids=sampling_cases.name)
@@ -15,8 +16,8 @@ def test_samples_and_gradients(case):
 @pytest.mark.parametrize("layout", ["BRN", "BNR"])
 def test_several_blocks(monkeypatch, layout):
     """Blocks smaller than an item, of P and of the vectors over the pixels, and several items in one."""
-    monkeypatch.setattr(aten, "BLOCK_VALUES", 1 << 9)
-    monkeypatch.setattr(aten, "VECTOR_VALUES", 1 << 7)
+    monkeypatch.setattr(blocks, "BLOCK_VALUES", 1 << 9)
+    monkeypatch.setattr(blocks, "VECTOR_VALUES", 1 << 7)
     for shared, diagonal in ((True, "pixel"), (False, "item")):
         sampling_cases.check(aten, (torch.float32, 2, 3, 130, 3, layout, diagonal, shared), given=True, device="cpu")
 

@@ -199,7 +199,15 @@ def test_opcheck(layout, dtype, diagonal):
     loc, P, d = parameters((2,), 9, 3, layout, diagonal, dtype=dtype)
     x = torch.randn(4, 2, 9, dtype=dtype)
     arguments = [t.requires_grad_() for t in (x, loc[None].detach(), P.detach(), d.detach())]
-    torch.library.opcheck(torch.ops.lowrank_mvn.gram.default, (*arguments, "aten"))
+    _, _, P_, d_ = arguments
+    operators = torch.ops.lowrank_mvn
+    torch.library.opcheck(operators.normal_equations.default, (*arguments, "aten"))
+    torch.library.opcheck(operators.gram.default, (P_, d_, "aten"))
+    torch.library.opcheck(operators.logdet.default, (P_, d_, "aten"))
+    with torch.no_grad():
+        logdet, *kept = operators.logdet(P_, d_, "aten")
+    for needs in ([True] * 2, [True, False]):
+        torch.library.opcheck(operators.logdet_backward.default, (logdet, P_, d_, *kept, needs, "aten"))
     op = torch.ops.lowrank_mvn.mahalanobis_and_logdet.default
     torch.library.opcheck(op, (*arguments, None, None, None, "aten"))
     with torch.no_grad():

@@ -1,16 +1,18 @@
 """The command line: presets, help, every command end to end on a small run, and errors without tracebacks."""
 
 import json
+import re
 import runpy
 import sys
 
 import pytest
 import torch
 
-from sosvae import PRESETS, Run
+from sosvae import PRESETS, Run, commands
 from sosvae.cli import main
-from sosvae.compare import missed
-from sosvae.measure import Quality
+from sosvae.commands.compare import missed
+from sosvae.evaluation.samples import Quality
+from sosvae.training import loop
 
 # fmt: off
 SMALL = [
@@ -92,9 +94,7 @@ def test_compare_trains_both_and_writes_figures_and_numbers(comparison):
 
 
 def test_compare_again_trains_nothing_and_prints_the_numbers(comparison, monkeypatch, capsys):
-    from sosvae import trainer
-
-    monkeypatch.setattr(trainer, "train_step", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(loop, "train_step", lambda *args: pytest.fail("trained again"))
     folder, args = comparison
     assert main(args) == 0
     shown = capsys.readouterr().out
@@ -113,9 +113,7 @@ def test_compare_that_is_interrupted_can_be_called_again(cache, tmp_path, monkey
     import os
     import signal
 
-    from sosvae import trainer
-
-    original = trainer.train_step
+    original = loop.train_step
 
     def interrupted(state, *args):
         os.kill(os.getpid(), signal.SIGINT)
@@ -123,7 +121,7 @@ def test_compare_that_is_interrupted_can_be_called_again(cache, tmp_path, monkey
 
     args = ["compare", *SMALL, *cache, "--folder", str(tmp_path / "c")]
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "train_step", interrupted)
+        patch.setattr(loop, "train_step", interrupted)
         assert main(args) == 130
     assert not (tmp_path / "c" / "beta-vae").exists()
     assert main(args) == 0
@@ -197,6 +195,15 @@ def test_values_out_of_range_are_named_with_their_place(capsys):
     assert "rank is 0" in shown
 
 
+def test_a_command_is_a_file(tmp_path, monkeypatch, capsys):
+    code = '"""Dance."""\n\nUSAGE = "[STEPS]"\n\n\ndef main(args):\n    return len(args)\n'
+    (tmp_path / "side_step.py").write_text(code)
+    monkeypatch.setattr(commands, "__path__", [*commands.__path__, str(tmp_path)])
+    assert main(["side-step", "one", "two"]) == 2
+    assert main(["--help"]) == 0
+    assert re.search(r"sosvae side-step \[STEPS\] +Dance\.", capsys.readouterr().out)
+
+
 def test_python_dash_m(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sosvae", "--help"])
     with pytest.raises(SystemExit) as stop:
@@ -207,7 +214,7 @@ def test_python_dash_m(monkeypatch, capsys):
 
 def test_pictures_of_a_covariance_show_its_signs():
     from sosvae import VAE, Config, DataConfig, ModelConfig
-    from sosvae.figures import predict
+    from sosvae.tools.figures import predict
 
     config = Config(data=DataConfig(height=16, width=16, channels=3), model=ModelConfig(rank=2, latents=3, width=0.1))
     vae = VAE(config).eval()

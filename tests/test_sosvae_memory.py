@@ -11,13 +11,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from sosvae_cases import set_training
 
 from bench import fit as bench_fit
 from bench.fit import Point
-from sosvae import PRESETS, Config, DataConfig, ModelConfig, TrainingConfig, beta_vae, figures, measure, trainer
+from sosvae import PRESETS, Config, DataConfig, ModelConfig, TrainingConfig, beta_vae
 from sosvae.cli import main
-from sosvae.fit import GIB, Budget, fit, largest_side
-from sosvae.memory import PRIME_BATCH, PRIME_SIDES, StepMemory, _dry_run, _Sizes, formulated, with_images
+from sosvae.evaluation import samples
+from sosvae.planning.fit import GIB, Budget, fit, largest_side
+from sosvae.planning.memory import PRIME_BATCH, PRIME_SIDES, StepMemory, _dry_run, _Sizes, formulated, with_images
+from sosvae.tools import figures
+from sosvae.training import loop
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -41,7 +45,7 @@ def test_peaks_are_those_of_the_allocator(point):
 def test_evaluation_takes_less_than_a_step(monkeypatch):
     """Validation in float32, the quality of samples and the pictures, beside the step that saves most."""
     side = 96
-    monkeypatch.setattr(measure, "quality", functools.partial(measure.quality, codes=2))
+    monkeypatch.setattr(samples, "quality", functools.partial(samples.quality, codes=2))
     x = torch.rand(8, 3, side, side)
     images = SimpleNamespace(first=lambda part, count: x[:count], deviation=lambda: 0.3)
     point = Point(side, 2, "linear", "stages", "bfloat16", accumulate=2, width=0.25)
@@ -51,7 +55,7 @@ def test_evaluation_takes_less_than_a_step(monkeypatch):
     model = formulated(config, "linear")
 
     def evaluation():
-        trainer.evaluate(model, images, config, torch.device("cpu"))
+        loop.evaluate(model, images, config, torch.device("cpu"))
         figures.panels(model, x)
 
     evaluation()
@@ -66,7 +70,7 @@ SMALL = Config(
 
 
 @pytest.mark.parametrize(("height", "width", "batch"), [(16, 16, 2), (37, 50, 3), (218, 178, 2)])
-def test_every_piece_is_of_the_size_that_a_step_of_that_size_gives_it(height, width, batch):
+def test_recorded_sizes_match_a_real_step(height, width, batch):
     there = _dry_run(with_images(SMALL, height, width, batch), "linear", False)
     prime = _dry_run(with_images(SMALL, PRIME_SIDES[0], PRIME_SIDES[0], PRIME_BATCH), "linear", False)
     assert prime.events == there.events
@@ -92,8 +96,7 @@ def test_peak_is_the_sum_of_its_parts_and_grows():
 
 def test_what_saves_memory_does():
     def total(formulation="linear", **training):
-        config = dataclasses.replace(SMALL, training=dataclasses.replace(SMALL.training, **training))
-        return StepMemory(config, formulation).peak(512, 4).total
+        return StepMemory(set_training(SMALL, **training), formulation).peak(512, 4).total
 
     assert total("reference") > total("kernels") > total()
     assert total() > total(checkpointing="blocks") > total(checkpointing="stages")
@@ -110,8 +113,7 @@ def test_fit_is_the_last_that_fits():
         for checkpointing in ("none", "blocks", "stages")
     ]
     for f in found:
-        t = dataclasses.replace(config.training, precision=f.precision, checkpointing=f.checkpointing)
-        memory = StepMemory(dataclasses.replace(config, training=t))
+        memory = StepMemory(set_training(config, precision=f.precision, checkpointing=f.checkpointing))
         for size, peak, at in (
             (f.side, f.side_peak, lambda n, memory=memory: memory.peak(n, 4)),
             (f.accumulated_side, f.accumulated_peak, lambda n, memory=memory: memory.peak(n, 4, 4)),
@@ -122,7 +124,7 @@ def test_fit_is_the_last_that_fits():
 
 
 def test_mean_only_phase_is_counted():
-    with_phase = dataclasses.replace(SMALL, training=dataclasses.replace(SMALL.training, mean_only_steps=1))
+    with_phase = set_training(SMALL, mean_only_steps=1)
     assert len(StepMemory(with_phase).phases) == 2
     assert StepMemory(with_phase).peak(256, 4).total >= StepMemory(SMALL).peak(256, 4).total
 

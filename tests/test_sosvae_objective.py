@@ -1,14 +1,12 @@
 """The objective: its terms, its limits, and the multipliers held against cooper's."""
 
-import dataclasses
-
 import cooper
 import pytest
 import torch
 import torch.distributions as td
 
 from sosvae import VAE, Config, DataConfig, ModelConfig, ObjectiveConfig, Terms
-from sosvae.objective import Multipliers, evaluate_terms, limits, objective, violations
+from sosvae.objective import Constraints, evaluate_terms, objective
 
 CONFIG = Config(
     data=DataConfig(height=16, width=16),
@@ -48,32 +46,28 @@ def test_terms_are_those_of_the_distributions():
     ids=["all", "learned diagonal", "no entropy constraint", "beta", "pixelwise"],
 )
 def test_stabilisers_are_switches(model, objective_, expected):
-    config = dataclasses.replace(
-        CONFIG,
-        model=dataclasses.replace(CONFIG.model, **model),
-        objective=dataclasses.replace(CONFIG.objective, **objective_),
-    )
-    assert set(limits(config)) == expected
+    constraints = Constraints.of(CONFIG.replace(model=model, objective=objective_))
+    assert constraints.limits.keys() == constraints.multipliers.keys() == expected
 
 
 def test_damping_acts_on_both_sides_and_takes_no_gradient():
     terms = terms_of([1.0, 3.0], [5.0, 1.0], [0.0, -4.0])
-    g = violations(terms, {"kl": 2.0, "entropy": 1.0})
+    constraints = Constraints({"kl": 2.0, "entropy": 1.0}, damping=10.0)
+    g = constraints.violations(terms)
     assert (g["kl"].item(), g["entropy"].item()) == (1.0, -3.0)
-    multipliers = Multipliers({"kl": 2.0, "entropy": 1.0})
-    multipliers["kl"] += 4
-    loss = objective(terms, g, multipliers, dataclasses.replace(CONFIG.objective, damping=10.0))
+    constraints.multipliers["kl"] += 4
+    loss = objective(terms, constraints, CONFIG.objective)
     assert loss.item() == pytest.approx(-2 + (4 + 10 * 1) * 1 + (0 - 10 * 3) * -3)
     loss.backward()
     torch.testing.assert_close(terms.log_prob.grad, torch.full((2,), -0.5))
     torch.testing.assert_close(terms.kl.grad, torch.full((2,), 14 / 2))
     torch.testing.assert_close(terms.entropy.grad, torch.full((2,), -30 / 2))
-    assert not multipliers["kl"].requires_grad
+    assert not constraints.multipliers["kl"].requires_grad
 
 
 def test_beta_weighs_the_kl_where_it_is_not_constrained():
     terms = terms_of([1.0, 3.0], [5.0, 1.0], [0.0, 0.0])
-    loss = objective(terms, {}, Multipliers({}), ObjectiveConfig(kl_slack=None, beta=4.0))
+    loss = objective(terms, Constraints({}), ObjectiveConfig(kl_slack=None, beta=4.0))
     assert loss.item() == pytest.approx(-2 + 4 * 3)
 
 
@@ -99,20 +93,19 @@ class Toy(cooper.ConstrainedMinimizationProblem):
 
 
 def ours(start, steps, lr, damping):
-    """The same problem by `objective` and `Multipliers`, one value of the batch being all there is."""
+    """The same problem by `objective` and `Constraints`, one value of the batch being all there is."""
     x = start.clone().requires_grad_()
     optimizer = torch.optim.SGD([x], lr=lr)
-    xi = {"kl": 1.0, "entropy": 3.0}
-    multipliers = Multipliers(xi)
+    constraints = Constraints({"kl": 1.0, "entropy": 3.0}, damping, lr=1.0)
+    multipliers = constraints.multipliers
     path = []
     for _ in range(steps):
         loss = (x - torch.tensor([2.0, 1.0])).square().sum()
         terms = Terms(-loss[None], x[:1], x[1:])
-        g = violations(terms, xi)
         optimizer.zero_grad()
-        objective(terms, g, multipliers, ObjectiveConfig(damping=damping)).backward()
+        objective(terms, constraints, ObjectiveConfig()).backward()
+        constraints.ascend(terms)
         optimizer.step()
-        multipliers.ascend(g, lr=1.0)
         path.append(torch.cat([x.detach(), multipliers["kl"][None], multipliers["entropy"][None]]))
     return torch.stack(path)
 

@@ -1,14 +1,16 @@
 """What saves memory in training leaves the gradient as it is: micro-batches exactly, bfloat16 within its rounding."""
 
-import dataclasses
+import itertools
 
 import pytest
 import torch
+from sosvae_cases import rows, set_training
 from torch import nn
 
-from sosvae import VAE, Config, DataConfig, ModelConfig, ObjectiveConfig, TrainingConfig, beta_vae, train, trainer
-from sosvae.layers import Spread
-from sosvae.objective import Multipliers, evaluate_terms, limits, violations
+from sosvae import VAE, Config, DataConfig, ModelConfig, ObjectiveConfig, TrainingConfig, beta_vae, train
+from sosvae.models.layers import Spread
+from sosvae.objective import Constraints, evaluate_terms
+from sosvae.training import loop
 
 BF16 = 2.0**-8  # unit roundoff: 8 significant bits
 
@@ -40,15 +42,13 @@ def images(number: int) -> torch.Tensor:
     return torch.rand(number, 3, 17, 19, generator=torch.Generator().manual_seed(1))
 
 
-def gradients(vae, config, mean_only=False, multipliers=None):
+def gradients(vae, config, mean_only=False, constraints=None):
     """Terms, loss, and the gradient of every parameter, of one step's images."""
     dtype = next(vae.parameters()).dtype
-    multipliers = multipliers or Multipliers({"kl": 0.0, "entropy": 0.0})
     torch.manual_seed(2)
     vae.zero_grad()
-    terms, loss = trainer.differentiate(
-        vae, images(config.training.batch).to(dtype), limits(config), multipliers, config, mean_only
-    )
+    x = images(config.training.batch).to(dtype)
+    terms, loss = loop.differentiate(vae, x, constraints or Constraints.of(config), config, mean_only)
     return terms, loss, {name: p.grad for name, p in vae.named_parameters() if p.grad is not None}
 
 
@@ -61,39 +61,35 @@ def test_gradient_of_micro_batches_is_that_of_the_batch(head, mean_only, parts):
     # Batch norm by its running statistics: those of a part are what sets micro-batches apart.
     config = small(head)
     vae = started(config).double().eval()
-    multipliers = Multipliers({"kl": 0.0, "entropy": 0.0})
-    multipliers["kl"] += 0.7
-    multipliers["entropy"] += 0.2
-    accumulated = dataclasses.replace(config, training=dataclasses.replace(config.training, accumulate=parts))
-    whole_terms, whole_loss, whole = gradients(vae, config, mean_only, multipliers)
+    states = [Constraints.of(config.replace(objective={"multiplier_lr": 0.5})) for _ in range(2)]
+    for state, (name, start) in itertools.product(states, (("kl", 0.7), ("entropy", 0.2))):
+        state.multipliers[name] = torch.tensor(start)
+    accumulated = set_training(config, accumulate=parts)
+    whole_terms, whole_loss, whole = gradients(vae, config, mean_only, states[0])
     whole = {name: g.clone() for name, g in whole.items()}
-    terms, loss, grads = gradients(vae, accumulated, mean_only, multipliers)
+    terms, loss, grads = gradients(vae, accumulated, mean_only, states[1])
     for name in terms._fields:
         torch.testing.assert_close(getattr(terms, name), getattr(whole_terms, name), rtol=1e-12, atol=0)
     torch.testing.assert_close(loss, whole_loss, rtol=1e-12, atol=0)
     assert grads.keys() == whole.keys()
     for name, g in grads.items():
         assert (g - whole[name]).norm() <= 1e-10 * whole[name].norm(), name
-    xi = limits(config)
-    states = [Multipliers(xi), Multipliers(xi)]
-    for state, found in zip(states, (terms, whole_terms), strict=True):
-        state.ascend(violations(found, xi), 0.5)
-    for name in xi:
-        torch.testing.assert_close(states[0][name], states[1][name], rtol=1e-10, atol=0)
+    for state, found in zip(states, (whole_terms, terms), strict=True):
+        state.ascend(found)
+    for name in states[0].limits:
+        ours, theirs = (state.multipliers[name] for state in states)
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=0)
 
 
-def test_damping_follows_the_whole_batch():
+def test_damping_follows_the_whole_batch(monkeypatch):
     """Without the first pass the coefficient would be that of a part: another gradient."""
     config = small(accumulate=4)
     vae = started(config).double().eval()
     _, _, right = gradients(vae, config)
     right = {name: g.clone() for name, g in right.items()}
-    original = trainer.objective
-    try:
-        trainer.objective = lambda terms, g, multipliers, o, whole: original(terms, g, multipliers, o)
-        _, _, wrong = gradients(vae, config)
-    finally:
-        trainer.objective = original
+    original = loop.objective
+    monkeypatch.setattr(loop, "objective", lambda terms, constraints, o, whole: original(terms, constraints, o))
+    _, _, wrong = gradients(vae, config)
     name = "posterior.weight"
     assert (wrong[name] - right[name]).norm() > 1e4 * 1e-10 * right[name].norm()  # the tolerance above sees it
 
@@ -103,7 +99,7 @@ def test_first_pass_leaves_batch_statistics_alone():
     once, twice = started(config), started(config)
     x = images(8)
     torch.manual_seed(2)
-    trainer.differentiate(twice.train(), x, limits(config), Multipliers(limits(config)), config, False)
+    loop.differentiate(twice.train(), x, Constraints.of(config), config, False)
     for part in x.split(4):
         with torch.no_grad():
             evaluate_terms(once.train(), part, noise=torch.zeros(4, 4))
@@ -112,10 +108,6 @@ def test_first_pass_leaves_batch_statistics_alone():
 
 
 # --- bfloat16 -----------------------------------------------------------------------------------------------
-
-
-def in_bfloat16(config):
-    return dataclasses.replace(config, training=dataclasses.replace(config.training, precision="bfloat16"))
 
 
 @pytest.mark.parametrize("head", ["structured", "materialised", "pixelwise"])
@@ -127,7 +119,7 @@ def test_bfloat16_stays_within_its_rounding(head):
     vae = started(config)
     terms, _, exact = gradients(vae, config)
     exact = {name: g.clone() for name, g in exact.items()}
-    rounded_terms, _, rounded = gradients(vae, in_bfloat16(config))
+    rounded_terms, _, rounded = gradients(vae, set_training(config, precision="bfloat16"))
     assert {t.dtype for t in rounded_terms} == {torch.float32}
     assert {p.dtype for p in vae.parameters()} | {g.dtype for g in rounded.values()} == {torch.float32}
     for name in terms._fields:
@@ -155,7 +147,7 @@ def test_bfloat16_stays_within_its_rounding(head):
 def test_bfloat16_takes_features_in_half_precision_and_keeps_half():
     config = small(model={"width": 0.25})
     kept = []
-    for c in (config, in_bfloat16(config)):
+    for c in (config, set_training(config, precision="bfloat16")):
         vae, pieces = started(c), {}
         vae.decoder.register_forward_hook(lambda module, args, features: kept.append(features.dtype))
 
@@ -208,8 +200,7 @@ def digits(cache, **training) -> Config:
 def test_resumed_run_equals_the_uninterrupted_one(cache, tmp_path, way):
     config = digits(cache, **WAYS[way])
     whole = train(config, tmp_path / "whole", progress=False).load()
-    half = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=3))
-    train(half, tmp_path / "halves", progress=False)
+    train(set_training(config, steps=3), tmp_path / "halves", progress=False)
     torch.manual_seed(99)
     halves = train(config, tmp_path / "halves", resume=True, progress=False).load()
     assert halves.step == whole.step == 6
@@ -217,27 +208,22 @@ def test_resumed_run_equals_the_uninterrupted_one(cache, tmp_path, way):
         assert value.dtype != torch.bfloat16
         assert torch.equal(halves.weights[name], value), name
     assert torch.equal(halves.state["rng"], whole.state["rng"])
-    other = dataclasses.replace(
-        config, training=dataclasses.replace(config.training, accumulate=1, precision="float32")
-    )
+    other = set_training(config, accumulate=1, precision="float32")
     with pytest.raises(ValueError, match=r"training\.(accumulate|precision)"):
         train(other, tmp_path / "halves", resume=True, progress=False)
 
 
 @pytest.mark.parametrize("way", ["bfloat16", "all"])
 def test_training_goes_down(cache, tmp_path, way):
-    import json
-
     run = train(
         digits(cache, steps=40, evaluate_every=40, save_every=40, **WAYS[way]), tmp_path / "run", progress=False
     )
-    rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    found = [row["log_prob"] for row in rows if row["kind"] == "train"]
+    found = [row["log_prob"] for row in rows(run) if row["kind"] == "train"]
     assert sum(found[-5:]) / 5 > sum(found[:5]) / 5 + 100
 
 
 def test_step_with_one_bad_micro_batch_is_left_out_whole(cache, tmp_path, monkeypatch):
-    original, seen = trainer.evaluate_terms, []
+    original, seen = loop.evaluate_terms, []
 
     def broken(vae, x, *args):
         if vae.training and torch.is_grad_enabled():
@@ -246,7 +232,7 @@ def test_step_with_one_bad_micro_batch_is_left_out_whole(cache, tmp_path, monkey
                 x = x * float("nan")
         return original(vae, x, *args)
 
-    monkeypatch.setattr(trainer, "evaluate_terms", broken)
+    monkeypatch.setattr(loop, "evaluate_terms", broken)
     config = digits(cache, accumulate=2, steps=3, save_every=1, keep=9, skip_limit=1)
     run = train(config, tmp_path / "run", progress=False)
     before, after, end = run.load(1), run.load(2), run.load(3)

@@ -1,6 +1,5 @@
-"""Training: the phases, resuming bit for bit, what is on disk after a kill, and losses that are not finite."""
+"""Training: the phases, resuming bit for bit, what is on disk after a kill, losses that are not finite, Ctrl-C."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -9,71 +8,16 @@ import threading
 import pytest
 import safetensors.torch
 import torch
+from sosvae_cases import faces, rows, same, set_training
 
-from sosvae import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    NonFiniteError,
-    ObjectiveConfig,
-    Run,
-    TrainingConfig,
-    beta_vae,
-    load,
-    neighbour_correlation,
-    quality,
-    train,
-    trainer,
-)
-from sosvae import run as run_module
-from sosvae.run import Metrics
-
-replace = dataclasses.replace
+from sosvae import NonFiniteError, Run, beta_vae, load, train
+from sosvae.training import loop
+from sosvae.training import run as run_module
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture
-def config(cache):
-    return Config(
-        data=DataConfig(source="faces", height=17, width=16, cache=cache, flip=True),
-        model=ModelConfig(rank=2, latents=3, width=0.07, depth=1, upsampling="bilinear", diagonal=1e-2),
-        objective=ObjectiveConfig(kl_slack=5.0, nats_per_rank=3.0),
-        training=TrainingConfig(
-            steps=12,
-            mean_only_steps=4,
-            batch=8,
-            lr=1e-2,
-            log_every=2,
-            evaluate_every=6,
-            evaluate_batches=2,
-            save_every=3,
-            tensorboard=False,
-            device="cpu",
-        ),
-    )
-
-
-def set_training(config, **values):
-    return replace(config, training=replace(config.training, **values))
-
-
-def rows(run):
-    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
-
-
-def same(a, b):
-    """Whether two nested states are equal to the last bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
+def config(tmp_path_factory):
+    return faces(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.mark.parametrize("model", ["structured", "pixelwise"])
@@ -94,7 +38,7 @@ def test_resumed_run_equals_the_uninterrupted_one(config, tmp_path, model):
 
 def test_run_that_is_killed_goes_on_from_the_last_checkpoint(config, tmp_path, monkeypatch):
     whole = train(config, tmp_path / "whole", progress=False)
-    original = trainer.train_step
+    original = loop.train_step
 
     def killed(state, *args):
         if state.step == 8:
@@ -102,7 +46,7 @@ def test_run_that_is_killed_goes_on_from_the_last_checkpoint(config, tmp_path, m
         return original(state, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "train_step", killed)
+        patch.setattr(loop, "train_step", killed)
         with pytest.raises(SystemExit):
             train(config, tmp_path / "killed", progress=False)
     run = Run.open(tmp_path / "killed")
@@ -151,18 +95,15 @@ def test_mean_only_phase_can_be_left_out(config, tmp_path):
     ids=["learned diagonal", "no entropy constraint", "beta"],
 )
 def test_ablations_train(config, tmp_path, model, objective):
-    config = replace(
-        set_training(config, steps=6, mean_only_steps=2, clip=1.0, decay=0.5),
-        model=replace(config.model, **model),
-        objective=replace(config.objective, **objective),
-    )
+    training = {"steps": 6, "mean_only_steps": 2, "clip": 1.0, "decay": 0.5}
+    config = config.replace(model=model, objective=objective, training=training)
     run = train(config, tmp_path / "run", progress=False)
     assert all(torch.isfinite(value).all() for value in run.load().weights.values())
 
 
 def test_step_size_goes_down_along_a_cosine(config):
-    t = replace(config.training, steps=100, decay=0.5)
-    sizes = [trainer._step_size(step, t) for step in range(100)]
+    t = set_training(config, steps=100, decay=0.5).training
+    sizes = [loop._step_size(step, t) for step in range(100)]
     assert sizes[:51] == [1.0] * 51
     assert sizes[75] == pytest.approx(0.5)
     assert 0 < sizes[99] < 0.01
@@ -224,7 +165,7 @@ def test_starting_over_a_run_or_resuming_none_is_an_error(config, tmp_path):
 
 def test_resuming_with_another_architecture_names_the_fields(config, tmp_path):
     train(set_training(config, steps=1), tmp_path / "run", progress=False)
-    other = replace(config, model=replace(config.model, rank=5, latents=4))
+    other = config.replace(model={"rank": 5, "latents": 4})
     with pytest.raises(ValueError, match=r"model\.rank: 2, 5; model\.latents: 3, 4"):
         train(other, tmp_path / "run", resume=True, progress=False)
     with pytest.raises(ValueError, match=r"training\.lr: 0\.01, 0\.5"):
@@ -247,21 +188,12 @@ def test_batch_larger_than_the_data_is_an_error(config, tmp_path):
         train(set_training(config, batch=1000), tmp_path / "run", progress=False)
 
 
-def test_metrics_drop_what_is_beyond_the_checkpoint(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 5}\n{"no": 1}\n[]\nnonsense')
-    metrics = Metrics(path, last_step=2)
-    metrics.write(3, "train", {"kl": 1.0})
-    metrics.close()
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
-
-
 # --- Losses that are not finite -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("term", ["log_prob", "kl", "entropy"])
 def test_non_finite_terms_stop_the_run_after_the_limit_and_are_named(config, tmp_path, monkeypatch, term):
-    original = trainer.evaluate_terms
+    original = loop.evaluate_terms
 
     def broken(vae, x, *args):
         terms, p = original(vae, x, *args)
@@ -272,7 +204,7 @@ def test_non_finite_terms_stop_the_run_after_the_limit_and_are_named(config, tmp
         return terms, p
 
     seen: list[int] = []
-    monkeypatch.setattr(trainer, "evaluate_terms", broken)
+    monkeypatch.setattr(loop, "evaluate_terms", broken)
     with pytest.raises(NonFiniteError, match=rf"3 steps .* allowed are 2; .* first was {term}\."):
         train(set_training(config, skip_limit=2), tmp_path / "run", progress=False)
     run = Run.open(tmp_path / "run")
@@ -282,7 +214,7 @@ def test_non_finite_terms_stop_the_run_after_the_limit_and_are_named(config, tmp
 
 
 def test_skipped_step_moves_nothing_and_training_goes_on(config, tmp_path, monkeypatch):
-    original = trainer.evaluate_terms
+    original = loop.evaluate_terms
     seen: list[int] = []
 
     def broken(vae, x, *args):
@@ -292,7 +224,7 @@ def test_skipped_step_moves_nothing_and_training_goes_on(config, tmp_path, monke
                 x = x * float("nan")  # goes through batch norm into its running statistics
         return original(vae, x, *args)
 
-    monkeypatch.setattr(trainer, "evaluate_terms", broken)
+    monkeypatch.setattr(loop, "evaluate_terms", broken)
     run = train(set_training(config, skip_limit=1, save_every=1, keep=20), tmp_path / "run", progress=False)
     before, after, end = run.load(2), run.load(3), run.load(12)
     assert same(before.weights, after.weights)
@@ -303,10 +235,10 @@ def test_skipped_step_moves_nothing_and_training_goes_on(config, tmp_path, monke
 
 def test_non_finite_gradients_are_named():
     one, inf = torch.ones(1), torch.tensor(float("inf"))
-    terms = trainer.Terms(one, one, one)
-    assert trainer._fault(terms, one[0], one[0]) is None
-    assert trainer._fault(terms, one[0], inf) == "the gradient"
-    assert trainer._fault(terms, inf, one[0]) == "the loss"
+    terms = loop.Terms(one, one, one)
+    assert loop._fault(terms, one[0], one[0]) is None
+    assert loop._fault(terms, one[0], inf) == "the gradient"
+    assert loop._fault(terms, inf, one[0]) == "the loss"
 
 
 # --- Ctrl-C -------------------------------------------------------------------------------------------------
@@ -314,7 +246,7 @@ def test_non_finite_gradients_are_named():
 
 def test_ctrl_c_saves_says_how_to_resume_and_loses_nothing(config, tmp_path, monkeypatch, capsys):
     whole = train(config, tmp_path / "whole", progress=False)
-    original = trainer.train_step
+    original = loop.train_step
 
     def interrupted(state, *args):
         if state.step == 7:
@@ -323,7 +255,7 @@ def test_ctrl_c_saves_says_how_to_resume_and_loses_nothing(config, tmp_path, mon
 
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "train_step", interrupted)
+        patch.setattr(loop, "train_step", interrupted)
         run = train(config, tmp_path / "run", progress=False)
     assert signal.getsignal(signal.SIGINT) is before
     assert run.load().step == 8
@@ -338,7 +270,7 @@ def test_second_ctrl_c_stops_at_once(config, tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(trainer, "train_step", interrupted)
+    monkeypatch.setattr(loop, "train_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "run", progress=False)
     assert Run.open(tmp_path / "run").load().step == 0
@@ -351,62 +283,3 @@ def test_training_outside_the_main_thread_leaves_signals_alone(config, tmp_path)
     worker.start()
     worker.join()
     assert Run.open(tmp_path / "run").load().step == 1
-
-
-# --- What is seen -------------------------------------------------------------------------------------------
-
-
-def test_bar_shows_terms_throughput_and_time_left(config, tmp_path, capsys):
-    train(config, tmp_path / "run")
-    shown = capsys.readouterr().err
-    for part in ("structured", "log_prob=", "kl=", "entropy=", "nats", "images/s", "12/12", "<"):
-        assert part in shown
-
-
-def test_tensorboard_has_scalars_and_pictures(config, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run = train(set_training(config, tensorboard=True, steps=6), tmp_path / "run", progress=False)
-    events = EventAccumulator(str(run.folder / "tensorboard"))
-    events.Reload()
-    assert {"train/log_prob", "train/multiplier_kl", "train/images_per_second", "validation/kl"} <= set(
-        events.Tags()["scalars"]
-    )
-    assert len(events.Tags()["images"]) == 2
-
-
-def test_evaluation_changes_nothing(config, tmp_path):
-    runs = [
-        train(set_training(config, evaluate_every=every, steps=6), tmp_path / str(every), progress=False)
-        for every in (1, 6)
-    ]
-    assert same(runs[0].load().weights, runs[1].load().weights)
-
-
-# --- Measures -----------------------------------------------------------------------------------------------
-
-
-def test_neighbour_correlation_of_known_fields():
-    torch.manual_seed(0)
-    noise = torch.randn(4000, 1, 1, 3, 8)
-    assert neighbour_correlation(noise) == pytest.approx(0.0, abs=0.01)
-    smooth = noise[..., :1].expand_as(noise)
-    assert neighbour_correlation(smooth) == pytest.approx(1.0)
-    assert neighbour_correlation(0.6 * smooth + 0.8 * noise.roll(3, 0)) == pytest.approx(0.36, abs=0.02)
-    assert neighbour_correlation(-torch.ones(5, 1, 1, 2, 2) * torch.tensor([1.0, -1.0])) == pytest.approx(-1.0)
-
-
-def test_quality_is_that_of_the_predicted_distributions(config, tmp_path):
-    run = train(set_training(config, steps=1), tmp_path / "run", progress=False)
-    vae = run.model()
-    with torch.no_grad():
-        vae.head.mean.weight.zero_()
-        vae.head.factor.weight.zero_()
-        vae.head.factor.bias.copy_(torch.tensor([0.3, 0.0]))
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    # P is one constant column of 0.3, d is 0.01: every pixel has variance 0.1, neighbours covariance 0.09.
-    found = quality(vae, data_deviation=0.5, codes=20, samples=200)
-    assert found.neighbour_correlation == pytest.approx(0.9, abs=0.02)
-    assert found.deviation == pytest.approx(0.1**0.5 / 0.5, rel=0.05)
-    assert torch.equal(torch.get_rng_state(), state)

@@ -1,21 +1,22 @@
 """Exact, fast, small multivariate normals N(μ, PPᵀ + D) over whole images.
 
-    distribution   `LowRankMultivariateNormal`, a drop-in for torch's class of that name
-    functional     the same as functions, with `impl=` to choose the implementation
-    linear         `LinearFactor`: a factor that is a linear map of features, and is never materialised
-    reference      the textbook formulas: the specification
-    aten           the closed forms in torch's operators, block by block
-    triton         the closed forms as GPU kernels, imported when they are first used
-    ops            the operators as torch sees them (schema, shapes, derivatives, batching); ops_rsample: samples
+    distributions   `LowRankMultivariateNormal`, a drop-in for torch's class of that name
+    functional      the same as functions, with `impl=` to choose the implementation
+    arguments       their arguments, checked once; layout: canonical shapes
+    local           the part of Σ that is not low-rank: a diagonal
+    factors         the low-rank part, a folder for each kind: `dense`, a tensor; `linear`, a linear map of features
+    capacitance     R×R algebra and the rounding test, for every kind
+    registry        how operators are made known to torch
+    reference       the textbook formulas: the specification
+    device          what kernels of all kinds share
 
-    aten_linear, ops_linear, ops_linear_rsample   likewise for a linear factor; linear_forms has what follows the passes
-
-README.md in this folder derives the formulas.
+README.md in this folder derives the formulas; ARCHITECTURE.md at the root says where something new belongs.
 """
 
-from .distribution import LowRankMultivariateNormal
+from .distributions import LowRankMultivariateNormal
+from .factors.linear.factor import LinearFactor
+from .factors.linear.mean import LinearMean
 from .functional import Conditional, condition, entropy, log_prob, log_prob_and_entropy, rsample
-from .linear import LinearFactor, LinearMean
 
 __all__ = [
     "Conditional",

@@ -21,12 +21,18 @@ def mahalanobis_and_logdet(x: Tensor, loc: Tensor, P: Tensor, d: Tensor) -> tupl
     delta = x - loc
     L = torch.linalg.cholesky(capacitance(P, d.reciprocal()))
     w = (P.mT @ (delta / d).unsqueeze(-1)).squeeze(-1)
-    half = torch.linalg.solve_triangular(L.expand(*w.shape[:-1], *L.shape[-2:]), w.unsqueeze(-1), upper=False).squeeze(
-        -1
-    )
-    mahalanobis = (delta.square() / d).sum(-1) - half.square().sum(-1)
-    logdet = 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1) + d.expand(*d.shape[:-1], P.shape[-2]).log().sum(-1)
-    return mahalanobis, logdet
+    factor = L.expand(*w.shape[:-1], *L.shape[-2:])
+    half = torch.linalg.solve_triangular(factor, w.unsqueeze(-1), upper=False).squeeze(-1)
+    return (delta.square() / d).sum(-1) - half.square().sum(-1), _logdet(L, d, P.shape[-2])
+
+
+def logdet(P: Tensor, d: Tensor) -> Tensor:
+    """log|Σ| by the determinant lemma."""
+    return _logdet(torch.linalg.cholesky(capacitance(P, d.reciprocal())), d, P.shape[-2])
+
+
+def _logdet(L: Tensor, d: Tensor, N: int) -> Tensor:
+    return 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1) + d.expand(*d.shape[:-1], N).log().sum(-1)
 
 
 def rsample(loc: Tensor, P: Tensor, d: Tensor, omega_p: Tensor, omega_d: Tensor) -> Tensor:

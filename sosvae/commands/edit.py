@@ -1,4 +1,4 @@
-"""`sosvae edit`: a page to paint with what a decoder predicted."""
+"""A page in the browser: paint a few pixels, and the rest of the image follows."""
 
 import contextlib
 import os
@@ -7,20 +7,24 @@ import threading
 import webbrowser
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-__all__ = ["EditOptions", "edit"]
+from .base import parse
 
+if TYPE_CHECKING:
+    from ..editor.runs import Runs
+
+USAGE = "RUN [RUN ...] [options]"
 PORT = 8642
 
 
 @dataclass(frozen=True)
-class EditOptions:
+class Options:
     """Paint a few pixels in a browser and see the rest of the image follow; or write such a page as one file."""
 
-    run: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN [RUN ...]")]]
+    runs: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN [RUN ...]")]]
     """Folders of runs, or a folder that holds some (path)."""
     export: Path | None = None
     """Write one page that needs no server, with parameters of some codes in it, and stop (path)."""
@@ -36,20 +40,27 @@ class EditOptions:
     """Print the address and open nothing."""
 
 
-def edit(o: EditOptions) -> int:
+def main(args: list[str]) -> int:
     """Serves the page until Ctrl-C, or writes it."""
     from ..editor.runs import Runs
 
-    runs = Runs(o.run)
-    if o.export is not None:
-        from ..editor.export import export
+    o = parse(Options, "edit", args)
+    runs = Runs(o.runs)
+    return _serve(runs, o) if o.export is None else _export(runs, o.export, o.codes)
 
-        written = export(runs, o.export, o.codes)
-        print(
-            f"{o.export}: {written['bytes'] / 1e6:.2f} MB, {written['codes']} codes, {len(runs.names())} runs; "
-            f"float16 is off by at most {255 * written['error']:.2f} of 255 grey levels"
-        )
-        return 0
+
+def _export(runs: "Runs", path: Path, codes: int) -> int:
+    from ..editor.export import export
+
+    written = export(runs, path, codes)
+    print(
+        f"{path}: {written['bytes'] / 1e6:.2f} MB, {written['codes']} codes, {len(runs.names())} runs; "
+        f"float16 is off by at most {255 * written['error']:.2f} of 255 grey levels"
+    )
+    return 0
+
+
+def _serve(runs: "Runs", o: Options) -> int:
     try:
         import uvicorn
 
@@ -73,9 +84,8 @@ def edit(o: EditOptions) -> int:
     return 0
 
 
-def _warm_up(runs: "object") -> None:
-    from ..editor.runs import CodeError, Runs
+def _warm_up(runs: "Runs") -> None:
+    from ..editor.runs import CodeError
 
-    assert isinstance(runs, Runs)
     with contextlib.suppress(CodeError):  # the page will say it
         runs.answer(runs.names()[0], {"kind": "seed", "seed": 0})

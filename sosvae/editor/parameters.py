@@ -23,12 +23,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributions as td
 from numpy.typing import NDArray
 
 from lowrank_mvn import LowRankMultivariateNormal
 
-from ..model import PixelwiseNormal
+from ..models.observation import Observation, PixelwiseNormal
 
 __all__ = ["MAGIC", "Prediction", "pack", "predict", "unpack"]
 
@@ -49,13 +48,13 @@ class Prediction(NamedTuple):
 
 
 @torch.no_grad()
-def predict(p: td.Distribution) -> Prediction:
+def predict(p: Observation) -> Prediction:
     """The first distribution of a batch, in its principal basis.
 
     Args:
         p: p(x|z) with batch shape [B].
     """
-    loc = _float32(p.loc[0])  # type: ignore[attr-defined]
+    loc = _float32(p.loc[0])
     if isinstance(p, PixelwiseNormal):
         return Prediction(loc, None, _one_d(p.cov_diag[0]))
     if not isinstance(p, LowRankMultivariateNormal):

@@ -17,13 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributions as td
 from numpy.typing import NDArray
 
-from .. import data
-from ..model import VAE
-from ..run import Run
-from ..tools import slerp
+from .. import VAE, Dataset, Run, load
+from ..models.observation import Observation
+from ..tools.observation import slerp
 from .parameters import pack, predict
 
 __all__ = ["CodeError", "Runs"]
@@ -57,7 +55,7 @@ class Runs:
                 self._runs[self._name(path.resolve())] = Run.open(path)
         self._models: OrderedDict[str, VAE] = OrderedDict()
         self._answers: OrderedDict[str, bytes] = OrderedDict()
-        self._datasets: dict[str, data.Dataset | str] = {}
+        self._datasets: dict[str, Dataset | str] = {}
         self._lock = threading.RLock()  # one decoder pass at a time
 
     def _name(self, path: Path) -> str:
@@ -111,11 +109,11 @@ class Runs:
         indices = np.linspace(0, len(dataset.validation) - 1, min(count, len(dataset.validation))).astype(int)
         return indices.tolist(), np.array(dataset.images[dataset.validation[indices]])
 
-    def _dataset(self, name: str) -> data.Dataset:
+    def _dataset(self, name: str) -> Dataset:
         with self._lock:
             if name not in self._datasets:
                 try:
-                    self._datasets[name] = data.load(self.run(name).config.data)
+                    self._datasets[name] = load(self.run(name).config.data)
                 except (OSError, ValueError) as error:
                     self._datasets[name] = f"the held-out images cannot be read here: {error}"
             dataset = self._datasets[name]
@@ -124,7 +122,7 @@ class Runs:
             return dataset
 
     @torch.no_grad()
-    def distribution(self, name: str, code: Mapping[str, Any]) -> td.Distribution:
+    def distribution(self, name: str, code: Mapping[str, Any]) -> Observation:
         """p(x|z) of a run at a code, batch shape [1]."""
         with self._lock:
             z, _ = self._resolve(name, code)
@@ -211,7 +209,7 @@ class Runs:
         raise CodeError("this is no code")
 
     def _encode(self, name: str, image: NDArray[np.uint8]) -> torch.Tensor:
-        return self.model(name).encode(torch.from_numpy(image).float()[None] / 255).loc
+        return self.model(name).encode(torch.tensor(image)[None] / 255).loc
 
 
 def _runs_in(folder: Path) -> list[Path]:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import DataConfig
+from ..data.decode import decode
 
 __all__ = ["MAX_BYTES", "MAX_PIXELS", "UploadError", "read_image"]
 
@@ -30,7 +31,7 @@ def read_image(raw: bytes, config: DataConfig) -> NDArray[np.uint8]:
     Raises:
         UploadError: too many bytes or pixels, another format, a broken file, too narrow a strip.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     if len(raw) > MAX_BYTES:
         raise UploadError(f"the file has {len(raw) / 2**20:.0f} MiB, at most {MAX_BYTES // 2**20} are taken")
@@ -39,16 +40,11 @@ def read_image(raw: bytes, config: DataConfig) -> NDArray[np.uint8]:
             warnings.simplefilter("ignore")  # Pillow's own warning of bombs; the limit below is stricter
             image = Image.open(io.BytesIO(raw), formats=FORMATS)  # reads the header alone
         _check_size(*image.size)
-        image.draft("RGB", (4 * config.width, 4 * config.height))  # a JPEG is decoded at a smaller size
-        upright = ImageOps.exif_transpose(image)
-        upright = upright.convert("L" if config.channels == 1 else "RGB")
-        method = ImageOps.fit if config.fit == "crop" else ImageOps.pad
-        array = np.asarray(method(upright, (config.width, config.height), Image.Resampling.LANCZOS), np.uint8)
+        return decode(raw, config).pixels
     except UploadError:
         raise
     except Exception as error:  # Pillow raises nearly every kind on broken files
         raise UploadError(f"this is no image that can be read ({', '.join(FORMATS)})") from error
-    return array[None] if config.channels == 1 else np.ascontiguousarray(np.moveaxis(array, -1, 0))
 
 
 def _check_size(width: int, height: int) -> None:

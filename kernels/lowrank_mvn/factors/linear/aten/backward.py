@@ -1,0 +1,212 @@
+"""The backward pass: read F, write grad_F, and grad_x and grad_d on the way; only what is asked for.
+
+Rows made of a block, [tile; z], and matrices back to the features give grad_F:
+
+    from tiles          [A; −u_step]F̃ with A = L⁻¹W;  grad_F = AᵀA-part · y/d + (−2 grad_q u)ᵀ z
+    from the features   z alone;  grad_F = 2 grad_logdet Σ_c M_cf̃ₙ/d_c + (−2 grad_q u)ᵀ z, one product with one d
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ....capacitance import product_dtype, root, runs, sum_of_pi
+from ....device.pages import Scratch, empty_gradient
+from .. import forms
+from . import blocks
+
+
+class Scores(NamedTuple):
+    """What the samples bring to the pass."""
+
+    residual: Tensor  # r before the last step of v, [S, B, channels, pixels]
+    step: Tensor  # W_cᵀ of the last step of v, [B, S·channels, K+1], float64
+    back: Tensor  # −2 grad_q (u + m), [B, S·channels, K+1], float64
+    grad_q: Tensor  # [B, S], float64
+
+
+class Grads(NamedTuple):
+    """What the pass writes; what is not needed is empty."""
+
+    x: Tensor  # [S, B, channels, pixels]
+    F: Tensor  # [B, K, pixels]
+    d: Tensor  # as d; in float64 where that is one value
+
+
+class Needs(NamedTuple):
+    x: bool
+    F: bool
+    d: bool
+
+
+def mahalanobis_and_logdet_backward(
+    grad_mahalanobis: Tensor,
+    grad_logdet: Tensor,
+    x: Tensor,
+    loc: Tensor | None,
+    F: Tensor,
+    W: Tensor,
+    m: Tensor | None,
+    d: Tensor,
+    C_inv: Tensor,
+    v: Tensor,
+    step: Tensor,
+    WG: Tensor,
+    zF: Tensor,
+    residual: Tensor,
+    wide: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """grad_x [S, B, channels, pixels], grad_F, grad_W, grad_m (empty without m) and grad_d; `needs` is for x, F and d:
+    what is not needed is empty. grad_loc is −grad_x."""
+    W64, grad_q, grad_logdet = W.double(), grad_mahalanobis.T.double(), grad_logdet.double()  # [B, S], [B]
+    v, step = v.transpose(0, 1), step.transpose(0, 1)  # [B, S, R]
+    u = forms.coefficients(v, W64)
+    back = -2 * grad_q[:, :, None, None] * (u if m is None else u + m.double())
+    scores = Scores(residual, forms.coefficients(step, W64).flatten(1, 2), back.flatten(1, 2), grad_q)
+    grad_x = x.new_empty(x.shape if needs[0] else 0, dtype=residual.dtype)
+    grads = _gradients(grad_logdet, F, W64, d, C_inv, wide, Needs(*needs), residual.dtype, scores, grad_x)
+    grad_W = forms.grad_weight(grad_q, grad_logdet, C_inv, v, WG, zF, shared=W.shape[0] == 1)
+    grad_m = F.new_empty(0) if m is None else forms.grad_mean(grad_q, zF).to(m.dtype)
+    return grads.x, grads.F, grad_W.to(W.dtype), grad_m, grads.d.to(d.dtype)
+
+
+def logdet_backward(
+    grad_logdet: Tensor,
+    F: Tensor,
+    W: Tensor,
+    d: Tensor,
+    C_inv: Tensor,
+    WG: Tensor,
+    wide: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad_F, grad_W and grad_d; `needs` is for F and d: what is not needed is empty."""
+    need_F, need_d = needs
+    W64, grad_logdet, dtype = W.double(), grad_logdet.double(), product_dtype(F, W, d)
+    empty = F.new_empty(0)
+    grads = _gradients(grad_logdet, F, W64, d, C_inv, wide, Needs(False, need_F, need_d), dtype, None, empty)
+    grad_W = forms.weighted(2 * grad_logdet[:, None, None] * C_inv, WG)
+    grad_W = grad_W.sum(0, keepdim=True) if W.shape[0] == 1 else grad_W
+    return grads.F, grad_W.to(W.dtype), grads.d.to(d.dtype)
+
+
+def _gradients(
+    grad_logdet: Tensor,
+    F: Tensor,
+    W: Tensor,
+    d: Tensor,
+    C_inv: Tensor,
+    wide: Tensor,
+    needs: Needs,
+    dtype: torch.dtype,
+    scores: Scores | None,
+    grad_x: Tensor,
+) -> Grads:
+    """The pass; products of items that are not `wide` in `dtype`."""
+    one = forms.one_d(d)
+    grad_d = d.new_zeros(d.shape if needs.d else 0, dtype=torch.float64 if one else d.dtype)
+    if needs.d and one:
+        N = W.shape[1] * F.shape[2]
+        grad_d += (grad_logdet * sum_of_pi(d[:, 0, 0], N, C_inv))[:, None, None]
+    grads = Grads(grad_x, empty_gradient(F) if needs.F else F.new_empty(0), grad_d)
+    if scores is None and not needs.F and (one or not needs.d):
+        return grads
+    operands = _Operands(grad_logdet, W, d, C_inv, needs, scores)
+    for items, products in runs(wide, dtype):
+        operands.run(items, products, F, scores, grads)
+    return grads
+
+
+class _Operands:
+    """The small matrices of the pass, and what one block does with them."""
+
+    def __init__(
+        self, grad_logdet: Tensor, W: Tensor, d: Tensor, C_inv: Tensor, needs: Needs, scores: Scores | None
+    ) -> None:
+        (channels, R, K1), K = W.shape[1:], W.shape[3] - 1
+        self.channels, self.needs, self.d, self.one = channels, needs, d, forms.one_d(d)
+        self.made = needs.F or (needs.d and not self.one)  # whether anything is made of the features but z
+        self.two_b = 2 * grad_logdet[:, None, None]
+        scaled = self.two_b / d.double() if self.one else self.two_b
+        empty = W.new_empty(C_inv.shape[0], 0, K1)
+        minus_step, self.back_z = (-scores.step, scores.back.mT[:, :K]) if scores else (empty, empty.mT[:, :K])
+        self.thin = minus_step.shape[1]
+        self.tile = channels * R if self.made and forms.from_tiles(channels, R, K1, not self.one) else 0
+        if self.tile:
+            A = blocks.rows(forms.weighted(root(C_inv), W))
+            self.rows = torch.cat([A, minus_step], 1)
+            self.back = torch.cat([A.mT[:, :K] * scaled, self.back_z], 2)
+        else:
+            M = (forms.quadratic_sum if self.one else forms.quadratic)(C_inv, W)
+            self.rows = minus_step
+            self.back = M[:, 0, :K] * scaled if self.one else M
+        # grad_F of a block, and M_cf̃ₙ or squares
+        self.spare_rows = max(K, self.tile) if self.tile or self.one else K + K1
+
+    def run(self, items: slice, products: torch.dtype, F: Tensor, scores: Scores | None, grads: Grads) -> None:
+        """The blocks of a run of items, products in that dtype."""
+        copies, scratch = Scratch(products, F.device), Scratch(products, F.device)
+        precision_of = blocks.precision_of(self.d, products)
+        rows, back, back_z, two_b = (t.to(products) for t in (self.rows, self.back, self.back_z, self.two_b))
+        for b, n in blocks.blocks(F, self.tile + self.thin + self.spare_rows, items):
+            f, precision = blocks.features(F, b, n, copies), precision_of(b, n)
+            count, K, pixels = f.shape
+            spare_size = count * self.spare_rows * pixels
+            made, spare = blocks.carved(scratch, (count, self.tile + self.thin, pixels), (spare_size,))
+            blocks.rows_from(rows[b], f, out=made)
+            y, z = made[:, : self.tile], made[:, self.tile :]
+            az2 = self._of_samples(z, b, n, precision, scores, grads, products)
+            if not self.made:
+                continue
+            grad_f = spare[: count * K * pixels].view(count, K, pixels)
+            if self.tile:
+                if self.needs.d and not self.one:
+                    squares = torch.mul(y, y, out=spare[: y.numel()].view(y.shape))
+                    leverage = squares.unflatten(1, (-1, self.channels)).sum(1)
+                    pi = precision - leverage * precision.square()
+                    grads.d[b, :, n] = 0.5 * two_b[b] * pi - az2
+                if not self.one:
+                    blocks.scale(y, precision)
+                torch.bmm(back[b], made, out=grad_f)
+            elif self.one:
+                blocks.rows_from(back[b], f, out=grad_f).baddbmm_(back_z[b], z)
+            else:
+                torch.bmm(back_z[b], z, out=grad_f)
+                Mf = spare[grad_f.numel() :].view(count, K + 1, pixels)
+                for c in range(self.channels):
+                    p = precision[:, c]
+                    blocks.rows_from(back[b, c], f, out=Mf)
+                    if self.needs.d:
+                        pi = p - ((Mf[:, :K] * f).sum(1) + Mf[:, K]) * p.square()
+                        grads.d[b, c, n] = 0.5 * two_b[b, 0] * pi - (az2 if scores is None else az2[:, c])
+                    grad_f.addcmul_(Mf[:, :K], two_b[b] * p.unsqueeze(1))
+            if self.needs.F:
+                grads.F[b, :, n] = grad_f
+
+    def _of_samples(
+        self,
+        z: Tensor,
+        b: slice,
+        n: slice,
+        precision: Tensor,
+        scores: Scores | None,
+        grads: Grads,
+        products: torch.dtype,
+    ) -> Tensor:
+        """Makes z of −F̃ᵀu_step in place, writes grad_x, and returns grad_q z² summed over samples, [b, channels, n]."""
+        if scores is None:
+            return z.new_zeros(())
+        grad_q, S = scores.grad_q[b].to(products), scores.grad_q.shape[1]
+        r = scores.residual[:, b, :, n].to(products).transpose(0, 1)
+        blocks.scale(z.add_(r.flatten(1, 2)), precision)
+        z_c = z.unflatten(1, (S, self.channels))
+        if self.needs.x:
+            grads.x[:, b, :, n] = (2 * grad_q[:, :, None, None] * z_c).transpose(0, 1)
+        if not self.needs.d:
+            return z.new_zeros(())
+        az2: Tensor = (z_c.square() * grad_q[:, :, None, None]).sum(1)
+        if self.one:
+            grads.d[b] -= az2.sum((1, 2), dtype=torch.float64)[:, None, None]
+        return az2

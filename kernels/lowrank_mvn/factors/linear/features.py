@@ -1,0 +1,56 @@
+"""What a mean and a factor that are linear maps of features have in common: the checks, and what counts as detached."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base import Operand
+
+
+class Linear(Operand):
+    """A linear map of features [B, K, *spatial]."""
+
+    features: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    source: Tensor  # the features as they were given
+
+    @property
+    def given(self) -> "Linear":
+        return self
+
+    @property
+    def requires_grad(self) -> bool:
+        return any(t.requires_grad for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        parts: dict[str, Any] = {name: getattr(self, name) for name in ("features", "weight", "bias")}
+        return {name: t for name, t in parts.items() if t is not None}
+
+    def _checked(self, *optional: str) -> int:
+        """K; raises where something is no tensor, or the features have no pixels."""
+        for name in ("features", "weight", *optional):
+            t = getattr(self, name)
+            if not isinstance(t, Tensor) and not (t is None and name in optional):
+                raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+        if self.features.dim() < 3:
+            raise ValueError(
+                f"features has shape {list(self.features.shape)}, expected [B, K, *spatial] with at least one spatial"
+                " dimension"
+            )
+        self._keep_grad_mode()
+        return self.features.shape[1]
+
+    def _keep_grad_mode(self) -> None:
+        """Created under `no_grad` it stays detached, as the output of a convolution would."""
+        object.__setattr__(self, "source", self.features)
+        if not torch.is_grad_enabled():
+            for name, t in self.tensors().items():
+                if t.requires_grad:
+                    object.__setattr__(self, name, t.detach())
+
+    def _homogeneous(self) -> Tensor:
+        """[..., K+1]: weight and bias."""
+        bias = self.weight.new_zeros(self.weight.shape[:-1]) if self.bias is None else self.bias
+        return torch.cat([self.weight, bias.unsqueeze(-1)], -1)

@@ -1,0 +1,279 @@
+"""How an operator is made known to torch, once for every kind of factor: schema, shapes, derivative, batching.
+
+An operator is opaque to `torch.compile` and `torch.export` (no graph break), has a rule for `torch.func.vmap`, and
+differentiates in closed form. Its tensors are known by name: contexts, derivatives and batching rules read the names
+from the schema, and from a table of dimensions (`Dims`) where the items B and the samples S are.
+
+An operator of `torch.library` and its derivative do not take part in the transforms of `torch.func` outside of
+`torch.compile` (torch 2.13); there the same functions are called as an `autograd.Function`.
+"""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+NAMESPACE = "lowrank_mvn"
+library = torch.library.Library(NAMESPACE, "DEF")
+
+# Name of a tensor → its dimensions as a word: "SBN" has samples first, then items, then pixels.
+Dims = Mapping[str, str]
+# From what was saved, what is needed and the gradients of the outputs, all by name, to the gradients of inputs by name.
+Derivative = Callable[[SimpleNamespace, SimpleNamespace, SimpleNamespace], Mapping[str, Tensor | None]]
+
+
+class WhenUsed(ModuleType):
+    """A module that is imported when something of it is asked for: no import of ours imports Triton."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+def implementations(room: str) -> dict[str, Any]:
+    """The implementations of a kind of factor, modules of its package `room`, by the name that `impl=` gives them."""
+    found: dict[str, Any] = {"aten": importlib.import_module(f"{room}.aten")}
+    if importlib.util.find_spec("triton") is not None:
+        found["triton"] = WhenUsed(f"{room}.triton")
+    return found
+
+
+def runs_on(impl: str, device: torch.device) -> bool:
+    """Whether an implementation can take tensors of that device; Triton's takes CPU tensors in its interpreter only."""
+    return impl != "triton" or device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode differentiation is under way: the operators do not take part in it."""
+    return forward_ad._current_level >= 0
+
+
+def transformed() -> bool:
+    """Whether a transform of `torch.func` is under way (while compiling, the compiler sees to it)."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """The operators choose their own precision. Tensors without values have no autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def pull_back(function: Callable[..., Any], inputs: Sequence[Tensor], cotangents: Any) -> tuple[Tensor, ...]:
+    """∂(cotangents · function)/∂inputs through float64 copies, differentiable again."""
+    pull: Any = torch.func.vjp(lambda *tensors: function(*(t.double() for t in tensors)), *inputs)[1]
+    return tuple(pull(cotangents.double() if isinstance(cotangents, Tensor) else tuple(c.double() for c in cotangents)))
+
+
+def kept(value: Tensor, need: bool) -> Tensor:
+    """An output that nobody needs is empty."""
+    return value if need else value.new_empty(0)
+
+
+def second_derivative(textbook: Callable[..., Any], cotangents: Sequence[str], parameters: Sequence[str]) -> Derivative:
+    """The derivative of an operator whose outputs `grad_NAME` are the first derivatives of `textbook`(*parameters).
+
+    Through the textbook in float64: what an implementation keeps for its backward pass is a function of the parameters
+    and the total derivative goes through it.
+    """
+
+    def derivative(saved: Any, needs: Any, grads: Any) -> dict[str, Tensor]:
+        given = [n for n in parameters if getattr(saved, n) is not None]
+        outputs = [n for n in given if _given_for(getattr(grads, f"grad_{n}", None), getattr(saved, n))]
+
+        def everything(*tensors: Tensor) -> Any:
+            named = dict(zip(given, tensors, strict=True))
+            return textbook(*(named.get(n) for n in parameters))
+
+        def first(*tensors: Tensor) -> tuple[Tensor, ...]:
+            count = len(cotangents)
+            pulled = pull_back(everything, tensors[count:], tensors[:count] if count > 1 else tensors[0])
+            return tuple(g for n, g in zip(given, pulled, strict=True) if n in outputs)
+
+        names = [*cotangents, *given]
+        wanted = tuple(getattr(grads, f"grad_{n}") for n in outputs)
+        return dict(zip(names, pull_back(first, [getattr(saved, n) for n in names], wanted), strict=True))
+
+    return derivative
+
+
+def _given_for(grad: Tensor | None, t: Tensor) -> bool:
+    """Whether there is a gradient of an output; one that nobody needed is empty, and so is its gradient."""
+    return grad is not None and grad.shape == t.shape
+
+
+# --- Operators ----------------------------------------------------------------------------------------------------
+
+
+def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*inputs: Any) -> Any:
+        device = next(t.device for t in inputs if isinstance(t, Tensor))  # the first argument may be none
+        with without_autocast(device):
+            return kernel(*inputs)
+
+    return call
+
+
+class Operator:
+    """An operator of this package: call it with the arguments of its schema.
+
+    Args:
+        schema: in torch's notation; the last argument may be `str impl`.
+        kernel: computes it; called without autocast.
+        fake: makes empty outputs of the right shape and dtype.
+        dims: the dimensions of each tensor of the schema.
+    """
+
+    def __init__(self, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], dims: Dims) -> None:
+        parsed = torch._C.parse_schema(schema)
+        self.name: str = parsed.name
+        self.arguments = [a.name for a in parsed.arguments]
+        self.tensors = [a.name for a in parsed.arguments if "Tensor" in str(a.type)]
+        self.outputs = [r.name for r in parsed.returns]
+        self.dims, self.kernel = dims, _without_autocast(kernel)
+        library.define(schema)
+        library.impl(self.name, self.kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=library)
+        self._operator = getattr(torch.ops.lowrank_mvn, self.name)
+        self._function: Any = None
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self._function.apply(*inputs) if self._function and transformed() else self._operator(*inputs)
+
+    def register(
+        self,
+        derivative: Derivative,
+        saves: Sequence[str],
+        batched: Callable[..., Any] | None = None,
+        constants: Sequence[str] = (),
+    ) -> None:
+        """Gives the operator a derivative and a batching rule.
+
+        Args:
+            derivative: gets the values of `saves`, which inputs need a gradient, and the gradients of the outputs.
+            saves: names of inputs and outputs that it reads; tensors are saved for the backward pass.
+            batched: called with the mapped size, and per name the input and the mapped dimension; by default the mapped
+                dimension joins the items (`into_items`).
+            constants: outputs that have no gradient.
+        """
+
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            outputs = dict(zip(self.outputs, output if isinstance(output, tuple) else (output,), strict=True))
+            values = dict(zip(self.arguments, inputs, strict=True)) | outputs
+            tensors = {n: values[n] for n in saves if isinstance(values[n], Tensor)}
+            ctx.names = list(tensors)
+            ctx.rest = {n: values[n] for n in saves if n not in tensors}
+            ctx.save_for_backward(*tensors.values())
+            ctx.mark_non_differentiable(*(outputs[n] for n in constants))
+            ctx.set_materialize_grads(False)  # else zeros are made for each output, the largest too
+
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            if all(g is None for g in grads):
+                return (None,) * len(self.arguments)
+            saved = SimpleNamespace(**dict(zip(ctx.names, ctx.saved_tensors, strict=True)), **ctx.rest)
+            needs = SimpleNamespace(**dict(zip(self.arguments, ctx.needs_input_grad, strict=True)))
+            named = SimpleNamespace(**dict(zip(self.outputs, grads, strict=True)))
+            device = next(g.device for g in grads if g is not None)
+            with without_autocast(device):
+                found = derivative(saved, needs, named)
+            return tuple(found.get(n) if getattr(needs, n) else None for n in self.arguments)
+
+        rule = batched or into_items
+
+        def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+            given = dict(zip(self.arguments, inputs, strict=True))
+            mapped = {n: d for n, d in zip(self.arguments, in_dims, strict=True) if isinstance(d, int)}
+            return rule(self, info.batch_size, given, mapped)
+
+        qualname = f"{NAMESPACE}::{self.name}"
+        torch.library.register_autograd(qualname, backward, setup_context=setup_context, lib=library)
+        torch.library.register_vmap(qualname, vmap, lib=library)
+        members = {
+            "forward": staticmethod(lambda *inputs: self._operator(*inputs)),
+            "setup_context": staticmethod(setup_context),
+            "backward": staticmethod(backward),
+            "vmap": staticmethod(vmap),
+        }
+        self._function = type(self.name, (torch.autograd.Function,), members)
+
+
+# --- Batching: the mapped dimension V joins the items B or, where the factor is shared, the samples S --------------
+
+
+def front(t: Tensor, dim: int | None, V: int) -> Tensor:
+    """The mapped dimension in front; a tensor that is not mapped is expanded. A view."""
+    return t.unsqueeze(0).expand(V, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
+def joined(t: Tensor, dim: int | None, V: int, at: int) -> Tensor:
+    """[..., B, ...] with V mapped -> [..., V·B, ...], B at position `at`. A tensor of one item is not copied."""
+    return front(t, dim, V).movedim(0, at).flatten(at, at + 1)
+
+
+def parted(t: Tensor, V: int, at: int) -> Tensor:
+    """Undoes `joined`: V in front again."""
+    split: Tensor = t.unflatten(at, (V, t.shape[at] // V))
+    return split.movedim(at, 0)
+
+
+def outputs_of(op: Operator, result: Any, part: Callable[[str, Tensor], tuple[Tensor, int | None]]) -> Any:
+    """A batching rule's outputs and where they are mapped, `part` by `part`."""
+    single = isinstance(result, Tensor)
+    pairs = [
+        part(n, t) if t.dim() == len(op.dims[n]) else (t, None)  # else an empty one, which nobody needed
+        for n, t in zip(op.outputs, (result,) if single else result, strict=True)
+    ]
+    return pairs[0] if single else (tuple(t for t, _ in pairs), tuple(d for _, d in pairs))
+
+
+def into_items(op: Operator, V: int, given: dict[str, Any], mapped: dict[str, int]) -> Any:
+    """Every tensor gets V·B items."""
+
+    def join(n: str, t: Any) -> Any:
+        return joined(t, mapped.get(n), V, op.dims[n].index("B")) if isinstance(t, Tensor) else t
+
+    result = op(*(join(n, t) for n, t in given.items()))
+    return outputs_of(op, result, lambda n, t: (parted(t, V, op.dims[n].index("B")), 0))
+
+
+def into_samples(op: Operator, V: int, given: dict[str, Any], mapped: dict[str, int], shared: str = "") -> Any:
+    """Tensors with samples get V·S of them; those of the items alone are not mapped, and P is read once.
+
+    The tensor named `shared` may stay one for all samples.
+    """
+    S = max(front(t, mapped.get(n), V).shape[1] for n, t in given.items() if "S" in op.dims.get(n, ""))
+
+    def join(n: str, t: Any) -> Any:
+        if not isinstance(t, Tensor) or "S" not in op.dims[n] or (n == shared and n not in mapped and len(t) == 1):
+            return t
+        split = front(t, mapped.get(n), V)
+        return split.expand(V, S, *split.shape[2:]).flatten(0, 1)
+
+    result = op(*(join(n, t) for n, t in given.items()))
+    return outputs_of(op, result, lambda n, t: (parted(t, V, 0), 0) if "S" in op.dims[n] else (t, None))
+
+
+def one_by_one(op: Operator, V: int, given: dict[str, Any], mapped: dict[str, int]) -> Any:
+    """The operator is called V times, on views."""
+    calls = [op(*(t.select(mapped[n], i) if n in mapped else t for n, t in given.items())) for i in range(V)]
+    if isinstance(calls[0], Tensor):
+        return torch.stack(calls), 0
+    return tuple(torch.stack(parts) for parts in zip(*calls, strict=True)), (0,) * len(op.outputs)
+
+
+__all__ = [
+    "Dims",
+    "Operator",
+    "forward_mode",
+    "implementations",
+    "pull_back",
+    "runs_on",
+    "second_derivative",
+    "transformed",
+    "without_autocast",
+]

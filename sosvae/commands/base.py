@@ -1,0 +1,58 @@
+"""What commands share: presets, runs, and options from a dataclass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import tyro
+
+from ..config import Config
+from ..models.vae import VAE
+from ..presets import PRESETS
+from ..training.run import Run
+
+__all__ = ["OfRun", "Settings", "parse", "preset"]
+
+Options = TypeVar("Options")
+Settings = Annotated[Config, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True)
+class OfRun:
+    """What to do with which checkpoint of a run."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run (path)."""
+    step: int | None = None
+    """Of the checkpoint; by default the latest (steps)."""
+    out: Path | None = None
+    """Picture to write; by default one in figures/ in the run (path)."""
+    device: str = "cpu"
+    """Any name that torch knows."""
+
+    def open(self) -> tuple[Run, VAE]:
+        """The run, and its network, ready for inference."""
+        run = Run.open(self.run)
+        return run, run.model(self.step, self.device)
+
+
+def preset(args: Sequence[str], name: str = "faces") -> tuple[str, Config, list[str]]:
+    """The preset that `args` begin with (`name` where they do not), and the other arguments.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
+    args = list(args)
+    if args and not args[0].startswith("-"):
+        name = args.pop(0)
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}, expected one of {', '.join(PRESETS)}")
+    return name, PRESETS[name][1], args
+
+
+def parse(kind: type[Options], command: str, args: Sequence[str], default: Options | None = None) -> Options:
+    """Options of a command: a dataclass, each field with its help below it; what is not given is as in `default`."""
+    if default is None:
+        return tyro.cli(kind, prog=f"sosvae {command}", args=args)
+    return tyro.cli(kind, prog=f"sosvae {command}", args=args, default=default)

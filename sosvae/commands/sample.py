@@ -1,0 +1,35 @@
+"""Pictures at codes from the prior: means and samples."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .base import OfRun, parse
+
+USAGE = "RUN [options]"
+
+
+@dataclass(frozen=True)
+class Options(OfRun):
+    """Pictures at codes from the prior z ~ N(0, I): the mean, and samples of p(x|z)."""
+
+    codes: int = 8
+    """Codes, one column each (count)."""
+    samples: int = 4
+    """Samples below each mean (count)."""
+    seed: int = 0
+    """Of codes and samples."""
+
+
+@torch.no_grad()
+def main(args: list[str]) -> int:
+    from ..tools import figures
+
+    o = parse(Options, "sample", args)
+    run, vae = o.open()
+    torch.manual_seed(o.seed)
+    p = vae.decode(torch.randn(o.codes, vae.latents, device=o.device))
+    rows = [("mean", vae.unflatten(p.loc).cpu())]
+    rows += [("sample", vae.unflatten(p.rsample()).cpu()) for _ in range(o.samples)]
+    print(figures.save_images(rows, o.out or run.figures / "samples.png"))
+    return 0

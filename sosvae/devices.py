@@ -1,0 +1,30 @@
+"""The device that a configuration or a command names, and its noise."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+__all__ = ["find", "seeded"]
+
+
+def find(name: str) -> torch.device:
+    """`auto` (a GPU where there is one), or any name that torch knows.
+
+    Raises:
+        ValueError: torch does not know the name, or has no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's, of a name or of its own build
+        raise ValueError(f"device is {name!r}: {str(error).splitlines()[0]}") from None
+
+
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Noise from a seed; the caller's generators are afterwards as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
