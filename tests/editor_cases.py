@@ -174,7 +174,7 @@ def make_images(folder, channels=1, count=12, size=(24, 20)):
 
 
 @contextmanager
-def serving(*folders, port=0, env=None):
+def serving(*folders, port=0, env=None, stderr=None):
     """`sosvae edit` as a person starts it; yields its address and the process."""
     command = [
         sys.executable,
@@ -190,7 +190,7 @@ def serving(*folders, port=0, env=None):
     ]
     path = os.pathsep.join(str(ROOT / source) for source in (".", "kernels"))  # what the tests themselves run with
     environment = {**os.environ, "PYTHONPATH": path, **(env or {})}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment)
     try:
         address = process.stdout.readline().strip()
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+/\?token=[\w-]+", address), address
@@ -199,3 +199,5 @@ def serving(*folders, port=0, env=None):
         process.terminate()
         process.wait(10)
         process.stdout.close()
+        if process.stderr:
+            process.stderr.close()

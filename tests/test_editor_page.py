@@ -314,7 +314,7 @@ def test_looking_at_covariances_under_the_pointer(page):
     assert (shown(page) != first).any()
     page.mouse.click(*spot(page, 15, 20))
     assert page.evaluate("sosvae.app.doc.strokes.length") == 0
-    assert "nats" in page.locator("#panel-look .facts").inner_text()
+    page.locator("#panel-look .facts", has_text="nats").wait_for()
 
 
 def test_codes_from_seed_image_and_between(page):

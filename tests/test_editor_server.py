@@ -3,13 +3,15 @@
 import asyncio
 import io
 import json
+import signal
 import struct
+import subprocess
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from editor_cases import make_images, make_run
+from editor_cases import make_images, make_run, serving
 from PIL import Image
 
 from sosvae.editor import uploads
@@ -367,6 +369,18 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     for parent in ("a", "b"):
         make_run(tmp_path / parent / "run", images)
     assert Runs([tmp_path / "a", tmp_path / "b"]).names() == ["run", "b/run"]
+
+
+def test_ctrl_c_ends_the_server_without_a_traceback(folder):
+    with serving(folder / "runs" / "structured", stderr=subprocess.PIPE) as (_, process):
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+        assert process.stderr.read() == ""
+
+
+def test_no_run_at_all():
+    with pytest.raises(FileNotFoundError, match="no run was given"):
+        Runs([])
 
 
 def test_a_folder_without_runs(tmp_path):

@@ -73,14 +73,15 @@ def _serve(runs: "Runs", o: Options) -> int:
     sock = listen(o.host, o.port)
     shown = "127.0.0.1" if o.host in ("0.0.0.0", "") else "[::1]" if o.host == "::" else o.host
     address = f"http://{shown}:{sock.getsockname()[1]}/?token={token}"
-    # The first code is decoded while the browser starts.
-    threading.Thread(target=_warm_up, args=(runs,), daemon=True).start()
-    print(f"{address}\nCtrl-C stops.", flush=True)
-    if not o.no_browser:
-        threading.Timer(0.5, webbrowser.open, [address]).start()
+    # The first code is decoded while the browser starts. No daemon: torch does not survive being left behind at exit.
+    threading.Thread(target=_warm_up, args=(runs,)).start()
     app = create_app(runs, token, o.host, o.allowed_host)
     config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="off")
-    uvicorn.Server(config).run([sock])
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn has stopped by then, and raises it once more
+        print(f"{address}\nCtrl-C stops.", flush=True)
+        if not o.no_browser:
+            threading.Timer(0.5, webbrowser.open, [address]).start()
+        uvicorn.Server(config).run([sock])
     return 0
 
 

@@ -53,6 +53,8 @@ class Runs:
                 raise FileNotFoundError(f"{folder} is not the folder of a run, and holds none")
             for path in found:
                 self._runs[self._name(path.resolve())] = Run.open(path)
+        if not self._runs:
+            raise FileNotFoundError("no run was given: name the folder of one, or a folder that holds some")
         self._models: OrderedDict[str, VAE] = OrderedDict()
         self._answers: OrderedDict[str, bytes] = OrderedDict()
         self._datasets: dict[str, Dataset | str] = {}

@@ -143,6 +143,8 @@ def _condition(runs: Runs, asked: dict[str, Any]) -> bytes:
     """The conditional mean, or a sample, given pinned values: for distributions that the page has no formulas for."""
     name, code = str(asked.get("run")), asked.get("code", {})
     p: Any = runs.distribution(name, code)
+    if not hasattr(p, "condition"):
+        raise CodeError("this model has no conditionals")
     N = p.event_shape[0]
     indices = torch.tensor(asked.get("indices", []), dtype=torch.int64)
     values = torch.tensor(asked.get("values", []), dtype=torch.float32)
