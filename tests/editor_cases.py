@@ -174,20 +174,10 @@ def make_images(folder, channels=1, count=12, size=(24, 20)):
 
 
 @contextmanager
-def serving(*folders, port=0, env=None, stderr=None):
+def serving(*folders, port=0, env=None, stderr=None, options=()):
     """`sosvae edit` as a person starts it; yields its address and the process."""
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "sosvae",
-        "edit",
-        *map(str, folders),
-        "--no-browser",
-        "--port",
-        str(port),
-    ]
+    program = [sys.executable, "-W", "ignore", "-m", "sosvae", "edit", *map(str, folders)]
+    command = [*program, "--no-browser", "--port", str(port), *options]
     path = os.pathsep.join(str(ROOT / source) for source in (".", "kernels"))  # what the tests themselves run with
     environment = {**os.environ, "PYTHONPATH": path, **(env or {})}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment)

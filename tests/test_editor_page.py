@@ -529,6 +529,22 @@ def test_another_site_cannot_reach_the_server(tab, server, tmp_path):  # noqa: F
     assert status in ("refused", "opaque0")
 
 
+def test_behind_a_proxy_under_a_sub_path(tab, folder):  # noqa: F811
+    with serving(folder / "runs" / "sos", options=("--allowed-host", "lab.example")) as (address, _):
+        base, query = address.split("?")
+
+        def forward(route):
+            path = route.request.url.removeprefix("http://lab.example/people/me/")
+            route.fulfill(response=route.fetch(url=base + path))
+
+        tab.route("http://lab.example/people/me/**", forward)
+        tab.goto(f"http://lab.example/people/me/?{query}")
+        ready(tab)
+        tab.get_by_label("Seed", exact=True).fill("3")
+        tab.keyboard.press("Enter")
+        until(tab, "sosvae.app.loaded.header.code.seed === 3")
+
+
 # --- For everybody --------------------------------------------------------------------------------------------
 
 
@@ -543,6 +559,22 @@ def test_nothing_that_axe_would_find(page, theme):
         page.wait_for_timeout(150)
         found = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
         assert not found, [(v["id"], [node["html"] for node in v["nodes"]][:3]) for v in found]
+
+
+@pytest.mark.parametrize("size", [(360, 640), (820, 1100), (821, 600), (1440, 900)], ids=str)
+def test_everything_fits_into_the_window(page, size):
+    page.set_viewport_size({"width": size[0], "height": size[1]})
+    page.wait_for_timeout(50)
+    boxes = [page.locator(f".{name}").bounding_box() for name in ("tools", "options", "view", "corner")]
+    for box in boxes:
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= size[0]
+    for i, a in enumerate(boxes):
+        for b in boxes[:i]:
+            apart_x = a["x"] + a["width"] <= b["x"] or b["x"] + b["width"] <= a["x"]
+            apart_y = a["y"] + a["height"] <= b["y"] or b["y"] + b["height"] <= a["y"]
+            assert apart_x or apart_y, "no island covers another"
+    assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
 
 
 def test_nothing_comes_from_elsewhere(tab, server):  # noqa: F811
