@@ -229,9 +229,10 @@ def test_a_code_nested_without_end_is_refused_at_once(call):
 
 def test_held_out_images(call):
     status, raw, _ = call("GET", "/api/heldout?run=structured&count=4")
-    answer = json.loads(raw)
     assert status == 200
-    assert len(answer["bytes"]) == 2 * np.prod(answer["shape"])
+    header, arrays = unpack(raw)
+    assert arrays["images"].shape == (len(header["indices"]), 3, 24, 20)
+    assert arrays["images"].dtype == np.uint8
     assert call("GET", "/api/heldout?run=structured&count=x")[0] == 400
 
 

@@ -29,7 +29,7 @@ from lowrank_mvn import LowRankMultivariateNormal
 
 from ..models.observation import Observation, PixelwiseNormal
 
-__all__ = ["MAGIC", "Prediction", "pack", "predict", "unpack"]
+__all__ = ["MAGIC", "Prediction", "container", "pack", "predict", "unpack"]
 
 MAGIC = b"SOSP"
 PRECISIONS = ("float32", "float16")
@@ -94,7 +94,7 @@ def pack(
         arrays, header["error"] = _halved(arrays)
     if original is not None:
         arrays["original"] = original
-    return _container(arrays, {"version": 1, "shape": list(shape), "where": prediction.where, **header})
+    return container(arrays, {"version": 1, "shape": list(shape), "where": prediction.where, **header})
 
 
 def unpack(raw: bytes) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
@@ -131,7 +131,8 @@ def _halved(arrays: Mapping[str, NDArray[Any]]) -> tuple[dict[str, NDArray[Any]]
     return halved, error
 
 
-def _container(arrays: Mapping[str, NDArray[Any]], header: dict[str, Any]) -> bytes:
+def container(arrays: Mapping[str, NDArray[Any]], header: Mapping[str, Any]) -> bytes:
+    """Arrays by name behind a JSON header, to which `arrays` is added."""
     entries, chunks, offset = [], [], 0
     for name, array in arrays.items():
         raw = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()

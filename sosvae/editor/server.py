@@ -30,7 +30,7 @@ from starlette.routing import Route
 from ..files import write_atomically
 from .document import document
 from .guard import App, Guard
-from .parameters import Prediction, pack
+from .parameters import Prediction, container, pack
 from .runs import CodeError, Runs
 from .uploads import MAX_BYTES, UploadError, read_image
 
@@ -64,7 +64,7 @@ def create_app(runs: Runs, token: str, host: str = "127.0.0.1", allowed_hosts: I
     async def heldout(request: Request) -> Response:
         count = min(96, max(1, _integer(request, "count", 48)))
         indices, images = await run_in_threadpool(runs.heldout, request.query_params.get("run", ""), count)
-        return JSONResponse({"indices": indices, "shape": images.shape, "bytes": images.tobytes().hex()})
+        return _binary(container({"images": images}, {"indices": indices}))
 
     async def decode(request: Request) -> Response:
         asked = await _json(request)

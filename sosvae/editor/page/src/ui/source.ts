@@ -1,4 +1,5 @@
 /** Where parameters come from: a server, or this very file. */
+import { readContainer } from "../maths/container";
 import type { Code, RunInfo } from "../types";
 
 export interface Settings {
@@ -84,11 +85,12 @@ export class Source {
 
   async heldout(run: string, count: number): Promise<{ indices: number[]; shape: number[]; bytes: Uint8Array }> {
     const answer = await this.request(`api/heldout?run=${encodeURIComponent(run)}&count=${count}`);
-    const { indices, shape, bytes } = (await answer.json()) as { indices: number[]; shape: number[]; bytes: string };
-    const decoded = Uint8Array.from({ length: bytes.length / 2 }, (_, i) =>
-      parseInt(bytes.slice(2 * i, 2 * i + 2), 16),
-    );
-    return { indices, shape, bytes: decoded };
+    const { header, arrays, shapes } = readContainer(await answer.arrayBuffer());
+    return {
+      indices: header["indices"] as number[],
+      shape: shapes.get("images")!,
+      bytes: arrays.get("images") as Uint8Array,
+    };
   }
 
   async condition(body: unknown): Promise<ArrayBuffer> {
