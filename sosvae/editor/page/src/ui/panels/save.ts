@@ -29,7 +29,7 @@ export function savePanel(app: App): HTMLElement {
         ),
       ),
     );
-    log.lastElementChild?.scrollIntoView?.({ block: "nearest" });
+    log.scrollTop = log.scrollHeight;
   });
   const act =
     (work: () => Promise<unknown>): (() => void) =>
