@@ -1,5 +1,6 @@
 """What the tests of the editor share: a browser, a run nobody had to train, and the page's way with bytes."""
 
+import asyncio
 import base64
 import os
 import re
@@ -21,6 +22,8 @@ from sosvae.editor.document import document
 
 ROOT = Path(__file__).parent.parent
 ARGUMENTS = ["--no-sandbox", "--disable-background-networking", "--disable-dev-shm-usage"]
+TOKEN = "a-token"
+HOST = "127.0.0.1:8642"
 ADVICE = (
     "browser tests need Chromium and Playwright for Python: apt-get install chromium (or SOSVAE_BROWSER=path of one), "
     "and the extra sosvae[test]"
@@ -191,3 +194,74 @@ def serving(*folders, port=0, env=None, stderr=None, options=()):
         process.stdout.close()
         if process.stderr:
             process.stderr.close()
+
+
+class Client:
+    """Calls an ASGI application as a browser on this machine would."""
+
+    def __init__(self, app):
+        self.app = app
+
+    def __call__(self, method, path, body=b"", headers=None, token=TOKEN):
+        target, _, query = path.partition("?")
+        given = {"host": HOST, **({"x-token": token} if token else {}), **(headers or {})}
+        scope = {
+            "type": "http",
+            "method": method,
+            "path": target,
+            "raw_path": target.encode(),
+            "root_path": "",
+            "scheme": "http",
+            "query_string": query.encode(),
+            "headers": [(k.encode(), v.encode()) for k, v in given.items() if v is not None],
+            "server": ("127.0.0.1", 8642),
+            "client": ("127.0.0.1", 5),
+        }
+        sent = []
+        chunks = [body[i : i + 2**20] for i in range(0, len(body), 2**20)] or [b""]
+
+        async def receive():
+            chunk = chunks.pop(0) if chunks else b""
+            return {"type": "http.request", "body": chunk, "more_body": bool(chunks)}
+
+        async def send(message):
+            sent.append(message)
+
+        asyncio.run(self.app(scope, receive, send))
+        raw = b"".join(message.get("body", b"") for message in sent)
+        return sent[0]["status"], raw, {k.decode(): v.decode() for k, v in sent[0]["headers"]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, chromium):
+    """Runs of both heads. (Where there is no browser nothing is made.)"""
+    root = tmp_path_factory.mktemp("page")
+    images = make_images(root / "images")
+    make_run(root / "runs" / "sos", images)
+    make_run(root / "runs" / "beta", images, head="pixelwise")
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    """The address of the page."""
+    with serving(folder / "runs" / "sos", folder / "runs" / "beta") as (address, _):
+        yield address
+
+
+@pytest.fixture
+def page(tab, server):
+    """The page on its server, with its first picture."""
+    tab.goto(server)
+    ready(tab)
+    return tab
+
+
+def panel(page, name):
+    page.get_by_role("tab", name=name, exact=True).click()
+
+
+def press(page, key):
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press(key)
+    settled(page)

@@ -9,9 +9,12 @@ import pytest
 from editor_cases import (  # noqa: F401  (fixtures among them)
     chromium,
     draw,
-    make_images,
-    make_run,
+    folder,
+    page,
+    panel,
+    press,
     ready,
+    server,
     serving,
     settled,
     shown,
@@ -20,244 +23,10 @@ from editor_cases import (  # noqa: F401  (fixtures among them)
     until,
 )
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, chromium):  # noqa: F811  (where there is no browser nothing is made)
-    root = tmp_path_factory.mktemp("page")
-    images = make_images(root / "images")
-    make_run(root / "runs" / "sos", images)
-    make_run(root / "runs" / "beta", images, head="pixelwise")
-    return root
-
-
-@pytest.fixture(scope="module")
-def server(folder):
-    with serving(folder / "runs" / "sos", folder / "runs" / "beta") as (address, _):
-        yield address
-
-
-@pytest.fixture
-def page(tab, server):  # noqa: F811
-    tab.goto(server)
-    ready(tab)
-    return tab
-
-
-def panel(page, name):
-    page.get_by_role("tab", name=name, exact=True).click()
-
-
-def press(page, key):
-    page.evaluate("document.activeElement.blur()")
-    page.keyboard.press(key)
-    settled(page)
-
-
-# --- Drawing --------------------------------------------------------------------------------------------------
-
-
-def test_the_rest_follows_under_the_brush_and_undo_takes_it_back(page):
-    before = shown(page)
-    page.mouse.move(*spot(page, 5, 5))
-    page.mouse.down()
-    page.mouse.move(*spot(page, 9, 9), steps=5)
-    during = shown(page)
-    assert during[5, 5] == 255
-    assert (during[15:] != before[15:]).any(), "the image follows before the button is released"
-    page.mouse.up()
-    after = shown(page)
-    assert after[9, 9] == 255
-    press(page, "Control+z")
-    np.testing.assert_array_equal(shown(page), before)
-    press(page, "Control+Shift+Z")
-    np.testing.assert_array_equal(shown(page), after)
-
-
-def test_a_hundred_strokes_and_undos_leave_the_image_as_it_began(page):
-    before = shown(page)
-    page.evaluate(
-        """async () => {
-          const {app} = sosvae; let random = 1;
-          const next = (n) => (random = (random * 16807) % 2147483647) % n;
-          for (let i = 0; i < 100; i++) {
-            app.setPrefs({tool: ['paint', 'erase', 'pin', 'recolour', 'paint'][i % 5], diameter: 1 + next(6),
-                          tau: i % 3 ? 0 : 0.05, mirror: i % 4, colour: Array(3).fill(next(256) / 255)});
-            const stroke = app.newStroke([next(20), next(24), app.prefs.diameter]);
-            app.begin(stroke);
-            for (let j = 0; j < 5; j++) app.grow([next(20), next(24), app.prefs.diameter]);
-            app.end();
-            if (i % 10 === 0) await app.engine.ask({type: 'stats', view: app.doc.view});
-          }
-        }"""
-    )
-    assert np.abs(shown(page) - before).max() > 20
-    for _ in range(100):
-        page.keyboard.press("Control+z")
-    assert np.abs(shown(page) - before).max() == 0
-    assert page.evaluate("sosvae.app.frame.pinned") == 0
-
-
-def test_pinning_what_is_shown_changes_nothing(page):
-    before = shown(page)
-    page.keyboard.press("p")
-    draw(page, (3, 3), (15, 15))
-    assert page.evaluate("sosvae.app.frame.pinned") > 10
-    assert np.abs(shown(page) - before).max() <= 1
-
-
-def test_unpinning_gives_pixels_back(page):
-    before = shown(page)
-    draw(page, (4, 4), (10, 4))
-    page.keyboard.press("e")
-    page.evaluate("sosvae.app.setPrefs({diameter: 9})")
-    draw(page, (2, 4), (13, 4))
-    assert page.evaluate("sosvae.app.frame.pinned") == 0
-    assert np.abs(shown(page) - before).max() <= 1
-
-
-def test_a_lasso_fills_its_inside(page):
-    page.keyboard.press("l")
-    draw(page, (3, 3), (14, 3), (14, 14), (3, 14))
-    image = shown(page)
-    assert (image[5:13, 5:13] == 255).all()
-    assert page.evaluate("sosvae.app.frame.pinned") <= 12 * 12
-
-
-def test_symmetry_and_brush_of_one_pixel(page):
-    page.keyboard.press("x")
-    for _ in range(5):
-        page.keyboard.press("[")
-    assert page.evaluate("sosvae.app.prefs.diameter") == 1
-    draw(page, (2, 6), (2, 6))
-    image = shown(page)
-    assert image[6, 2] == 255
-    assert image[6, 17] == 255
-    assert page.evaluate("sosvae.app.frame.pinned") == 2
-
-
-def test_a_stroke_goes_on_over_the_border(page):
-    page.mouse.move(*spot(page, 1, 12))
-    page.mouse.down()
-    page.mouse.move(*spot(page, -6, 12), steps=3)
-    page.mouse.move(*spot(page, -6, 18), steps=3)
-    page.mouse.move(*spot(page, 1, 18), steps=3)
-    page.mouse.up()
-    image = shown(page)
-    assert image[12, 0] == image[18, 0] == 255
-    assert page.evaluate("sosvae.app.doc.strokes.length") == 1
-
-
-def test_a_firm_stroke_holds_and_a_soft_one_gives_way(page):
-    draw(page, (4, 4), (10, 4))
-    panel(page, "Edit")
-    firmness = page.get_by_label("How firmly stroke 1 is meant, number")
-    firmness.fill("0")
-    soft = shown(page)
-    assert soft[4, 4] < 255
-    firmness.fill("100")
-    assert shown(page)[4, 4] == 255
-
-
-def test_only_on_release_where_that_is_asked_for(page):
-    panel(page, "Edit")
-    page.get_by_label("Follow while the pointer moves").uncheck()
-    before = shown(page)
-    page.mouse.move(*spot(page, 5, 5))
-    page.mouse.down()
-    page.mouse.move(*spot(page, 9, 9), steps=5)
-    np.testing.assert_array_equal(shown(page), before)
-    page.mouse.up()
-    assert shown(page)[9, 9] == 255
-
-
-def test_escape_gives_a_stroke_up(page):
-    before = shown(page)
-    page.mouse.move(*spot(page, 5, 5))
-    page.mouse.down()
-    page.mouse.move(*spot(page, 9, 9), steps=5)
-    page.keyboard.press("Escape")
-    page.mouse.up()
-    np.testing.assert_array_equal(shown(page), before)
-    assert page.evaluate("sosvae.app.history.entries.length") == 1
-
-
-# --- Keys, zoom, fingers --------------------------------------------------------------------------------------
-
-
-def test_painting_by_keyboard_alone(page):
-    page.locator("#canvas").focus()
-    for key in ["Shift+ArrowLeft", "ArrowUp", "Enter"]:
-        page.keyboard.press(key)
-    x, y = page.evaluate("[sosvae.stage.cursor.x, sosvae.stage.cursor.y]")
-    assert shown(page)[int(y), int(x)] == 255
-
-
-def test_undo_on_a_layout_of_another_script(page):
-    draw(page, (5, 5), (9, 9))
-    page.evaluate("dispatchEvent(new KeyboardEvent('keydown', {key: 'я', code: 'KeyZ', ctrlKey: true}))")
-    assert page.evaluate("sosvae.app.doc.strokes.length") == 0
-
-
-def test_letters_typed_into_a_number_are_no_shortcuts(page):
-    page.get_by_label("Seed", exact=True).focus()
-    page.keyboard.press("e")
-    assert page.evaluate("sosvae.app.prefs.tool") == "paint"
-
-
-def test_the_wheel_zooms_about_the_pointer_by_whole_pixels(page):
-    x, y = spot(page, 4, 20)
-    page.mouse.move(x, y)
-    page.mouse.wheel(0, -120)
-    until(page, "Number.isInteger(sosvae.stage.zoom)")
-    place = page.evaluate("([x, y]) => sosvae.stage.place(x, y)", [x, y])
-    assert int(place["x"]) == 4
-    assert int(place["y"]) == 20
-    left = page.evaluate("sosvae.stage.left")
-    page.mouse.down(button="middle")
-    page.mouse.move(x + 40, y)
-    page.mouse.up(button="middle")
-    assert page.evaluate("sosvae.stage.left") == left + 40
-    assert page.evaluate("sosvae.app.doc.strokes.length") == 0
-
-
-def test_one_finger_draws_and_two_pinch(chromium, server):  # noqa: F811
-    context = chromium.new_context(viewport={"width": 390, "height": 844}, has_touch=True, device_scale_factor=2)
-    page = context.new_page()
-    page.goto(server)
-    ready(page)
-    session = context.new_cdp_session(page)
-
-    def touch(kind, *points):
-        places = [{"x": x, "y": y, "id": i} for i, (x, y) in enumerate(points)]
-        session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": places})
-
-    a, b = spot(page, 6, 6), spot(page, 12, 6)
-    touch("touchStart", a)
-    touch("touchMove", b)
-    touch("touchEnd")
-    assert shown(page)[6, 9] == 255
-    zoom = page.evaluate("sosvae.stage.zoom")
-    touch("touchStart", a)
-    touch("touchStart", a, b)
-    touch("touchMove", (a[0] - 60, a[1]), (b[0] + 60, b[1]))
-    touch("touchEnd")
-    assert page.evaluate("sosvae.stage.zoom") > zoom
-    assert page.evaluate("sosvae.app.doc.strokes.length") == 1
-    context.close()
-
-
-def test_alt_takes_a_colour(page):
-    expected = shown(page)[7, 8]
-    page.keyboard.down("Alt")
-    page.mouse.click(*spot(page, 8, 7))
-    page.keyboard.up("Alt")
-    assert round(255 * page.evaluate("sosvae.app.prefs.colour[0]")) == expected
-
-
 # --- Panels ---------------------------------------------------------------------------------------------------
 
 
-def test_a_seed_reproduces_a_sample_and_the_grain_is_held(page):
+def test_a_seed_reproduces_a_sample_and_the_grain_is_held(page):  # noqa: F811
     panel(page, "Sample")
     page.get_by_role("radio", name="Sample").first.click()
     first = shown(page)
@@ -276,7 +45,7 @@ def test_a_seed_reproduces_a_sample_and_the_grain_is_held(page):
     assert (smooth != mean).any()
 
 
-def test_components_scale_reset_lock_and_undo(page):
+def test_components_scale_reset_lock_and_undo(page):  # noqa: F811
     panel(page, "Components")
     page.get_by_role("button", name="Show a sample").click()
     first = shown(page)
@@ -294,7 +63,7 @@ def test_components_scale_reset_lock_and_undo(page):
     np.testing.assert_array_equal(shown(page), changed)
 
 
-def test_a_dragged_slider_is_one_step_of_undo(page):
+def test_a_dragged_slider_is_one_step_of_undo(page):  # noqa: F811
     panel(page, "Components")
     box = page.get_by_label("Component 1", exact=True).bounding_box()
     entries = page.evaluate("sosvae.app.history.entries.length")
@@ -305,7 +74,7 @@ def test_a_dragged_slider_is_one_step_of_undo(page):
     assert page.evaluate("sosvae.app.history.entries.length") == entries + 1
 
 
-def test_looking_at_covariances_under_the_pointer(page):
+def test_looking_at_covariances_under_the_pointer(page):  # noqa: F811
     panel(page, "Look")
     page.get_by_role("radio", name="Covariance").click()
     page.mouse.move(*spot(page, 3, 3))
@@ -317,7 +86,7 @@ def test_looking_at_covariances_under_the_pointer(page):
     page.locator("#panel-look .facts", has_text="nats").wait_for()
 
 
-def test_codes_from_seed_image_and_between(page):
+def test_codes_from_seed_image_and_between(page):  # noqa: F811
     first = shown(page)
     page.get_by_label("Seed", exact=True).fill("7")
     page.keyboard.press("Enter")
@@ -337,7 +106,7 @@ def test_codes_from_seed_image_and_between(page):
     page.get_by_text("The reconstruction is off by").wait_for()
 
 
-def test_an_upload_and_a_refused_one(page, folder):
+def test_an_upload_and_a_refused_one(page, folder):  # noqa: F811
     choose = page.get_by_label("Image to encode")
     choose.set_input_files(folder / "images" / "00.png")
     page.get_by_text("The reconstruction is off by").wait_for()
@@ -347,7 +116,7 @@ def test_an_upload_and_a_refused_one(page, folder):
     assert page.evaluate("sosvae.app.doc.code.kind") == "vector"
 
 
-def test_interpolation_is_saved_as_png_gif_and_film(page):
+def test_interpolation_is_saved_as_png_gif_and_film(page):  # noqa: F811
     panel(page, "Interpolate")
     until(page, "document.querySelectorAll('#panel-interpolate .thumb').length === 25")
     page.wait_for_timeout(300)
@@ -360,7 +129,7 @@ def test_interpolation_is_saved_as_png_gif_and_film(page):
             assert file.read(8).startswith(begins[name])
 
 
-def test_two_runs_under_one_brush(page):
+def test_two_runs_under_one_brush(page):  # noqa: F811
     """In a model of independent pixels an edit changes what it touches and nothing else."""
     panel(page, "Compare")
     page.locator("#panel-compare select").select_option("beta")
@@ -428,7 +197,7 @@ def test_a_link_and_a_file_bring_the_session_back(page, tab, server, tmp_path): 
         np.testing.assert_array_equal(shown(page), expected)
 
 
-def test_a_broken_session_is_told_and_changes_nothing(page):
+def test_a_broken_session_is_told_and_changes_nothing(page):  # noqa: F811
     panel(page, "Save")
     for text in ("{", "[]", '{"format": "sosvae-edit", "doc": {"strokes": [{"tool": "rm"}]}}'):
         page.get_by_label("Session to open").set_input_files(
@@ -439,7 +208,7 @@ def test_a_broken_session_is_told_and_changes_nothing(page):
     assert page.evaluate("sosvae.app.history.entries.length") == 1
 
 
-def test_saving_into_the_run_s_folder(page, folder):
+def test_saving_into_the_run_s_folder(page, folder):  # noqa: F811
     draw(page, (5, 5), (9, 9))
     panel(page, "Save")
     page.get_by_role("button", name="Save into the run's folder").click()
@@ -450,7 +219,7 @@ def test_saving_into_the_run_s_folder(page, folder):
     assert len(session["doc"]["strokes"]) == 1
 
 
-def test_the_log_goes_back_to_any_step(page):
+def test_the_log_goes_back_to_any_step(page):  # noqa: F811
     first = shown(page)
     for y in (3, 8, 13):
         draw(page, (3, y), (12, y))
@@ -463,7 +232,7 @@ def test_the_log_goes_back_to_any_step(page):
     assert shown(page)[13, 8] == 255
 
 
-def test_two_tabs_do_not_disturb_each_other(page, server):
+def test_two_tabs_do_not_disturb_each_other(page, server):  # noqa: F811
     other = page.context.new_page()
     other.goto(server)
     ready(other)
@@ -549,7 +318,7 @@ def test_behind_a_proxy_under_a_sub_path(tab, folder):  # noqa: F811
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_nothing_that_axe_would_find(page, theme):
+def test_nothing_that_axe_would_find(page, theme):  # noqa: F811
     from axe_playwright_python.sync_playwright import Axe
 
     page.emulate_media(color_scheme=theme)
@@ -562,7 +331,7 @@ def test_nothing_that_axe_would_find(page, theme):
 
 
 @pytest.mark.parametrize("size", [(360, 640), (820, 1100), (821, 600), (1440, 900)], ids=str)
-def test_everything_fits_into_the_window(page, size):
+def test_everything_fits_into_the_window(page, size):  # noqa: F811
     page.set_viewport_size({"width": size[0], "height": size[1]})
     page.wait_for_timeout(50)
     boxes = [page.locator(f".{name}").bounding_box() for name in ("tools", "options", "view", "corner")]
@@ -589,13 +358,13 @@ def test_nothing_comes_from_elsewhere(tab, server):  # noqa: F811
 @pytest.mark.parametrize("ratio", [1, 2, 1.5])
 def test_canvas_has_the_screen_s_pixels(chromium, server, ratio):  # noqa: F811
     context = chromium.new_context(viewport={"width": 1000, "height": 700}, device_scale_factor=ratio)
-    page = context.new_page()
-    page.goto(server)
-    ready(page)
-    width, css = page.evaluate("[sosvae.stage.canvas.width, sosvae.stage.canvas.clientWidth]")
+    window = context.new_page()
+    window.goto(server)
+    ready(window)
+    width, css = window.evaluate("[sosvae.stage.canvas.width, sosvae.stage.canvas.clientWidth]")
     assert width == pytest.approx(css * ratio, abs=1)
-    assert float(page.evaluate("sosvae.stage.zoom")).is_integer()
-    x, y = spot(page, 3, 4)
-    shot = page.screenshot(clip={"x": x - 1, "y": y - 1, "width": 2, "height": 2}, type="png")
+    assert float(window.evaluate("sosvae.stage.zoom")).is_integer()
+    x, y = spot(window, 3, 4)
+    shot = window.screenshot(clip={"x": x - 1, "y": y - 1, "width": 2, "height": 2}, type="png")
     assert base64.b64encode(shot)
     context.close()

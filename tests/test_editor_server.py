@@ -1,6 +1,5 @@
 """The server of the editor: who may ask, what is answered, and what strangers' files meet."""
 
-import asyncio
 import io
 import json
 import signal
@@ -11,7 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from editor_cases import make_images, make_run, serving
+from editor_cases import HOST, TOKEN, Client, make_images, make_run, serving
 from PIL import Image
 
 from sosvae.editor import uploads
@@ -20,45 +19,6 @@ from sosvae.editor.runs import CodeError, Runs
 
 pytest.importorskip("starlette", reason="the extra sosvae[app] is not installed")
 from sosvae.editor.server import create_app, listen
-
-TOKEN = "a-token"
-HOST = "127.0.0.1:8642"
-
-
-class Client:
-    """Calls an ASGI application as a browser on this machine would."""
-
-    def __init__(self, app):
-        self.app = app
-
-    def __call__(self, method, path, body=b"", headers=None, token=TOKEN):
-        target, _, query = path.partition("?")
-        given = {"host": HOST, **({"x-token": token} if token else {}), **(headers or {})}
-        scope = {
-            "type": "http",
-            "method": method,
-            "path": target,
-            "raw_path": target.encode(),
-            "root_path": "",
-            "scheme": "http",
-            "query_string": query.encode(),
-            "headers": [(k.encode(), v.encode()) for k, v in given.items() if v is not None],
-            "server": ("127.0.0.1", 8642),
-            "client": ("127.0.0.1", 5),
-        }
-        sent = []
-        chunks = [body[i : i + 2**20] for i in range(0, len(body), 2**20)] or [b""]
-
-        async def receive():
-            chunk = chunks.pop(0) if chunks else b""
-            return {"type": "http.request", "body": chunk, "more_body": bool(chunks)}
-
-        async def send(message):
-            sent.append(message)
-
-        asyncio.run(self.app(scope, receive, send))
-        raw = b"".join(message.get("body", b"") for message in sent)
-        return sent[0]["status"], raw, {k.decode(): v.decode() for k, v in sent[0]["headers"]}
 
 
 @pytest.fixture(scope="module")
