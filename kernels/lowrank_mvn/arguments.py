@@ -68,8 +68,7 @@ def as_local(cov_diag: Tensor | float, factor: Factor) -> Local:
     """A number or a 0-d tensor is a variance of all pixels, [1]."""
     if isinstance(cov_diag, int | float):
         return Diagonal(torch.full((1,), cov_diag, dtype=result_dtype(factor), device=factor.device))
-    d = _tensor("cov_diag", cov_diag)
-    return Diagonal(d.unsqueeze(0) if d.dim() == 0 else d)
+    return Diagonal(_tensor("cov_diag", cov_diag))
 
 
 def as_value(value: Tensor, parameters: Normal, check: Callable[[Tensor], None] | None = None) -> Tensor:

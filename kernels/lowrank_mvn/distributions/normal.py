@@ -10,7 +10,7 @@ from torch.distributions import constraints
 from torch.distributions.distribution import Distribution
 
 from .. import arguments, functional, reference
-from ..factors.base import Capacitance, Mean
+from ..factors.base import Mean
 from ..factors.linear.factor import LinearFactor
 from ..factors.linear.mean import LinearMean
 from ..layout import broadcast, broadcasts_to
@@ -190,11 +190,11 @@ class LowRankMultivariateNormal(TorchLowRank):
         return d.expand(d.shape[:-1] + self._event_shape)
 
     def _cholesky(self) -> Tensor:
-        """Cholesky factor of C = I + PᵀD⁻¹P, differentiable, from float64."""
-        p = self._normal
+        """Cholesky factor of C = I + PᵀD⁻¹P, differentiable, from float64; also of parameters that are half moved."""
+        p = self._parameters
         with without_autocast(p.factor.device):
             P = p.factor.materialise(torch.float64).double()
-            C = reference.capacitance(P, p.local.variance().double().reciprocal())
+            C = reference.capacitance(P, p.local.variance().to(P).reciprocal())
             return torch.linalg.cholesky(C).to(p.result_dtype)
 
     def _compare_with_capacitance(self, value: Tensor) -> None:
@@ -226,7 +226,7 @@ class LowRankMultivariateNormal(TorchLowRank):
         logdet = self._cache.logdet(self._tensors)
         if logdet is None:
             logdet, capacitance = p.local.logdet(p.factor, p.factor.implementation(None))
-            self._remember(logdet, capacitance)
+            self._cache.keep(self._tensors, logdet, capacitance)
         return self._entropy_of(logdet)
 
     def log_prob_and_entropy(self, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -245,7 +245,7 @@ class LowRankMultivariateNormal(TorchLowRank):
         learned = p.factor.requires_grad or p.local.requires_grad
         if not (learned or torch.jit.is_tracing() or transformed() or forward_mode()):
             logdet = logdet.detach()
-        self._remember(logdet, capacitance)
+        self._cache.keep(self._tensors, logdet, capacitance, (value, *p.mean.tensors().values()))
         return log_prob, logdet
 
     def _support_check(self, value: Tensor) -> None:
@@ -255,9 +255,6 @@ class LowRankMultivariateNormal(TorchLowRank):
     def _entropy_of(self, logdet: Tensor) -> Tensor:
         p = self._parameters
         return functional.entropy_of(logdet, p.N).to(p.result_dtype).expand(self._batch_shape)
-
-    def _remember(self, logdet: Tensor, capacitance: Capacitance | None) -> None:
-        self._cache.keep(self._tensors, logdet, capacitance)
 
     @property
     def _tensors(self) -> list[Tensor]:

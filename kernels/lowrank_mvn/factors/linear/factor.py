@@ -382,7 +382,7 @@ def _bias(bias: Tensor | None, weight: Tensor) -> Tensor | None:
     if bias.shape != weight.shape[:-1] and (weight.dim() > 3 or bias.shape != (R * channels,)):
         either = "" if weight.dim() > 3 else f" or [{R * channels}]"
         raise ValueError(f"bias has shape {list(bias.shape)}, expected {list(weight.shape[:-1])}{either}")
-    return bias.reshape(weight.shape[:-1])
+    return bias if bias.shape == weight.shape[:-1] else bias.unflatten(0, (R, channels))
 
 
 def _of(W: Tensor, items: slice) -> Tensor:
