@@ -13,8 +13,9 @@
 README.md in this folder derives the formulas; ARCHITECTURE.md at the root says where something new belongs.
 """
 
-from .distributions import kl as _kl  # registers the divergences
+from .distributions import kl as _kl  # noqa: F401  (registers the divergences)
 from .distributions.normal import LowRankMultivariateNormal
+from .distributions.patch import patch_torch
 from .factors.linear.factor import LinearFactor
 from .factors.linear.mean import LinearMean
 from .functional import Conditional, condition, entropy, log_prob, log_prob_and_entropy, rsample
@@ -28,5 +29,6 @@ __all__ = [
     "entropy",
     "log_prob",
     "log_prob_and_entropy",
+    "patch_torch",
     "rsample",
 ]

@@ -113,12 +113,15 @@ class LowRankMultivariateNormal(TorchLowRank):
                 raise ValueError(f"{name} of shape {list(t.shape)} has values that are not finite")
             if name == "cov_diag" and not torch._is_all_true(extremes > 0):
                 raise ValueError(
-                    f"Expected parameter cov_diag (Tensor of shape {tuple(t.shape)}) of distribution {self!r} to satisfy"
-                    f" the constraint {self.arg_constraints['cov_diag']!r}, but found values that are not positive"
+                    f"Expected parameter cov_diag (Tensor of shape {tuple(t.shape)}) of distribution {self!r} to"
+                    f" satisfy the constraint {self.arg_constraints['cov_diag']!r}, but found values that are not"
+                    " positive"
                 )
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "LowRankMultivariateNormal":
-        new = self._get_checked_instance(LowRankMultivariateNormal, _instance)
+        new: LowRankMultivariateNormal = self._get_checked_instance(  # type: ignore[no-untyped-call]
+            LowRankMultivariateNormal, _instance
+        )
         batch_shape, p = torch.Size(batch_shape), self._parameters
         new._parameters, new._replaced, new._cache = p, self._replaced, self._cache
         Distribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
@@ -137,7 +140,7 @@ class LowRankMultivariateNormal(TorchLowRank):
             found.append(f"{name}: {t.expand(whole) if whole.numel() == 1 and isinstance(t, Tensor) else whole}")
         return f"{type(self).__name__}({', '.join(found)})"
 
-    # --- Parameters, under torch's names: one state, which all of them read and replace --------------------------------
+    # --- Parameters, under torch's names: one state, which all of them read and replace ---------------------------
 
     loc = _Parameter(
         lambda self: self._parameters.mean.materialise().expand(self._batch_shape + self._event_shape),
@@ -195,7 +198,8 @@ class LowRankMultivariateNormal(TorchLowRank):
         with without_autocast(p.factor.device):
             P = p.factor.materialise(torch.float64).double()
             C = reference.capacitance(P, p.local.variance().to(P).reciprocal())
-            return torch.linalg.cholesky(C).to(p.result_dtype)
+            L: Tensor = torch.linalg.cholesky(C)
+            return L.to(p.result_dtype)
 
     def _compare_with_capacitance(self, value: Tensor) -> None:
         """It follows from the other parameters: assigned, it has to be what they say, on any device."""
@@ -209,6 +213,15 @@ class LowRankMultivariateNormal(TorchLowRank):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": Cache()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also the state of torch's class: a pickle from before ours took its place."""
+        self.__dict__.update(state)
+        if "_parameters" not in state:
+            parameters = (state[n] for n in ("loc", "_unbroadcasted_cov_factor", "_unbroadcasted_cov_diag"))
+            self._parameters, self._cache = arguments.normal(*parameters), Cache()
+            for name in set(state) & set(dir(TorchLowRank)).union(vars(LowRankMultivariateNormal)):
+                del self.__dict__[name]  # hidden behind what is made of the parameters
 
     # --- Densities ------------------------------------------------------------------------------------------
 
@@ -243,7 +256,7 @@ class LowRankMultivariateNormal(TorchLowRank):
         log_prob = functional.log_density(q, logdet, p.N).to(p.result_dtype)
         # The joint node also hangs on the value and the mean: without a gradient for P or d the entropy must not.
         learned = p.factor.requires_grad or p.local.requires_grad
-        if not (learned or torch.jit.is_tracing() or transformed() or forward_mode()):
+        if not (learned or torch._C._get_tracing_state() or transformed() or forward_mode()):
             logdet = logdet.detach()
         self._cache.keep(self._tensors, logdet, capacitance, (value, *p.mean.tensors().values()))
         return log_prob, logdet
