@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import sharding
 from .factors.base import Factor, Mean, Noise, Operand, result_dtype
 from .factors.dense.factor import DenseFactor, DenseMean
 from .layout import broadcast, broadcasts_to
@@ -48,7 +49,8 @@ def normal(loc: Tensor | Mean | None, cov_factor: Tensor | Factor, cov_diag: Ten
     check_tensors(**named(**operands, cov_factor=factor), cov_diag=d)
     batch_shape = _check_shapes(mean, factor, d)
     if mean is None:
-        mean = DenseMean(torch.zeros((1,), dtype=factor.dtype, device=factor.device).expand(factor.shape[-2]))
+        zero = torch.zeros((1,), dtype=factor.dtype, device=factor.device).expand(factor.shape[-2])
+        mean = DenseMean(sharding.beside(zero, *factor.tensors().values()))
     return Normal(mean, factor, local, batch_shape)
 
 
@@ -67,7 +69,8 @@ def as_mean(loc: Tensor | Mean) -> Mean:
 def as_local(cov_diag: Tensor | float, factor: Factor) -> Local:
     """A number or a 0-d tensor is a variance of all pixels, [1]."""
     if isinstance(cov_diag, int | float):
-        return Diagonal(torch.full((1,), cov_diag, dtype=result_dtype(factor), device=factor.device))
+        d = torch.full((1,), cov_diag, dtype=result_dtype(factor), device=factor.device)
+        return Diagonal(sharding.beside(d, *factor.tensors().values()))
     return Diagonal(_tensor("cov_diag", cov_diag))
 
 
@@ -98,9 +101,12 @@ def as_noise(noise: tuple[Tensor, Tensor] | None, parameters: Normal, shape: tor
     """Noise for samples of that shape [*shape, N]: given, or drawn; the kernels of "triton" draw ω_d themselves."""
     mean, N, R = parameters.mean, parameters.N, parameters.factor.shape[-1]
     if noise is None:
-        omega_p = torch.randn(*shape, R, dtype=mean.dtype, device=mean.device)
-        drawn = None if impl == "triton" else torch.randn(*shape, N, dtype=mean.dtype, device=mean.device)
-        return Noise(omega_p, drawn)
+        tensors = mean.tensors().values()
+
+        def drawn(size: int) -> Tensor:
+            return sharding.beside(torch.randn(*shape, size, dtype=mean.dtype, device=mean.device), *tensors)
+
+        return Noise(drawn(R), None if impl == "triton" else drawn(N))
     omega_p, omega_d = noise
     check_tensors(**named(loc=mean), **{"noise[0]": omega_p, "noise[1]": omega_d})
     for name, omega, size in (("noise[0]", omega_p, R), ("noise[1]", omega_d, N)):
@@ -131,6 +137,9 @@ def check_tensors(**tensors: Tensor) -> None:
     for name, t in others:
         if t.device != anchor.device:
             raise ValueError(f"{name} is on {t.device}, {first} on {anchor.device}; expected one device")
+        if sharding.is_distributed(t) != sharding.is_distributed(anchor):
+            kinds = [f"{n} is a {type(v).__name__}" for n, v in ((name, t), (first, anchor))]
+            raise TypeError(f"{', '.join(kinds)}; expected distributed tensors or none (`distribute_tensor`)")
         if t.dtype == anchor.dtype:
             continue
         narrow = torch.float64 not in (t.dtype, anchor.dtype)

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from . import sharding
+
 
 class Layout:
     """Sorts the dimensions of a broadcast shape into items (those P and d vary over) and samples (those they share).
@@ -48,9 +50,9 @@ class Layout:
         padded = t[(None,) * (len(self.shape) + 1 - t.dim())]
         return padded.expand(*sizes, t.shape[-1]).permute([*self.order, len(self.shape)])
 
-    def seed(self, device: torch.device) -> Tensor:
-        """One for each item [B], from torch's generator."""
-        return torch.randint(2**62, (self.B,), device=device)
+    def seed(self, P: Tensor) -> Tensor:
+        """One for each item [B], from torch's generator, for samples of a factor that is made of `P`."""
+        return sharding.beside(torch.randint(2**62, (self.B,), device=P.device), P)
 
     def restore(self, t: Tensor) -> Tensor:
         """[S, B, ...] -> the broadcast shape."""

@@ -107,7 +107,10 @@ def _state(parameters: list[Tensor]) -> tuple[Any, ...] | None:
 def _state_of(t: Tensor) -> tuple[Any, ...]:
     seen = t._version, t.requires_grad, t.shape, t.stride()
     if is_traceable_wrapper_subclass(t):
-        return (*seen, *(_state_of(getattr(t, name)) for name in t.__tensor_flatten__()[0]))
+        return (
+            *seen,
+            *(_state_of(part) for n in t.__tensor_flatten__()[0] if isinstance(part := getattr(t, n), Tensor)),
+        )
     if t.is_meta:
         return seen
     storage, start = t.untyped_storage(), t.data_ptr()

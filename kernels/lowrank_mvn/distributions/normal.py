@@ -9,7 +9,7 @@ from torch.distributions import LowRankMultivariateNormal as TorchLowRank  # bou
 from torch.distributions import constraints
 from torch.distributions.distribution import Distribution
 
-from .. import arguments, functional, reference
+from .. import arguments, functional, reference, sharding
 from ..factors.base import Mean
 from ..factors.linear.factor import LinearFactor
 from ..factors.linear.mean import LinearMean
@@ -106,9 +106,10 @@ class LowRankMultivariateNormal(TorchLowRank):
         p = self._parameters
         for name, t in {**arguments.named(loc=p.mean, cov_factor=p.factor), **p.local.tensors()}.items():
             # By way of the extremes, which take no memory: P, or the features, may be most of what there is.
+            t = sharding.local(t.detach())
             if not t.numel():
                 continue
-            extremes = torch.stack(torch.aminmax(t.detach()))
+            extremes = torch.stack(torch.aminmax(t))
             if not torch._is_all_true(torch.isfinite(extremes)):
                 raise ValueError(f"{name} of shape {list(t.shape)} has values that are not finite")
             if name == "cov_diag" and not torch._is_all_true(extremes > 0):
@@ -262,8 +263,12 @@ class LowRankMultivariateNormal(TorchLowRank):
         return log_prob, logdet
 
     def _support_check(self, value: Tensor) -> None:
-        if self._validate_args and value.numel():
+        if not (self._validate_args and value.numel()):
+            return
+        if not sharding.is_distributed(value):
             self._validate_sample(value)
+        elif not torch._is_all_true(constraints.real_vector.check(sharding.local(value))):
+            raise ValueError(f"value of shape {list(value.shape)} has values outside of the support {self.support!r}")
 
     def _entropy_of(self, logdet: Tensor) -> Tensor:
         p = self._parameters
@@ -301,13 +306,14 @@ class LowRankMultivariateNormal(TorchLowRank):
         factor is one too. See `functional.condition`.
         """
         p = self._normal
-        conditional = functional.condition(value, observed, self._mean, p.factor, p.local.variance())
+        conditional = functional.condition(value, observed, self._mean.given, p.factor.given, p.local.variance())
         return LowRankMultivariateNormal(*conditional, validate_args=False)
 
     def mix(self, A: Tensor) -> "LowRankMultivariateNormal":
         """The distribution with the factor PA in place of P, `A` [..., R, Q]; a `LinearFactor` stays one."""
         p = self._normal
-        return LowRankMultivariateNormal(self._mean, p.factor.mix(A), p.local.variance(), validate_args=False)
+        mixed = p.factor.mix(A).given
+        return LowRankMultivariateNormal(self._mean.given, mixed, p.local.variance(), validate_args=False)
 
     def rank(self) -> int:
         """R, the number of columns of the factor."""

@@ -20,7 +20,7 @@ class Patch:
     """Undoes a call of `patch_torch`: `undo()`, or the end of a `with` block."""
 
     def undo(self) -> None:
-        """Torch's names mean torch's class again, once every call of `patch_torch` is undone; a second time, nothing."""
+        """Torch's names mean torch's class again, once every call of `patch_torch` is undone; else nothing."""
         with _lock:
             if self in _patches:
                 _patches.remove(self)

@@ -52,6 +52,6 @@ class Diagonal(Local):
         return self.d
 
     def row(self, n: int, N: int) -> Tensor:
-        pixel = torch.zeros(N, dtype=self.d.dtype, device=self.d.device)
+        pixel = self.d.new_zeros(N)
         pixel[n] = 1
         return self.d.expand(*self.batch_shape, N)[..., n, None] * pixel

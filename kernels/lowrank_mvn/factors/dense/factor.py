@@ -82,7 +82,7 @@ class DenseFactor(_Dense, Factor):
         loc, high = mean.materialise(), result_dtype(mean, P, d)
         dtype = torch.promote_types(loc.dtype, P.dtype)
         layout = Layout(shape, self._items(d))
-        seed = layout.seed(P.device) if omega_d is None else None
+        seed = layout.seed(P) if omega_d is None else None
         if _textbook(impl):
             if seed is not None:
                 drawn = op_sampling.noise(seed, layout.S, P.shape[-2], high, impl)

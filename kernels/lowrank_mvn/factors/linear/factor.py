@@ -6,7 +6,7 @@ under a mask and the reference implementation make P.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -117,7 +117,7 @@ class LinearFactor(Linear, Factor):
             op.mahalanobis_and_logdet(*tensors, impl)[:2]
             for tensors in self._calls(layout, x, shift, joined, layout.vectors(d))
         ]
-        q, logdet = (torch.cat(part, dim) for part, dim in zip(zip(*parts, strict=True), (1, 0), strict=True))
+        q, logdet = (_cat(part, dim) for part, dim in zip(zip(*parts, strict=True), (1, 0), strict=True))
         return layout.restore(q), logdet.reshape(items), None
 
     def logdet(self, d: Tensor, impl: str) -> tuple[Tensor, Capacitance | None]:
@@ -126,13 +126,13 @@ class LinearFactor(Linear, Factor):
         items = self._items(d)
         layout = Layout(items, items)
         calls = self._item_calls(layout, layout.vectors(d))
-        return torch.cat([op.logdet(*tensors, impl)[0] for tensors in calls]).reshape(items), None
+        return _cat([op.logdet(*tensors, impl)[0] for tensors in calls]).reshape(items), None
 
     def sample(self, mean: Mean, d: Tensor, shape: torch.Size, noise: Noise, impl: str) -> Tensor:
         N, high = self.shape[-2], result_dtype(mean, self, d)
         layout = Layout(shape, self._items(d))
         omega_p, omega_d = noise
-        seed = layout.seed(self.device) if omega_d is None else None
+        seed = layout.seed(self.features) if omega_d is None else None
         if impl == "triton" and not forward_mode() and self._has_kernel(d):
             given = None if omega_d is None else layout.samples(omega_d.expand(*shape, N))
             return self._rsample(mean, layout.vectors(d), layout, omega_p, given, seed, impl)
@@ -162,14 +162,14 @@ class LinearFactor(Linear, Factor):
         known = observed if self.mask is None else observed & self.mask
         d = d.to(high).expand(*d.shape[:-1], N)
         precision = layout.vectors(torch.where(known, d, d.new_ones(())).reciprocal() * known)
-        x = torch.where(observed, value.to(high), torch.zeros((), dtype=high, device=value.device))
+        x = torch.where(observed, value.to(high), value.new_zeros((), dtype=high))
         with without_autocast(self.device):
             shift = self._shift(mean, layout, high)
             parts = [
                 op.normal_equations(*tensors, impl)
                 for tensors in self._calls(layout, layout.samples(x), shift, self._joined(mean), precision)
             ]
-            gram, w = (torch.cat(part, dim) for part, dim in zip(zip(*parts, strict=True), (0, 1), strict=True))
+            gram, w = (_cat(part, dim) for part, dim in zip(zip(*parts, strict=True), (0, 1), strict=True))
             L_inv_t, v = posterior(gram, w.permute(1, 2, 0))
             factor = self.mix(L_inv_t.reshape(*items, R, R)).masked(~observed)
             deviation = self.times(layout.restore(v.permute(2, 0, 1)).to(high))
@@ -201,7 +201,7 @@ class LinearFactor(Linear, Factor):
             rows = u.reshape(shared, B, *u.shape[-2:]).transpose(0, 1).flatten(1, 2)
             parts = (F,) if F.dtype == work else F.split(CONVERTED, 2)
             products = [torch.bmm(rows, part.to(work)) for part in parts]
-            y = products[0] if len(products) == 1 else torch.cat(products, 2)
+            y = _cat(products, 2)
             y = y.unflatten(1, (shared, W.shape[-2]))  # [B, shared, channels, pixels]
             if self.bias is not None:
                 bias = (omega.to(high).unsqueeze(-2) @ self.bias.to(high)).squeeze(-2)
@@ -227,7 +227,7 @@ class LinearFactor(Linear, Factor):
         batch = broadcast(self.features.shape[:1], self.weight.shape[:-3])
         W = self._weights(batch)
         norms = [op.row_norms(F, _of(W, items)) for items, F in self._turns(math.prod(batch))]
-        return self._masked(torch.cat(norms).reshape(*batch, self.shape[-2]).to(self.dtype))
+        return self._masked(_cat(norms).reshape(*batch, self.shape[-2]).to(self.dtype))
 
     def gram(self) -> Tensor:
         """PᵀP [..., R, R] in float64, differentiable, from products of the features (in forward mode from P)."""
@@ -236,10 +236,10 @@ class LinearFactor(Linear, Factor):
             return P.mT @ P
         batch = self.shape[:-2]
         layout = Layout(batch, batch)
-        one = torch.ones((1,), dtype=_not_half(self.dtype), device=self.device)
+        one = self.features.new_ones(1, dtype=_not_half(self.dtype))
         rows = layout.vectors(one if self.mask is None else self.mask.to(one.dtype))
         calls = self._item_calls(layout, rows)
-        gram = torch.cat([op.gram(*tensors, self.implementation(None)) for tensors in calls])
+        gram = _cat([op.gram(*tensors, self.implementation(None)) for tensors in calls])
         return gram.reshape(*batch, *gram.shape[1:])
 
     def mix(self, A: Tensor) -> "LinearFactor":
@@ -383,6 +383,11 @@ def _bias(bias: Tensor | None, weight: Tensor) -> Tensor | None:
         either = "" if weight.dim() > 3 else f" or [{R * channels}]"
         raise ValueError(f"bias has shape {list(bias.shape)}, expected {list(weight.shape[:-1])}{either}")
     return bias if bias.shape == weight.shape[:-1] else bias.unflatten(0, (R, channels))
+
+
+def _cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Parts of items in one tensor; one part is not copied, nor gathered where its items are divided among processes."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _of(W: Tensor, items: slice) -> Tensor:
