@@ -12,7 +12,7 @@ help:
 	@echo "make test    run the tests (COVERAGE=1: and say which lines they reach)"
 	@echo "make check   lint and type-check; changes nothing"
 	@echo "make bench   measure against torch, linear_operator and NumPyro; write tables and plots"
-	@echo "make bench-compare BASE=ref   this checkout against another version, in alternation"
+	@echo "make bench-compare BASE=ref   this checkout against another version, in alternation (QUICK=1: five cases)"
 
 train: $(VENV)/.train
 	$(BIN)/sosvae compare --folder $(FOLDER)
@@ -32,7 +32,7 @@ bench: $(VENV)/.bench
 
 bench-compare: $(VENV)/.bench
 	@test -n "$(BASE)" || { echo "say which version: make bench-compare BASE=<git ref>"; exit 2; }
-	$(BIN)/python -m bench.compare $(BASE)
+	$(BIN)/python -m bench.compare $(BASE) $(if $(QUICK),--quick)
 
 # A stamp per extra: newer than the files that say what is installed.
 $(VENV)/.train: setup.py constraints.txt | $(VENV)/pyvenv.cfg

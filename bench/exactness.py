@@ -14,53 +14,51 @@ from torch.distributions import LowRankMultivariateNormal as Textbook
 
 from lowrank_mvn import LowRankMultivariateNormal
 
-__all__ = ["CLASSES", "KINDS", "errors", "inputs", "table"]
+from .tables import markdown
+
+__all__ = ["CLASSES", "KINDS", "errors", "table"]
 
 B, N, R, D = 2, 218 * 178 * 3, 25, 1e-5
 KINDS = {"independent": 1.0, "nearly collinear, 1 : 1e-2": 1e-2, "nearly collinear, 1 : 1e-4": 1e-4}
 CLASSES: dict[str, Any] = {"torch": Textbook, "ours": LowRankMultivariateNormal}
 
 
-def inputs(ratio: float, n: int = N) -> dict[str, torch.Tensor]:
-    """loc, cov_factor, cov_diag and a sample of that distribution, float32: [B, n], [B, n, R], [B, n], [B, n].
+def _inputs(ratio: float, n: int) -> dict[str, torch.Tensor]:
+    """P [B, n, R], loc, d and a sample x [B, n] of that distribution, in float32.
 
-    Args:
-        ratio: of what the columns do not share to what they do; 1 where they share nothing.
+    `ratio` is of what the columns do not share to what they do; 1 where they share nothing.
     """
     g = torch.Generator().manual_seed(11)
     P = 0.2 * torch.randn(B, n, R, generator=g)
     if ratio != 1:
         P[..., 1:] = P[..., :1] + ratio * P[..., 1:]
     loc = torch.rand(B, n, generator=g)
-    d = torch.full((B, n), D)
     omega_p = torch.randn(B, R, 1, generator=g, dtype=torch.float64)
     omega_d = torch.randn(B, n, generator=g, dtype=torch.float64)
     x = (loc + (P.double() @ omega_p)[..., 0] + math.sqrt(D) * omega_d).float()
-    return {"loc": loc, "P": P, "d": d, "x": x}
+    return {"P": P, "loc": loc, "d": torch.full((B, n), D), "x": x}
 
 
-def _results(kind: Any, given: dict[str, torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+def _results(kind: Any, inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
     """log p [B], and the gradients of Σ(H − log p) in P, loc and d."""
-    P, loc, d = (given[name].to(dtype, copy=True).requires_grad_() for name in ("P", "loc", "d"))
-    p = kind(loc, P, d, validate_args=False)
-    log_p = p.log_prob(given["x"].to(dtype))
-    (p.entropy() - log_p).sum().backward()
-    return [log_p.detach(), *(t.grad for t in (P, loc, d) if t.grad is not None)]
+    leaves = {name: inputs[name].to(dtype, copy=True).requires_grad_() for name in ("P", "loc", "d")}
+    p = kind(leaves["loc"], leaves["P"], leaves["d"], validate_args=False)
+    log_p = p.log_prob(inputs["x"].to(dtype))
+    return [log_p.detach(), *torch.autograd.grad((p.entropy() - log_p).sum(), list(leaves.values()))]
 
 
 def errors(ratio: float, n: int = N) -> dict[str, tuple[float, float] | None]:
     """Of each of `CLASSES`: the largest error of log p (nats) and the largest relative error of a gradient (norms);
-    none where it finds its matrix not to be positive definite."""
-    given = inputs(ratio, n)
-    exact = _results(Textbook, given, torch.float64)
+    None where it finds its matrix not to be positive definite."""
+    inputs = _inputs(ratio, n)
+    exact = _results(Textbook, inputs, torch.float64)
     found: dict[str, tuple[float, float] | None] = {}
     for name, kind in CLASSES.items():
         try:
-            results = _results(kind, given, torch.float32)
+            off = [a.double() - b for a, b in zip(_results(kind, inputs, torch.float32), exact, strict=True)]
         except torch.linalg.LinAlgError:
             found[name] = None
             continue
-        off = [a.double() - b for a, b in zip(results, exact, strict=True)]
         gradients = [(e.norm() / b.norm()).item() for e, b in zip(off[1:], exact[1:], strict=True)]
         found[name] = off[0].abs().max().item(), max(gradients)
     return found
@@ -76,12 +74,12 @@ def table(n: int = N) -> str:
     """The README's table."""
     heads = ["columns of P"]
     heads += [f"{what}, {who}" for what in ("log p off by [nats]", "gradients off by") for who in CLASSES]
-    rows = [heads, ["---"] * len(heads)]
+    rows = []
     for name, ratio in KINDS.items():
         pairs = errors(ratio, n).values()
         cells = [["raises"] * 2 if pair is None else [_number(value) for value in pair] for pair in pairs]
         rows.append([name, *(cell[i] for i in range(2) for cell in cells)])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(heads, ["---"] * len(heads), *rows)
 
 
 def main(args: list[str] | None = None) -> int:

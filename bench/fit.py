@@ -1,28 +1,32 @@
-"""Peaks of training steps, measured on the CPU and as `sosvae.memory` counts them: `python -m bench.fit`.
+"""Peaks of training steps, measured on the CPU and predicted by `sosvae`'s model: `python -m bench.fit`.
 
 `python -m bench.fit --table` prints the README's table, from the model.
 
-Each point runs in a fresh process: one step of `sosvae.trainer.train_step` after Adam's states are there and after one
-of a tiny network, so that code loaded once is not charged to it. Two measures:
+Each point runs in a fresh process: one training step after Adam's states are there and after one step of a tiny
+network, so that code loaded once is not charged to it. Two measures:
 
 - allocator: every allocation and release of torch's CPU allocator, as its profiler reports them. Exact, and what the
-  model counts; it holds the temporaries inside torch's operators and those of `lowrank_mvn`.
-- resident: what the operating system says (`bench.memory`, with a C library that gives back what is freed), which
-  would show what goes past torch's allocator.
+  model counts; it includes the temporaries inside torch's operators and those of `lowrank_mvn`.
+- resident: what the operating system says (`bench.peak`), which would show what goes past torch's allocator.
 
-Both above what is there before the step; weights, Adam's states and images are added to both.
+Both are above what is there before the step; weights, Adam's states and images are added to both.
 """
 
 import argparse
 import dataclasses
-import json
+import multiprocessing
 import os
-import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
-from . import memory
+import torch
+
+import sosvae
+
+from . import peak, training
+from .tables import markdown
 
 __all__ = ["POINTS", "Point", "measure", "measure_allocator", "predict", "table"]
 
@@ -61,13 +65,11 @@ POINTS = [
 ]
 
 
-def _config(point: Point) -> Any:
-    from sosvae import Config, DataConfig, ModelConfig, TrainingConfig
-
-    return Config(
-        data=DataConfig(height=point.side, width=point.side, channels=3),
-        model=ModelConfig(rank=point.rank, width=point.width),
-        training=TrainingConfig(
+def _config(point: Point) -> sosvae.Config:
+    return sosvae.Config(
+        data=sosvae.DataConfig(height=point.side, width=point.side, channels=3),
+        model=sosvae.ModelConfig(rank=point.rank, width=point.width),
+        training=sosvae.TrainingConfig(
             batch=point.batch,
             accumulate=point.accumulate,
             checkpointing=point.checkpointing,  # type: ignore[arg-type]
@@ -80,17 +82,16 @@ def _config(point: Point) -> Any:
 
 def predict(point: Point) -> int:
     """Bytes, by the model."""
-    from sosvae.memory import StepMemory
+    model = training.memory.StepMemory(_config(point), point.formulation)
+    return model.peak(point.side, point.batch, point.accumulate).total
 
-    return StepMemory(_config(point), point.formulation).peak(point.side, point.batch, point.accumulate).total
 
-
-def measure(point: Point) -> dict[str, int]:
+def measure(point: Point) -> dict[str, float]:
     """Bytes at the peak of one step by both accounts; to be called in a fresh process."""
     _prepared(point._replace(side=32, width=0.125))[0]()
     step, there = _prepared(point)
-    resident, _ = memory.peak_above(step, "cpu")
-    return {"resident": there + resident, "allocator": there + _allocator_peak(step)}
+    resident, _ = peak.peak_above(step, "cpu")
+    return {"allocator": there + _allocator_peak(step), "resident": there + resident}
 
 
 def measure_allocator(point: Point) -> int:
@@ -100,42 +101,24 @@ def measure_allocator(point: Point) -> int:
 
 
 def _prepared(point: Point) -> tuple[Callable[[], None], int]:
-    """A training step, and the bytes that are there before it."""
-    import torch
-
-    from sosvae.objective import limits
-    from sosvae.trainer import train_step
-
+    """A training step with Adam's states made, and the bytes that are there before it."""
     config = _config(point)
-    state = _state(config, point.formulation)
+    state, take = training.start(config, "cpu", point.formulation)
     x = torch.rand(point.batch, *config.image_shape)
+    for p in state.model.parameters():
+        p.grad = torch.zeros_like(p)  # so that this step of Adam moves nothing
+    state.optimizer.step()
+    state.optimizer.zero_grad()
 
     def step() -> None:
-        train_step(state, x, limits(config), config)
+        take(x)
         state.optimizer.zero_grad()
 
     weights, buffers = (sum(t.nbytes for t in ts) for ts in (state.model.parameters(), state.model.buffers()))
     return step, 3 * weights + buffers + x.nbytes
 
 
-def _state(config: Any, formulation: str) -> Any:
-    """A state of training with Adam's states made."""
-    import torch
-
-    from sosvae.memory import formulated
-    from sosvae.trainer import State
-
-    state = State(config, torch.device("cpu"))
-    state.model = formulated(config, formulation)
-    state.optimizer = torch.optim.Adam(state.model.parameters(), lr=0.0, fused=True)
-    for p in state.model.parameters():
-        p.grad = torch.zeros_like(p)
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    return state
-
-
-def _allocator_peak(call: Any) -> int:
+def _allocator_peak(call: Callable[[], Any]) -> int:
     """The most that torch's CPU allocator has given out at once in `call`, above what it had before."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -149,21 +132,21 @@ def _allocator_peak(call: Any) -> int:
                 moments.append((node.start_time_ns, node.typed[1].ptr, node.typed[1].alloc_size))
             walk(node.children)
 
-    walk(profiled.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
+    walk(profiled.profiler.kineto_results.experimental_event_tree())
     alive: dict[int, int] = {}
-    now = peak = 0
+    now = highest = 0
     for _, pointer, size in sorted(moments):
         if size > 0:
             alive[pointer] = size
             now += size
         else:
             now -= alive.pop(pointer, 0)  # what was there before is not counted when it goes, either
-        peak = max(peak, now)
-    return peak
+        highest = max(highest, now)
+    return highest
 
 
 # The README's table: title, formulation, and what is set. Batch 4 at once, but for the last.
-COLUMNS = [
+COLUMNS: list[tuple[str, str, dict[str, Any]]] = [
     ("reference formulation", "reference", {}),
     ("kernels", "kernels", {}),
     ("linear factor", "linear", {}),
@@ -175,59 +158,35 @@ BUDGETS = (4, 8, 16, 80)
 
 def table() -> str:
     """Largest sides of square RGB images that the paper's network trains on at batch 4, as the README shows them."""
-    from sosvae import PRESETS
-    from sosvae.fit import GIB, largest_side
-
-    preset = PRESETS["celeba"][1]
-    rows: list[list[str]] = [[f"{budget} GiB"] for budget in BUDGETS]
+    preset = sosvae.PRESETS["celeba"][1]
+    rows = [[f"{budget} GiB"] for budget in BUDGETS]
     for _, formulation, settings in COLUMNS:
-        training = dataclasses.replace(preset.training, batch=4, **settings)  # type: ignore[arg-type]
-        config = dataclasses.replace(preset, training=training)
+        config = dataclasses.replace(preset, training=dataclasses.replace(preset.training, batch=4, **settings))
         for row, budget in zip(rows, BUDGETS, strict=True):
-            row.append(str(largest_side(config, formulation, budget * GIB)))
+            row.append(str(training.fit.largest_side(config, formulation, budget * training.fit.GIB)))
     heads = ["memory", *(title for title, _, _ in COLUMNS)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *rows))
+    return markdown(heads, ["---"] * len(heads), *rows)
 
 
 def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.fit", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", type=int, nargs="*", help="numbers of points, from 0")
     parser.add_argument("--table", action="store_true", help="the README's table, from the model alone")
-    parser.add_argument("--point", help=argparse.SUPPRESS)
     options = parser.parse_args(args)
-    if options.point is not None:
-        print(json.dumps(measure(Point(**json.loads(options.point)))))
-        return 0
     if options.table:
         print(table())
         return 0
-    heads = [*("side", "batch", "width", "R"), "formulation", "checkpointing", "precision", "accumulate"]
-    print("|", " | ".join([*heads, "model", "allocator", "resident"]), "|")
-    print("|" + "---|" * 11)
+    heads = [*Point._fields, "model", "allocator", "resident"]
+    print(markdown(heads, ["---"] * len(heads)))
+    os.environ.update(peak.ENVIRONMENT)  # of the processes to come
     worst = 0.0
-    for i, point in enumerate(POINTS):
-        if options.only is not None and i not in options.only:
-            continue
-        command = [sys.executable, "-m", "bench.fit", "--point", json.dumps(point._asdict())]
-        environment = {**os.environ, **memory.ENVIRONMENT}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        measured = json.loads(done.stdout.splitlines()[-1])
-        model = predict(point)
-        ratios = {name: model / size for name, size in measured.items()}
-        worst = max(worst, abs(ratios["allocator"] - 1))
-        cells = [f"{measured[name] / 2**20:.0f} MiB, {ratios[name]:.3f}" for name in ("allocator", "resident")]
-        shape = [
-            point.side,
-            point.batch,
-            point.width,
-            point.rank,
-            point.formulation,
-            point.checkpointing,
-            point.precision,
-        ]
-        print(
-            "|", " | ".join(map(str, [*shape, point.accumulate, f"{model / 2**20:.0f} MiB", *cells])), "|", flush=True
-        )
+    fresh = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
+    with fresh:
+        for point in [POINTS[i] for i in (range(len(POINTS)) if options.only is None else options.only)]:
+            measured, model = fresh.submit(measure, point).result(), predict(point)
+            worst = max(worst, abs(model / measured["allocator"] - 1))
+            cells = [f"{size / 2**20:.0f} MiB, {model / size:.3f}" for size in measured.values()]
+            print(markdown([*map(str, point), f"{model / 2**20:.0f} MiB", *cells]), flush=True)
     print(f"\nbehind each measure the model's figure over it; farthest from the allocator's: {worst:.1%}")
     return 0
 

@@ -1,6 +1,6 @@
 """What a time depends on beside the code: the machine, its measured rates, versions, the commit.
 
-`python -m bench.machine` prints it. Neither host names nor paths are in it: a machine is its processor and cores.
+`python -m bench.machine` prints it. It has neither host names nor paths: a machine is its processor and cores.
 """
 
 import json
@@ -12,12 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from . import peers
 
-__all__ = ["commit", "describe", "main"]
+__all__ = ["ROOT", "commit", "cores", "describe", "environment"]
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = 1 << 26  # values, 256 MiB: several times the last cache
@@ -25,16 +26,16 @@ PRODUCT = 2048  # rows of the square matrices
 REPETITIONS = 9
 
 
-def processor() -> str:
-    """The processor's own name for itself."""
+def _field(path: str, name: str) -> str | None:
+    """What stands behind `NAME:` in a file of /proc."""
     try:
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return " ".join(line.partition(":")[2].split())
+        for line in Path(path).read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == name:
+                return " ".join(value.split())
     except OSError:
         pass
-    return platform.processor() or platform.machine()
+    return None
 
 
 def cores() -> int:
@@ -44,30 +45,25 @@ def cores() -> int:
 
 def commit(folder: Path = ROOT) -> str:
     """Short hash, with a + where files that git tracks, or new ones, are not in it; "unknown" without git."""
+    changed = ("status", "--porcelain", "--", "kernels", "sosvae", "bench", ":!bench/results")
     try:
-        done = [
+        name, changes = (
             subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, check=True).stdout
-            for command in (
-                ("rev-parse", "--short=10", "HEAD"),
-                ("status", "--porcelain", "--", "kernels", "sosvae", "bench", ":!bench/results"),
-            )
-        ]
+            for command in (("rev-parse", "--short=10", "HEAD"), changed)
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return done[0].strip() + ("+" if done[1].strip() else "")
+    return name.strip() + ("+" if changes.strip() else "")
 
 
-def free_memory(device: str) -> float:
+def _free(device: str) -> float:
     """Bytes that are free; NaN where nobody says."""
     if device != "cpu":
         import torch
 
         return float(torch.cuda.mem_get_info()[0])
-    try:
-        with open("/proc/meminfo") as file:
-            return next(float(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return math.nan
+    available = _field("/proc/meminfo", "MemAvailable")
+    return float(available.split()[0]) * 1024 if available else math.nan
 
 
 def _median(call: Callable[[], Any], wait: Callable[[], Any]) -> float:
@@ -81,7 +77,7 @@ def _median(call: Callable[[], Any], wait: Callable[[], Any]) -> float:
     return statistics.median(times[2:])
 
 
-def rates(device: str, copied: int = COPIED, product: int = PRODUCT) -> dict[str, float]:
+def _rates(device: str, copied: int, product: int) -> dict[str, float]:
     """Copy bandwidth [byte/s], read and written bytes both counted, and matrix-product rate [1/s], in float32."""
     import torch
 
@@ -99,21 +95,25 @@ def describe(copied: int = COPIED, product: int = PRODUCT) -> dict[str, Any]:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    versions = {"python": platform.python_version(), **peers.versions()}
     return {
-        "machine": processor(),
+        "machine": _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": cores(),
         "device": torch.cuda.get_device_name() if device != "cpu" else "cpu",
-        "python": platform.python_version(),
-        "versions": peers.versions(),
+        "versions": "; ".join(f"{name} {version}" for name, version in versions.items()),
         "kind": device,
-        "memory": free_memory(device),
-        **rates(device, copied, product),
+        "free": _free(device),
+        **_rates(device, copied, product),
     }
 
 
-def main() -> None:
-    print(json.dumps(describe(*map(int, sys.argv[1:])), ensure_ascii=False))
+def environment() -> dict[str, Any]:
+    """`describe` in a fresh process, the commit, and the time at which the run began."""
+    command = [sys.executable, "-m", "bench.machine"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return {**json.loads(done.stdout.splitlines()[-1]), "commit": commit(), "date": now}
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(describe(), ensure_ascii=False))

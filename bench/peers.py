@@ -1,7 +1,6 @@
 """Who does the same job: the names, what they need, and where they are built.
 
-Every peer runs in a process of its own (`worker`): the thread pools of torch and jax would otherwise fight for the
-same cores. One that is not installed is named as missing in the results.
+Every peer runs in a process of its own (`worker`). One that is not installed is named as missing in the results.
 """
 
 import importlib
@@ -12,15 +11,15 @@ from typing import Any
 
 from .operators import Arrays, Case, Operator
 
-__all__ = ["PEERS", "Job", "Peer", "build", "missing", "versions"]
+__all__ = ["ORACLE", "PEERS", "Job", "Peer", "build", "missing", "versions"]
 
 
 @dataclass(frozen=True)
 class Peer:
     name: str
     title: str
-    module: str  # where its jobs are built
-    requires: tuple[str, ...]  # distributions to be installed
+    requires: tuple[str, ...] = ("torch",)  # distributions to be installed
+    module: str = "bench.peers_torch"  # where its jobs are built
 
 
 class Job:
@@ -38,17 +37,17 @@ class Job:
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer("ours", "lowrank_mvn", "bench.peers_torch", ("torch",)),
-        Peer("torch", "torch's class", "bench.peers_torch", ("torch",)),
-        Peer("compile", "torch.compile of it", "bench.peers_torch", ("torch",)),
-        Peer("linear_operator", "linear_operator", "bench.peers_torch", ("torch", "linear_operator")),
-        Peer("numpyro", "NumPyro, jit", "bench.peers_jax", ("jax", "jaxlib", "numpyro")),
-        Peer("textbook", "textbook in torch", "bench.peers_torch", ("torch",)),
-        Peer("betavae", "β-VAE", "bench.peers_torch", ("torch",)),
-        Peer("textbook_compile", "torch.compile of it", "bench.peers_torch", ("torch",)),
+        Peer("ours", "lowrank_mvn"),
+        Peer("torch", "torch's class"),
+        Peer("compile", "torch.compile of it"),
+        Peer("linear_operator", "linear_operator", ("torch", "linear_operator")),
+        Peer("numpyro", "NumPyro, jit", ("jax", "jaxlib", "numpyro"), "bench.peers_jax"),
+        Peer("textbook", "textbook in torch"),
+        Peer("betavae", "β-VAE"),
+        Peer("textbook_compile", "torch.compile of it"),
     )
 }
-ORACLE = Peer("oracle", "torch's class in float64", "bench.peers_torch", ("torch",))
+ORACLE = Peer("oracle", "torch's class in float64")
 
 
 def missing(peer: Peer) -> str | None:

@@ -21,12 +21,8 @@ def build(peer: str, operator: Operator, case: Case, inputs: Arrays, device: str
 
 class _Job(Job):
     def __init__(self, operator: Operator, case: Case, inputs: Arrays) -> None:
-        self.operator = operator
-        # One value of d for all pixels is the paper's: it is not learned.
-        names = [name for name in operator.gradients if name != "d" or case.diagonal == "pixel"]
-        arrays = {name: jnp.asarray(value) for name, value in inputs.items()}
-        self.leaves = {name: arrays.pop(name) for name in names}
-        self.rest = arrays
+        self.rest = {name: jnp.asarray(value) for name, value in inputs.items()}
+        self.leaves = {name: self.rest.pop(name) for name in operator.leaves(case)}
         self.key = jax.random.PRNGKey(0)
         self.function = jax.jit(_function(operator, case))
 
@@ -39,47 +35,38 @@ class _Job(Job):
 
 
 def _function(operator: Operator, case: Case) -> Any:
-    def distribution(loc: Any, P: Any, d: Any) -> Any:
-        return dist.LowRankMultivariateNormal(loc, P, jnp.broadcast_to(d, loc.shape), validate_args=False)
-
-    def factor(P: Any) -> Any:
+    def transposed(P: Any) -> Any:
         return P if case.layout == "BNR" else jnp.swapaxes(P, -1, -2)
 
-    def density(leaves: Any, rest: Any, key: Any) -> Any:
-        a = {**leaves, **rest}
-        D = distribution(a["loc"], factor(a["P"]), a["d"])
-        out = {}
-        if "log_prob" in operator.name:
-            out["log_prob"] = D.log_prob(a["x"])
-        if "entropy" in operator.name:
-            out["entropy"] = D.entropy()
-        return out
+    def distribution(a: Any) -> Any:
+        if "features" in a:
+            F = a["features"]
+            P = jnp.einsum("rck,bkhw->brchw", a["weight"], F) + a["bias"][:, :, None, None]
+            loc = jnp.einsum("ck,bkhw->bchw", a["mean_weight"], F) + a["mean_bias"][:, None, None]
+            P = jnp.swapaxes(P.reshape(case.batch, case.rank, case.N), -1, -2)
+            loc = loc.reshape(case.batch, case.N)
+        else:
+            loc, P = a["loc"], transposed(a["P"])
+        return dist.LowRankMultivariateNormal(loc, P, jnp.broadcast_to(a["d"], loc.shape), validate_args=False)
 
-    def linear(leaves: Any, rest: Any, key: Any) -> Any:
+    def outputs(leaves: Any, rest: Any, key: Any) -> Any:
         a = {**leaves, **rest}
-        F = a["features"]
-        P = jnp.einsum("rck,bkhw->brchw", a["weight"], F) + a["bias"][:, :, None, None]
-        loc = jnp.einsum("ck,bkhw->bchw", a["mean_weight"], F) + a["mean_bias"][:, None, None]
-        P = P.reshape(case.batch, case.rank, case.N)
-        D = distribution(loc.reshape(case.batch, case.N), jnp.swapaxes(P, -1, -2), a["d"])
-        return {"log_prob": D.log_prob(a["x"]), "entropy": D.entropy()}
-
-    def sample(leaves: Any, rest: Any, key: Any) -> Any:
-        a = {**leaves, **rest}
-        return {"y": distribution(a["loc"], factor(a["P"]), a["d"]).rsample(key)}
+        p = distribution(a)
+        if not operator.terms:
+            return {"y": p.rsample(key)}
+        found = {"log_prob": lambda: p.log_prob(a["x"]), "entropy": p.entropy}
+        return {name: found[name]() for name in operator.terms}
 
     def loss(leaves: Any, rest: Any, key: Any) -> Any:
-        if operator.name == "rsample_backward":
-            out = sample(leaves, rest, key)
+        out = outputs(leaves, rest, key)
+        if "y" in out:
             return (out["y"] * rest["grad_y"]).sum(), out
-        out = (linear if operator.name == "linear_backward" else density)(leaves, rest, key)
-        return out.get("entropy", jnp.zeros(1)).sum() - out.get("log_prob", jnp.zeros(1)).sum(), out
+        return sum(value.sum() if name == "entropy" else -value.sum() for name, value in out.items()), out
 
     def with_backward(leaves: Any, rest: Any, key: Any) -> Any:
         (_, out), grads = jax.value_and_grad(loss, has_aux=True)(leaves, rest, key)
-        grads = {f"grad_{name}": grad for name, grad in grads.items()}
-        if "grad_P" in grads and case.layout == "BRN":
-            grads["grad_P"] = jnp.swapaxes(grads["grad_P"], -1, -2)
-        return {**out, **grads}
+        if "P" in grads:
+            grads["P"] = transposed(grads["P"])
+        return {**out, **{f"grad_{name}": grad for name, grad in grads.items()}}
 
-    return with_backward if operator.gradients else density
+    return with_backward if operator.gradients else outputs

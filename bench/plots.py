@@ -1,34 +1,29 @@
-"""Pictures of the stored results: time, memory and error against N."""
+"""Pictures of the stored results: time, peak memory and error against N."""
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from . import store
-from .operators import OPERATORS
-from .peers import PEERS
+from sosvae import files
+
 from .store import Row
+from .tables import titles
 
-__all__ = ["plots", "titles"]
+__all__ = ["plots"]
 
-
-def titles(row: Row) -> tuple[str, str]:
-    operator, peer = OPERATORS.get(row.operator), PEERS.get(row.peer)
-    return operator.title if operator else row.operator, peer.title if peer else row.peer
-
-
-COLOURS = {
-    "ours": "#0b5fa5",
-    "torch": "#d1495b",
-    "compile": "#edae49",
-    "linear_operator": "#8d6a9f",
-    "numpyro": "#3a9679",
-    "betavae": "#555555",
-    "textbook": "#d1495b",
-    "textbook_compile": "#edae49",
+STYLES = {  # colours, and markers where lines lie on each other
+    "ours": ("#0b5fa5", "o"),
+    "torch": ("#d1495b", "s"),
+    "compile": ("#edae49", "^"),
+    "linear_operator": ("#8d6a9f", "D"),
+    "numpyro": ("#3a9679", "v"),
+    "betavae": ("#555555", "P"),
+    "textbook": ("#d1495b", "s"),
+    "textbook_compile": ("#edae49", "^"),
 }
-MARKERS = dict(zip(COLOURS, "os^DvPs^", strict=True))  # where lines lie on each other
+
+Value = Callable[[Row], float]
 
 
 def plots(rows: Sequence[Row], folder: Path, stem: str) -> list[Path]:
@@ -37,73 +32,84 @@ def plots(rows: Sequence[Row], folder: Path, stem: str) -> list[Path]:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-    panels = {}
+    panels = []
     for operator in dict.fromkeys(row.operator for row in rows):
         chosen = _along_N([row for row in rows if row.operator == operator and row.status == "ok"])
         if len({row.N for row in chosen}) > 1:
-            panels[operator] = chosen
-    measures: dict[str, Callable[[Sequence[Row]], tuple[str, Callable[[Row], float]]]] = {
-        "time": lambda rows: ("time of a call [ms]", lambda row: row.seconds * 1e3),
-        "memory": lambda rows: ("peak above the inputs [MB]", lambda row: row.memory / 1e6),
-        "error": _error,
-    }
+            panels.append(chosen)
     written = []
-    for measure, choose in measures.items() if panels else ():
+    for measure, choose in _MEASURES.items() if panels else ():
         figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4), squeeze=False)
-        for axis, chosen in zip(axes[0], panels.values(), strict=True):
+        for axis, chosen in zip(axes[0], panels, strict=True):
             label, value = choose(chosen)
             for peer in dict.fromkeys(row.peer for row in chosen):
-                points = sorted((row.N, value(row)) for row in chosen if row.peer == peer)
-                title = PEERS[peer].title if peer in PEERS else peer
-                style = {"color": COLOURS.get(peer), "marker": MARKERS.get(peer, "o")}
-                axis.plot(*zip(*points, strict=True), label=title, **style)
+                colour, marker = STYLES.get(peer, (None, "o"))
+                _line(axis, chosen, peer, value, color=colour, marker=marker)
             if measure == "time" and any(math.isfinite(row.floor) for row in chosen):
-                floor = sorted((row.N, row.floor * 1e3) for row in chosen if row.peer == "ours")
-                axis.plot(*zip(*floor, strict=True), "--", color="0.5", label="floor of this machine")
-            row = chosen[0]
-            sizes = f"B = {row.B}, R = {row.R}" if len({r.B for r in chosen}) == 1 else f"R = {row.R}"
-            axis.set(xscale="log", yscale="log", xlabel="N = height · width · channels", ylabel=label)
-            axis.set_xticks(sorted({r.N for r in chosen}))
-            axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-            axis.xaxis.set_minor_locator(NullLocator())
-            low, high = axis.get_ylim()
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-            axis.yaxis.set_minor_formatter(NullFormatter())
-            axis.set_title(f"{titles(row)[0]} ({sizes})", fontsize=10)
-            axis.grid(True, which="major", color="0.9")
-            axis.legend(fontsize=8, frameon=False)
+                _line(
+                    axis, chosen, "ours", lambda row: row.floor * 1e3, "--", color="0.5", label="floor of this machine"
+                )
+            _dress(axis, chosen, label)
         figure.tight_layout()
         path = folder / f"{stem}-{measure}.png"
-        # No date or version in the file: the same results give the same bytes.
-        save = functools.partial(figure.savefig, dpi=110, metadata={"Software": None})
-        store.write_atomically(path, save, "wb")
+        with files.atomic_writer(path) as file:
+            # No date or version in the file: the same results give the same bytes.
+            figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
         plt.close(figure)
         written.append(path)
     return written
+
+
+def _line(axis: Any, rows: Sequence[Row], peer: str, value: Value, *form: str, **style: Any) -> None:
+    chosen = sorted((row for row in rows if row.peer == peer), key=lambda row: row.N)
+    style = {"label": titles(chosen[0])[1], **style}
+    axis.plot([row.N for row in chosen], [value(row) for row in chosen], *form, **style)
+
+
+def _dress(axis: Any, rows: Sequence[Row], label: str) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    sizes = f"B = {rows[0].B}, R = {rows[0].R}" if len({row.B for row in rows}) == 1 else f"R = {rows[0].R}"
+    axis.set(xscale="log", yscale="log", xlabel="N = height · width · channels", ylabel=label)
+    axis.set_xticks(sorted({row.N for row in rows}))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    axis.xaxis.set_minor_locator(NullLocator())
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_title(f"{titles(rows[0])[0]} ({sizes})", fontsize=10)
+    axis.grid(True, which="major", color="0.9")
+    axis.legend(fontsize=8, frameon=False)
 
 
 def _along_N(rows: Sequence[Row]) -> list[Row]:
     """The largest set of rows of one run in which only N differs (for a training step, B too: its sizes are few)."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        batch = 0 if row.operator.startswith("train_") else row.B
+        batch = 0 if row.operator == "train_step" else row.B
         groups.setdefault((row.date, batch, row.R, row.diagonal, row.layout), []).append(row)
     return max(groups.values(), key=lambda group: len({row.N for row in group}), default=[])
 
 
 _ERRORS = {
-    "log p off by [nats]": "error_log_prob",
-    "H off by [nats]": "error_entropy",
-    "gradients off by [relative]": "error_gradient",
-    "results off by [relative]": "error_output",
+    "error_log_prob": "log p off by [nats]",
+    "error_entropy": "H off by [nats]",
+    "error_gradient": "gradients off by [relative]",
+    "error_output": "results off by [relative]",
 }
 
 
-def _error(rows: Sequence[Row]) -> tuple[str, Callable[[Row], float]]:
-    """The error to be drawn, the first that these rows have: its label and where it is found."""
-    known = (name for name, column in _ERRORS.items() if any(math.isfinite(getattr(row, column)) for row in rows))
-    name = next(known, next(iter(_ERRORS)))
-    return name + ", against float64", lambda row: getattr(row, _ERRORS[name])
+def _error(rows: Sequence[Row]) -> tuple[str, Value]:
+    """The label and the value of the first error that these rows have."""
+    known = (column for column in _ERRORS if any(math.isfinite(getattr(row, column)) for row in rows))
+    column = next(known, "error_log_prob")
+    return _ERRORS[column] + ", against float64", lambda row: getattr(row, column)
+
+
+_MEASURES: dict[str, Callable[[Sequence[Row]], tuple[str, Value]]] = {
+    "time": lambda rows: ("time of a call [ms]", lambda row: row.seconds * 1e3),
+    "memory": lambda rows: ("peak above the inputs [MB]", lambda row: row.peak / 1e6),
+    "error": _error,
+}

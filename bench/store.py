@@ -1,13 +1,14 @@
 """Results as rows of a CSV file: appended, never executed, written whole or not at all."""
 
 import csv
+import io
 import math
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
+
+from sosvae import files
 
 __all__ = ["RESULTS", "Row", "append", "default_file", "latest", "read"]
 
@@ -55,31 +56,11 @@ class Row:
     error_entropy: float  # nats
     error_gradient: float  # relative, the worst gradient
     error_output: float  # relative, the worst of everything else
-    memory: float  # bytes at the peak above the inputs
-    memory_by: str  # "resident", "maxrss" or "allocator"
+    peak: float  # bytes above the inputs
+    peak_by: str  # "resident" or "allocator"
     least_bytes: float
     operations: float
     floor: float  # s
-
-    @property
-    def bandwidth(self) -> float:
-        """Least bytes over time, byte/s: what of the machine's bandwidth is put to use."""
-        return self.least_bytes / self.seconds
-
-    @property
-    def copy_share(self) -> float:
-        """`bandwidth` as a share of the measured copy bandwidth."""
-        return self.bandwidth / self.copy_bandwidth
-
-    @property
-    def product_share(self) -> float:
-        """Operations per second as a share of the measured rate of a matrix product."""
-        return self.operations / self.seconds / self.product_rate
-
-    @property
-    def over_floor(self) -> float:
-        """Time over the floor: 1 is as fast as this machine can."""
-        return self.seconds / self.floor
 
 
 _TYPES = get_type_hints(Row)
@@ -98,14 +79,12 @@ def read(path: Path) -> list[Row]:
     Raises:
         ValueError: a column is missing or unknown, or a value is not of its type; file and line are named.
     """
+    rows = []
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames is None or list(reader.fieldnames) != _NAMES:
-            different = sorted(set(reader.fieldnames or ()) ^ set(_NAMES))
-            raise ValueError(
-                f"{path.name}: columns are not those of bench.store.Row: {', '.join(different) or 'order'}"
-            )
-        rows = []
+            different = ", ".join(sorted(set(reader.fieldnames or ()) ^ set(_NAMES))) or "order"
+            raise ValueError(f"{path.name}: columns are not those of bench.store.Row: {different}")
         for values in reader:
             try:
                 if None in values or None in values.values():
@@ -118,30 +97,12 @@ def read(path: Path) -> list[Row]:
 
 def append(path: Path, rows: Iterable[Row]) -> None:
     """Adds rows to a file, which is made if it is not there: the old and the new together replace it at once."""
-    everything = [*(read(path) if path.exists() else ()), *rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-    def write(file: Any) -> None:
-        writer = csv.DictWriter(file, _NAMES, lineterminator="\n")
-        writer.writeheader()
-        for row in everything:
-            writer.writerow({name: _text(value) for name, value in asdict(row).items()})
-
-    write_atomically(path, write)
-
-
-def write_atomically(path: Path, write: Any, mode: str = "w") -> None:
-    """Calls `write(file)` on a temporary file beside `path`, then renames it."""
-    options: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, mode, **options) as file:
-            write(file)
-        os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, _NAMES, lineterminator="\n")
+    writer.writeheader()
+    for row in [*(read(path) if path.exists() else ()), *rows]:
+        writer.writerow({name: _text(value) for name, value in asdict(row).items()})
+    files.write_atomically(path, text.getvalue().encode())
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:

@@ -11,15 +11,14 @@ import pytest
 
 pytest.importorskip("pytest_benchmark", reason="needs the extra `bench`")
 
-from bench import measure
-from bench.operators import OPERATORS, SMALL, default_plan, full_plan
+from bench import measure, plan
+from bench.operators import OPERATORS, SMALL
 
 
 class WorkersClock:
     """The clock that pytest-benchmark reads: it stands still but for what the peers' processes have measured."""
 
-    def __init__(self) -> None:
-        self.now = 0.0
+    now = 0.0
 
     def __call__(self) -> float:
         return self.now
@@ -32,35 +31,33 @@ CLOCK = WorkersClock()
 
 
 def pytest_generate_tests(metafunc):
-    if "entry" in metafunc.fixturenames:
-        plan = full_plan() if metafunc.config.getoption("benchmark_full") else default_plan()
-        cells = [(entry, peer) for entry in plan for peer in entry.peers]
-        ids = [f"{entry.operator.name}-{entry.case.id}-{peer}" for entry, peer in cells]
-        marks = [pytest.mark.benchmark(group=f"{e.operator.title}, {e.case.id}", timer=CLOCK) for e, _ in cells]
-        values = [pytest.param(*cell, id=i, marks=mark) for cell, i, mark in zip(cells, ids, marks, strict=True)]
-        metafunc.parametrize(("entry", "peer"), values)
+    if "entry" not in metafunc.fixturenames:
+        return
+    cells = []
+    for entry in plan.full_plan() if metafunc.config.getoption("benchmark_full") else plan.default_plan():
+        mark = pytest.mark.benchmark(group=f"{entry.operator.title}, {entry.case.id}", timer=CLOCK)
+        names = {peer: f"{entry.operator.name}-{entry.case.id}-{peer}" for peer in entry.peers}
+        cells += [pytest.param(entry, peer, id=name, marks=mark) for peer, name in names.items()]
+    metafunc.parametrize(("entry", "peer"), cells)
 
 
 def test_operator(entry, peer, measured, benchmark):
-    results, rows = measured(entry)
-    (result,), (row,) = ([r for r in found if r.peer == peer] for found in (results, rows))
-    if result.status == "missing":
-        pytest.skip(f"{peer} is missing: {result.note}")
-    if result.status == "skipped":
-        pytest.skip(result.note)
+    result, row = measured(entry, peer)
+    if result.status in ("missing", "skipped"):
+        pytest.skip(f"{peer} is {result.status}: {result.note}")
     if result.status != "ok":
         pytest.fail(f"{peer} is {result.status}: {result.note}", pytrace=False)
     benchmark.extra_info |= {
         "ratio to ours": row.ratio,
         "errors": result.errors,
-        "memory [byte]": row.memory,
-        "over the floor": row.over_floor,
+        "memory [byte]": row.peak,
+        "over the floor": row.seconds / row.floor,
     }
     rounds = iter(result.seconds)
     benchmark.pedantic(lambda: CLOCK.advance(next(rounds)), rounds=len(result.seconds))
 
 
-@pytest.mark.parametrize("name", [n for n, o in OPERATORS.items() if not n.startswith("train_")])
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "train_step"])
 def test_graph_capture(name, where):
     if where["kind"] == "cpu":
         pytest.skip("no GPU: there is no graph to capture; `python -m bench.static` reports on the compiled kernels")
@@ -77,9 +74,8 @@ def test_tune(request, capsys):
     if not torch.cuda.is_available():
         pytest.fail("--tune needs a GPU: a launch configuration is chosen by measuring it", pytrace=False)
     from bench import tune  # which imports the kernels
-    from lowrank_mvn.triton import tuned
 
-    folder = tuned.users_folder()
+    folder = tune.tuned.users_folder()
     if folder is None:
         pytest.fail("--tune has nowhere to write to: set XDG_CACHE_HOME", pytrace=False)
     with capsys.disabled():

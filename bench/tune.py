@@ -1,11 +1,11 @@
 """Sweeps the launches of the kernels on a GPU: `pytest --benchmark --tune`, which takes up to an hour.
 
 What can be chosen is one `Block` (warps, columns, stages) for each kernel, padded rank and layout: a cell. The cells
-are those that `common.block` is asked for while a step runs. The kernels of a linear factor (linear_gram,
+are those that `launch.block` is asked for while a step runs. The kernels of a linear factor (linear_moments,
 linear_residual, linear_backward, linear_sample, and these with an ending) are looked up likewise, but left out here:
 what their registers hold depends on the number of channels, which a cell does not know. So is the backward pass of
 several samples or half precision (backward_sparing): no step here launches it; and what walks over tiles of R with a
-launch of its own (`common.tiled_block`) is not looked up. In each of the others
+launch of its own (`launch.tiled_block`) is not looked up. In each of the others
 
 1. every candidate computes a whole step, and is left out if it does not compile, if it spills registers, or if a result
    differs from that of the launch that comes with the package;
@@ -14,30 +14,33 @@ launch of its own (`common.tiled_block`) is not looked up. In each of the others
 3. the fastest is kept if it wins by more than the spread, and if it computes the same in other dtypes, with a scalar
    diagonal, several samples and, where they share the cell, ranks of several tiles.
 
-The table is written to the user's folder (`lowrank_mvn.triton.tuned`), a cell at a time. Clocks are left alone.
+The table is written to the user's folder (`lowrank_mvn.device.tuned`), a cell at a time. Clocks are left alone.
 """
 
+import json
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from triton.errors import TritonError
 
-from lowrank_mvn import triton as kernels
-from lowrank_mvn.triton import common, tuned
-from lowrank_mvn.triton.common import Block
+from lowrank_mvn.device import launch, tuned
+from lowrank_mvn.device.launch import Block
+from lowrank_mvn.factors.dense import triton as kernels
+from sosvae.files import write_atomically
 
 from .measure import percentile
 from .static.launches import Case, Launch
 from .worker import CACHE
 
-__all__ = ["CASES", "Device", "Sweep", "candidates", "gpu", "sweep", "tune"]
+__all__ = ["CASES", "Device", "Sweep", "candidates", "gpu", "sweep", "tune", "write"]
 
 RANKS = (10, 25, 64, 100)  # one for each padded rank
 CASES = [Case(R, layout, B=16, N=3 * 128 * 128) for R in RANKS for layout in ("BRN", "BNR")]  # past the last cache
@@ -69,8 +72,8 @@ def gpu() -> Device:
             overwritten.zero_()  # the cache; it also takes longer than the host needs to start what follows
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            for launch in launches:
-                run(launch)
+            for one in launches:
+                run(one)
             end.record()
             pairs.append((start, end))
         torch.cuda.synchronize(device)
@@ -119,13 +122,13 @@ def candidates(block_r: int) -> list[Block]:
     ]
 
 
-def run(launch: Launch):
+def run(one: Launch) -> Any:
     """Starts it again; kernels write what they wrote before. Returns the compiled kernel (None in the interpreter)."""
-    return launch.kernel[launch.grid](**launch.arguments, num_warps=launch.num_warps, num_stages=launch.num_stages)
+    return one.kernel[one.grid](**one.arguments, num_warps=one.num_warps, num_stages=one.num_stages)
 
 
 def spills(launches: Sequence[Launch]) -> int:
-    return sum(getattr(run(launch), "n_spills", None) or 0 for launch in launches)
+    return sum(getattr(run(one), "n_spills", None) or 0 for one in launches)
 
 
 def inputs(case: Case, device: torch.device) -> tuple[Tensor, ...]:
@@ -162,10 +165,10 @@ def choosing(cell: tuned.Key, chosen: Block | None) -> Iterator[tuple[list[Block
     """Dispatch with `chosen` for one cell; gives what its look-ups found, and the launches that they led to."""
     found: list[Block] = []
     launches: list[Launch] = []
-    look_up, start = common.block, common.launch
+    look_up, start = launch.block, launch.launch
     asked = False
 
-    def block(kernel, table, block_r, by_column, device):
+    def block(kernel: str, table: launch.Table, block_r: int, by_column: bool, device: torch.device) -> Block:
         nonlocal asked
         asked = (kernel, block_r, by_column) == cell
         if asked and chosen is not None:
@@ -175,27 +178,27 @@ def choosing(cell: tuned.Key, chosen: Block | None) -> Iterator[tuple[list[Block
             found.append(own)
         return own
 
-    def launch(kernel, grid, num_warps, num_stages=1, **arguments):
+    def started(kernel: Any, grid: tuple[int, ...], num_warps: int, num_stages: int = 1, **arguments: Any) -> None:
         nonlocal asked
         if asked and all(grid):
             launches.append(Launch(kernel, grid, num_warps, num_stages, arguments))
         asked = False
         start(kernel, grid, num_warps, num_stages, **arguments)
 
-    with patch.object(common, "block", block), patch.object(common, "launch", launch):
+    with patch.object(launch, "block", block), patch.object(launch, "launch", started):
         yield found, launches
 
 
 def cells(case: Case, device: torch.device) -> list[tuned.Key]:
-    """What `common.block` is asked for in a step, in that order."""
+    """What `launch.block` is asked for in a step, in that order."""
     seen: dict[tuned.Key, None] = {}
-    look_up = common.block
+    look_up = launch.block
 
-    def block(kernel, table, block_r, by_column, where):
+    def block(kernel: str, table: launch.Table, block_r: int, by_column: bool, where: torch.device) -> Block:
         seen[kernel, block_r, by_column] = None
         return look_up(kernel, table, block_r, by_column, where)
 
-    with patch.object(common, "block", block):
+    with patch.object(launch, "block", block):
         step(*inputs(case._replace(B=1, N=17), device))
     return list(seen)
 
@@ -203,7 +206,7 @@ def cells(case: Case, device: torch.device) -> list[tuned.Key]:
 def others(case: Case) -> list[Case]:
     """Small cases of the same cell whose result has to be the same: dtypes, diagonals, samples, tiles of R."""
     small = case._replace(B=min(case.B, 2), N=min(case.N, 333))
-    ranks = [case.R, 2 * common.TILED_R + 2] if common.padded_rank(case.R) == common.TILED_R else [case.R]
+    ranks = [case.R, 2 * launch.TILED_R + 2] if launch.padded_rank(case.R) == launch.TILED_R else [case.R]
     kinds = ((torch.float32, "scalar", 2), (torch.float64, "pixel", 1), (torch.bfloat16, "pixel", 2))
     return [small._replace(R=R, dtype=dtype, diagonal=diagonal, S=S) for R in ranks for dtype, diagonal, S in kinds]
 
@@ -245,10 +248,10 @@ def sweep(cell: tuned.Key, case: Case, where: Device, tried: Sequence[Block]) ->
                 once[block] = where.seconds(result)
     # Launches hold on to their tensors, so that only the finalists' are kept.
     finalists = sorted(once, key=once.__getitem__)[:FINALISTS]
-    started = {default: launches, **{block: computed(block, arguments)[2] for block in finalists}}
-    times: dict[Block, list[float]] = {block: [] for block in started}
+    timed = {default: launches, **{block: computed(block, arguments)[2] for block in finalists}}
+    times: dict[Block, list[float]] = {block: [] for block in timed}
     for _ in range(ROUNDS):
-        for block, own in started.items():
+        for block, own in timed.items():
             times[block].append(where.seconds(own))
     out.before, out.spread = statistics.median(times[default]), _spread(times[default])
     for block in sorted(finalists, key=lambda block: statistics.median(times[block])):
@@ -260,6 +263,24 @@ def sweep(cell: tuned.Key, case: Case, where: Device, tried: Sequence[Block]) ->
             break
         out.left_out["differ elsewhere"] += 1
     return out
+
+
+def write(folder: Path, device_name: str, measured: Mapping[tuned.Key, tuned.Launch | None]) -> Path:
+    """Puts entries into a device's file, and forgets those that are None; other processes see it when they start."""
+    together: tuned.Entries = tuned.read(folder, device_name)
+    for key, found in measured.items():
+        if found is None:
+            together.pop(key, None)
+        elif fault := tuned.fault(tuned.as_item(key, found)):
+            raise ValueError(f"{key}: {found} cannot be stored: {fault}")
+        else:
+            together[key] = found
+    path = tuned.file_of(folder, device_name)
+    items = ",".join(f"\n    {json.dumps(tuned.as_item(key, found))}" for key, found in sorted(together.items()))
+    head = f'{{\n  "format": {tuned.FORMAT},\n  "device": {json.dumps(device_name)},\n  "blocks": ['
+    write_atomically(path, f"{head}{items}\n  ]\n}}\n".encode())
+    tuned.entries.cache_clear()
+    return path
 
 
 def _spread(times: Sequence[float]) -> float:
@@ -282,7 +303,7 @@ def tune(
             if cell not in done:
                 with patch.object(tuned, "entries", lambda device: shipped):  # not what an earlier sweep has found
                     done[cell] = found = sweep(cell, case, where, choose(cell[1]))
-                path = tuned.write(folder, where.name, {cell: found.best})
+                path = write(folder, where.name, {cell: found.best})
                 say(str(found))
     better = sum(found.best is not None for found in done.values())
     say(f"{better} of {len(done)} launches are faster on {where.name}; written to {path}")

@@ -231,27 +231,34 @@ def test_all_has_what_changes_a_launch():
     pytest.importorskip("triton")
     from bench.static.launches import all_cases, all_linear_cases, captured
 
-    def seen(cases, kernel, *names):
-        launches = [launch for case in cases for launch in captured(case, "sm_90") if launch.name == kernel]
-        values = [[launch.arguments[name] for name in names] for launch in launches]
-        return {tuple(v.dtype if isinstance(v, torch.Tensor) else v for v in row) for row in values}
+    def seen(cases, kernel, look):
+        return {look(l.arguments) for case in cases for l in captured(case, "sm_90") if l.name == kernel}
+
+    def given(*names):
+        return lambda arguments: tuple(arguments[name] is not None for name in names)
+
+    def dtypes(*names):
+        return lambda arguments: tuple(arguments[name] and arguments[name][0].dtype for name in names)
+
+    def alignment(arguments):
+        return arguments["TILE"].ALIGN
 
     full, linear = [*all_cases([25], ["BRN"])], [*all_linear_cases([64], ["BKM"])]
-    assert seen(full, "backward", "NEED_X", "NEED_LOC", "NEED_P", "NEED_D") == {
-        (True,) * 4,
-        (False, True, True, False),
-    }
-    assert seen(full, "sample", "CHUNKS", "GIVEN") == {(1, False), (1, True), (20, False)}
-    assert {(0, True), (1, False), (2, True), (2, False)} <= seen(full, "backward", "S", "SHARED_LOC")
+    gradients = given("grad_x_ptr", "grad_loc_ptr", "grad_P_at", "grad_d_ptr")
+    assert seen(full, "backward", gradients) == {(True,) * 4, (False, True, True, False), (False, False, True, True)}
+    samples = seen(full, "sample", lambda a: (a["cut"][2], a["omega_d_at"] is not None))
+    assert samples == {(1, False), (1, True), (20, False)}
+    means = seen(full, "backward", lambda a: (a["sizes"][0], a["SHARED_LOC"]))
+    assert {(0, False), (1, False), (2, True), (2, False)} <= means
     half = (torch.float32, torch.bfloat16, torch.float32)
-    assert half in seen(full, "capacitance", "x_ptr", "P_ptr", "d_ptr")
-    assert seen(full, "residual", "ALIGN") == {(1,), (4,), (16,)}
-    assert half in seen(linear, "linear_gram", "x_ptr", "F_ptr", "d_ptr")
-    assert seen(linear, "linear_residual", "ALIGN") == {(1,), (4,), (16,)}
-    flags = seen(linear, "linear_residual", "WITH_LOC", "INVERTED", "WITH_U")
+    assert half in seen(full, "capacitance", dtypes("x_at", "P_at", "d_at"))
+    assert seen(full, "residual", alignment) == {1, 4, 16}
+    assert half in seen(linear, "linear_moments", dtypes("x_at", "F_at", "d_at"))
+    assert seen(linear, "linear_residual", alignment) == {1, 4, 16}
+    flags = seen(linear, "linear_residual", lambda a: (a["loc_at"] is not None, a["INVERTED"], a["u_ptr"] is not None))
     assert {(False, False, True), (True, False, True), (True, True, False)} <= flags
-    assert seen(linear, "linear_sample", "WITH_LOC", "GIVEN") == {(False, False), (True, True)}
-    assert (False, True, False) in seen(linear, "linear_backward", "NEED_X", "NEED_F", "NEED_D")
+    assert seen(linear, "linear_sample", given("loc_at", "omega_d_at")) == {(False, False), (True, True)}
+    assert (False, True, False) in seen(linear, "linear_backward", given("grad_x_ptr", "grad_F_at", "grad_d_ptr"))
     names = [case.name for case in linear]
     assert "K=64 BKM bfloat16 item others=float32 grads=F" in names
 
@@ -282,13 +289,13 @@ def test_a_linear_factor_is_covered(monkeypatch, capsys):
     asked = {}
     row = {"kernel": "linear_backward", "case": "K=64 BKM float32 item", "target": "sm_80", "spills": 8, "shared": 0}
     row |= {"registers": 255, "occupancy": 0.125}
-    bytes_of = [{"kernel": "linear_gram", "requested": 106, "floor": 100}]
+    bytes_of = [{"kernel": "linear_moments", "requested": 106, "floor": 100}]
     monkeypatch.setattr(static, "compile_all", lambda tasks, *rest: [row] if asked.update(tasks=tasks) is None else [])
     monkeypatch.setattr(static, "in_interpreter", lambda cases: asked.update(counted=cases) or {"64:BKM": bytes_of})
     assert static.main(["--check"]) == 1
     output = capsys.readouterr().out
     assert "NO  no spills, sm_80" in output
-    assert "NO  linear_gram asks for ≤ 1.05 × the least" in output
+    assert "NO  linear_moments asks for ≤ 1.05 × the least" in output
     linear = [(case, target) for case, target in asked["tasks"] if isinstance(case, LinearCase)]
     assert {(case[:4], target) for case, target in linear} == {
         ((K, layout, torch.float32, diagonal), target)
@@ -306,16 +313,16 @@ def test_a_linear_factor_is_covered(monkeypatch, capsys):
     assert {case.rows for case, _ in asked["tasks"] if isinstance(case, LinearCase)} >= {32, 64, 128, 200}
     assert {case.rows for case, _ in asked["tasks"] if not isinstance(case, LinearCase)} >= {16, 32, 64, 128, 200}
 
-    parts = ("linear_gram", "linear_residual", "linear_backward", "linear_sample")
+    parts = ("linear_moments", "linear_residual", "linear_backward", "linear_sample")
     for layout in ("BKM", "BMK"):
-        launches = {launch.name: launch for launch in captured(LinearCase(64, layout, B=1, M=64), "sm_80")}
-        assert launches.keys() == {*parts, "linear_gram (float64)", "linear_backward (float64)"}
-        assert all(launches[name].tile_rows == 64 for name in parts)
+        launches = {launch.name: launch for launch in captured(LinearCase(64, layout, B=1, pixels=64), "sm_80")}
+        assert launches.keys() == {*parts, "linear_moments (float64)", "linear_backward (float64)"}
+        assert all(launches[name].tile_size[0] == 64 for name in parts)
         assert all(launches[name].tile.shape == (1, 64, 64) for name in parts)
-        many = {launch.name for launch in captured(LinearCase(256, layout, B=1, M=64), "sm_80")}
+        many = {launch.name for launch in captured(LinearCase(256, layout, B=1, pixels=64), "sm_80")}
         assert many == {"linear_residual", "linear_sample", "product", "product (float64)"}
-        sizes = {launch.sizes for launch in captured(LinearCase(256, layout, B=1, M=64), "sm_80")}
-        assert sizes == {None, "75×256×64", "78×64×256", "256×78×64"}  # P of C·R rows, grad_W and grad_m, grad_F
+        sizes = {launch.sizes for launch in captured(LinearCase(256, layout, B=1, pixels=64), "sm_80")}
+        assert sizes == {None, "75×256×64", "78×64×256", "256×78×64"}  # P, grad_W and grad_m, grad_F
 
 
 def _hang(pipe):

@@ -12,7 +12,8 @@ import pytest
 import torch
 from triton_cases import BF16, DEVICE, F16, F32, F64, MARKS, TOLERANCE, inputs, oracle, relative, weights
 
-from lowrank_mvn import aten
+from lowrank_mvn.device import launch
+from lowrank_mvn.factors.dense import aten
 
 pytestmark = MARKS
 
@@ -104,10 +105,31 @@ def test_no_samples_and_empty_batch(kernels):
 def test_gram_with_a_mask(kernels, N, R):
     x, loc, P, d = inputs(F32, 2, 2, N, R, "BRN", "pixel", True)
     precision = torch.where(torch.rand_like(d) < 0.5, d.reciprocal(), torch.zeros_like(d))
-    C, w = kernels.gram(x, loc, P, precision)
-    C_expected, w_expected = aten.gram(x.double(), loc.double(), P.double(), precision.double())
-    assert relative(C, C_expected) < 1e-6
-    assert relative(w, w_expected) < 1e-12  # made in float64
+    gram, w = kernels.normal_equations(x, loc, P, precision)
+    expected = aten.normal_equations(x.double(), loc.double(), P.double(), precision.double())
+    assert relative(gram, expected[0]) < 1e-6
+    assert relative(w, expected[1]) < 1e-12  # made in float64
+    assert torch.equal(kernels.gram(P, precision), gram)
+
+
+ALONE = (0, 3, 4, 6, 11, 13, 15)
+
+
+@pytest.mark.parametrize("case", [MATRIX[i] for i in ALONE], ids=[IDS[i] for i in ALONE])
+def test_log_determinant_alone(kernels, case):
+    _, _, P, d = inputs(*case)
+    b, wide = weights(*case[1:3])[1], (P.double(), d.double())
+    expected, (found, C_inv, flags) = aten.logdet(*wide), kernels.logdet(P, d)
+    assert relative(found, expected[0]) < 2e-6
+    assert relative(C_inv, expected[1]) < 2e-6
+    grads = kernels.logdet_backward(b, P, d, C_inv, flags, [True, True])
+    of_wide = aten.logdet_backward(b, *wide, *expected[1:], [True, True])
+    for ours, theirs, like in zip(grads, of_wide, (P, d), strict=True):
+        assert (ours.shape, ours.dtype) == (like.shape, like.dtype)
+        assert relative(ours, theirs) < TOLERANCE[case[0]]
+    for needs in ([True, False], [False, True]):
+        for need, ours, theirs in zip(needs, kernels.logdet_backward(b, P, d, C_inv, flags, needs), grads, strict=True):
+            assert torch.equal(ours, theirs) if need else ours.numel() == 0
 
 
 @pytest.mark.parametrize("R", [129])
@@ -192,7 +214,7 @@ def test_more_splits_than_work(kernels, monkeypatch, diagonal):
         return *out, *grads, y, *kernels.rsample_backward(x, P, d, omega_p, None, seed, [True, True, False])
 
     expected = everything()
-    monkeypatch.setattr(kernels.common, "ceil_div", lambda a, b: -(-a // b) + (3 if a == 70 else 0))
+    monkeypatch.setattr(launch, "ceil_div", lambda a, b: -(-a // b) + (3 if a == 70 else 0))
     for ours, theirs in zip(everything(), expected, strict=True):
         assert torch.equal(ours, theirs)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lowrank_mvn
-from lowrank_mvn import ops, ops_rsample
+from lowrank_mvn.registry import runs_on
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRET else "cuda"
@@ -93,8 +93,23 @@ def test_opcheck_of_its_backward(needs):
     torch.library.opcheck(operator, (*grads, *inputs, *kept, needs, "triton"))
 
 
-def test_opcheck_of_gram():
-    torch.library.opcheck(OPERATORS.gram.default, (*density_operator()[0], "triton"))
+def test_opcheck_of_log_determinants():
+    _, _, P, d = density_operator()[0]
+    torch.library.opcheck(OPERATORS.logdet.default, (P, d, "triton"))
+    with torch.no_grad():
+        logdet, *kept = OPERATORS.logdet(P, d, "triton")
+    torch.library.opcheck(OPERATORS.logdet_backward.default, (logdet, P, d, *kept, [True, True], "triton"))
+
+
+def test_opcheck_of_normal_equations():
+    x, loc, P, d = density_operator()[0]
+    torch.library.opcheck(OPERATORS.gram.default, (P, d, "triton"))
+    torch.library.opcheck(OPERATORS.normal_equations.default, (x, loc, P, d, "triton"))
+
+
+def test_opcheck_of_noise():
+    seed = torch.tensor([1, 2], device=DEVICE)
+    torch.library.opcheck(OPERATORS.noise.default, (seed, 3, 7, torch.float32, "triton"))
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["drawn", "given"])
@@ -107,10 +122,11 @@ def test_opcheck_of_samples_and_their_backward(given):
 
 
 def test_every_operator_is_checked():
-    """Those of this implementation; `test_lowrank_linear` has those of linear factors."""
+    """Those of dense factors; `test_lowrank_linear` and `test_stencil` have the others."""
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("lowrank_mvn::")}
-    ours = {name for name in names if not name.startswith("linear")}
-    assert ours == {"mahalanobis_and_logdet", "mahalanobis_and_logdet_backward", "gram", "rsample", "rsample_backward"}
+    ours = {name for name in names if not name.startswith(("linear", "stencil"))}
+    density = {"mahalanobis_and_logdet", "mahalanobis_and_logdet_backward", "logdet", "logdet_backward"}
+    assert ours == density | {"gram", "normal_equations", "rsample", "rsample_backward", "noise"}
 
 
 def test_second_derivatives_of_a_density():
@@ -279,5 +295,4 @@ def test_an_impossible_choice_is_an_error(monkeypatch):
     _, P, d = (t.cpu() for t in parameters())
     with pytest.raises(ValueError, match=r"'triton' is not available for tensors on cpu.*'aten', 'reference'"):
         lowrank_mvn.entropy(P, d, impl="triton")
-    assert ops.runs_on("triton", torch.device("cuda"))
-    assert callable(ops_rsample.rsample)
+    assert runs_on("triton", torch.device("cuda"))

@@ -7,7 +7,9 @@ import pytest
 import torch
 from triton_cases import BF16, DEVICE, F32, F64, INTERPRET, MARKS, TOLERANCE, inputs, oracle, relative, weights
 
-from lowrank_mvn import aten
+from lowrank_mvn.device import launch
+from lowrank_mvn.device.launch import Block
+from lowrank_mvn.factors.dense import aten
 
 pytestmark = MARKS
 NAMES = ("q", "logdet", "C_inv", "v", "grad_x", "grad_loc", "grad_P", "grad_d")
@@ -30,30 +32,30 @@ def check(kernels, args, tolerance=None, needs=(True,) * 4):
 @pytest.fixture
 def short(monkeypatch, kernels):
     """Every program has one block of columns, so that small cases have many splits."""
-    monkeypatch.setattr(kernels.common, "split_columns", lambda N, R, block_n: block_n)
+    monkeypatch.setattr(launch, "split_columns", lambda N, R, block_n: block_n)
 
 
 @pytest.fixture
 def tiled(monkeypatch, kernels):
     """Ranks above 16 are walked over in tiles of 16 rows, as those above 128 are in tiles of 64."""
-    monkeypatch.setattr(kernels.common, "FUSED_R", 16)
-    monkeypatch.setattr(kernels.common, "TILED_R", 16)
+    monkeypatch.setattr(launch, "FUSED_R", 16)
+    monkeypatch.setattr(launch, "TILED_R", 16)
 
 
 def test_rank_that_shared_memory_does_not_hold(kernels, monkeypatch):
     """Where a program may have little of it, the backward kernel walks over tiles and the others do not."""
-    common, blocks = kernels.common, {}
-    launch = common.launch
+    rows, start = {}, launch.launch
 
     def noted(kernel, *args, **arguments):
-        blocks[kernel.fn.__name__] = arguments.get("BLOCK_R")
-        launch(kernel, *args, **arguments)
+        if "TILE" in arguments:
+            rows[kernel.fn.__name__] = arguments["TILE"].ROWS
+        start(kernel, *args, **arguments)
 
-    monkeypatch.setattr(common, "shared_memory", lambda device: 65536)
-    monkeypatch.setattr(common, "TILED_R", 16)
-    monkeypatch.setattr(common, "launch", noted)
+    monkeypatch.setattr(launch, "shared_memory", lambda device: 65536)
+    monkeypatch.setattr(launch, "TILED_R", 16)
+    monkeypatch.setattr(launch, "launch", noted)
     check(kernels, inputs(F32, 1, 1, 40, 18, "BRN", "pixel", True))
-    assert (blocks["backward_kernel"], blocks["residual_kernel"]) == (16, 32)
+    assert (rows["backward_kernel"], rows["residual_kernel"]) == (16, 32)
 
 
 SPLITS = [
@@ -68,7 +70,8 @@ SPLITS = [
 def check_splits(kernels, case):
     args = inputs(*case)
     check(kernels, args)
-    for ours, theirs in zip(kernels.gram(*args), aten.gram(*(t.double() for t in args)), strict=True):
+    expected = aten.normal_equations(*(t.double() for t in args))
+    for ours, theirs in zip(kernels.normal_equations(*args), expected, strict=True):
         assert relative(ours, theirs) < 1e-6
 
 
@@ -86,7 +89,7 @@ def test_many_splits_of_tiles(kernels):
 @pytest.fixture
 def shared_out(monkeypatch, kernels):
     """Three programs share the samples of the same columns, and add up what they have in common."""
-    monkeypatch.setattr(kernels.common, "sample_chunks", lambda S, N, R: 3)
+    monkeypatch.setattr(launch, "sample_chunks", lambda S, N, R: 3)
 
 
 @pytest.mark.usefixtures("shared_out")
@@ -117,7 +120,7 @@ def test_samples_that_several_programs_share_in_tiles_and_in_float64(kernels):
 
 def test_how_many_programs_share_samples(kernels):
     """None as long as there are few, or many columns; and partial sums of P are at most an eighth of x."""
-    chunks = kernels.common.sample_chunks
+    chunks = launch.sample_chunks
     assert chunks(1, 784, 25) == chunks(0, 784, 25) == chunks(64, 784, 25) == chunks(10**6, 2**24, 25) == 1
     assert chunks(100_000, 784, 25) * 4 >= 1000
     for S, N, R in [(10_000, 784, 25), (500, 1, 1), (3000, 12288, 100)]:
@@ -128,14 +131,14 @@ def test_how_many_programs_share_samples(kernels):
 @pytest.mark.parametrize("block", [16, 128])
 def test_a_product_of_mantissas_is_finite(kernels, R, block):
     """A lane of a program has one in each block of columns, each below 2."""
-    assert kernels.common.split_columns(10**7, R, block) // block < 1024
+    assert launch.split_columns(10**7, R, block) // block < 1024
 
 
 def test_log_of_many_variances_does_not_overflow(kernels, monkeypatch):
     """As many columns as a large rank asks for, mantissas of nearly 2."""
-    columns = kernels.common.split_columns(10**7, 5000, 16)
-    monkeypatch.setattr(kernels.common, "split_columns", lambda N, R, block_n: columns)
-    monkeypatch.setattr(kernels.common, "block", lambda *_: kernels.common.Block(1, 16))
+    columns = launch.split_columns(10**7, 5000, 16)
+    monkeypatch.setattr(launch, "split_columns", lambda N, R, block_n: columns)
+    monkeypatch.setattr(launch, "block", lambda *_: Block(1, 16))
     x, loc, P, d = inputs(F32, 1, 1, columns + 5, 1, "BNR", "pixel", True)
     d = torch.full_like(d, 0.99)
     out = kernels.mahalanobis_and_logdet(x, loc, P, d)
@@ -197,11 +200,11 @@ def test_every_gradient_of_an_item_that_is_made_again_in_float64_in_tiles(kernel
 @pytest.mark.parametrize("case", [(F32, 1, 2, 40, 9), (F32, 2, 1, 40, 18), (F64, 1, 1, 20, 3)], ids=str)
 def test_what_other_targets_choose(kernels, monkeypatch, target, case):
     """Products in plain float32 where there are no tensor cores for them, sums of products in float64 on AMD's."""
-    monkeypatch.setattr(kernels.common, "target", lambda device: target)
+    monkeypatch.setattr(launch, "target", lambda device: target)
     args = inputs(*case, "BRN", "pixel", True)
     float32 = "float32" if target in ("sm_75", "gfx") else "tf32"
-    assert kernels.common.products(*args) == ("float64" if case[0] == F64 else float32)
-    assert kernels.common.matrix_float64(args[0].device) == (target != "gfx")
+    assert launch.products(*args) == ("float64" if case[0] == F64 else float32)
+    assert launch.of_matrices("float64", args[0].device) == ("outer" if target == "gfx" else "float64")
     check(kernels, args)
     loc, P, d = args[1:]
     omega_p, omega_d = torch.randn_like(P[None, :, 0]), torch.randn_like(loc)
@@ -215,11 +218,11 @@ def test_an_item_with_nothing_observed(kernels):
     precision = d.reciprocal()
     precision[1] = 0
     precision[2, 3:] = 0
-    C, w = kernels.gram(x, loc, P, precision)
-    assert torch.equal(C[1], torch.eye(7, dtype=F64, device=DEVICE))
-    assert (w[:, 1] == 0).all()
-    expected = aten.gram(*(t.double() for t in (x, loc, P, precision)))
-    for ours, theirs in zip((C, w), expected, strict=True):
+    gram, w = kernels.normal_equations(x, loc, P, precision)
+    assert not gram[1].any()
+    assert not w[:, 1].any()
+    expected = aten.normal_equations(*(t.double() for t in (x, loc, P, precision)))
+    for ours, theirs in zip((gram, w), expected, strict=True):
         assert relative(ours[..., 2, :], theirs[..., 2, :]) < 1e-6
 
 

@@ -9,7 +9,9 @@ import pytest
 import sampling_cases
 import torch
 from sampling_cases import CASES
-from triton_cases import DEVICE, INTERPRET, MARKS
+from triton_cases import DEVICE, MARKS
+
+from lowrank_mvn.device import launch
 
 pytestmark = MARKS
 inputs = functools.partial(sampling_cases.inputs, device=DEVICE)
@@ -17,7 +19,7 @@ inputs = functools.partial(sampling_cases.inputs, device=DEVICE)
 
 @pytest.fixture(scope="module")
 def sampling():
-    from lowrank_mvn.triton import sampling
+    from lowrank_mvn.factors.dense.triton import sampling
 
     return sampling
 
@@ -40,18 +42,14 @@ def test_samples_and_gradients(sampling, case, given):
     ids=sampling_cases.name,
 )
 def test_samples_that_several_programs_share(sampling, monkeypatch, case, given):
-    monkeypatch.setattr(sampling.common, "sample_chunks", lambda S, N, R: 3)
+    monkeypatch.setattr(launch, "sample_chunks", lambda S, N, R: 3)
     sampling_cases.check(sampling, case, given, DEVICE)
 
 
-def test_noise_is_standard_normal(sampling, monkeypatch):
+def test_noise_is_standard_normal(sampling):
     """Moments and a quantile within 5 standard errors, neighbours and samples uncorrelated."""
-    if INTERPRET:  # the noise does not depend on the blocks (below), the interpreter's time does
-        monkeypatch.setattr(sampling.common, "block", lambda *_: sampling.common.Block(1, 1024))
     S, N = 4, 20000
-    zero, one = torch.zeros(1, 1, N, device=DEVICE), torch.ones(1, 1, device=DEVICE)
-    P, omega_p = torch.zeros(1, N, 1, device=DEVICE), torch.zeros(S, 1, 1, device=DEVICE)
-    y = sampling.rsample(zero, P, one, omega_p, None, torch.tensor([7], device=DEVICE)).double().view(S, N)
+    y = sampling.noise(torch.tensor([7], device=DEVICE), S, N, torch.float32).double().view(S, N)
     n = S * N
     assert y.mean().abs() < 5 / n**0.5
     assert (y.square().mean() - 1).abs() < 5 * (2 / n) ** 0.5
@@ -67,13 +65,22 @@ def test_the_same_seed_is_the_same_sample_whatever_the_blocks(sampling, monkeypa
     P = P.zero_()
     seed = torch.randint(2**62, (2,), device=DEVICE)
     first = sampling.rsample(loc, P, d, omega_p, None, seed)
-    monkeypatch.setattr(sampling.common, "block", lambda *_: sampling.common.Block(1, 16))
-    monkeypatch.setattr(sampling.common, "split_columns", lambda N, R, block_n: block_n)
+    monkeypatch.setattr(launch, "block", lambda *_: launch.Block(1, 16))
+    monkeypatch.setattr(launch, "split_columns", lambda N, R, block_n: block_n)
     assert torch.equal(first, sampling.rsample(loc, P, d, omega_p, None, seed))
-    monkeypatch.setattr(sampling.common, "sample_chunks", lambda S, N, R: 3)
+    monkeypatch.setattr(launch, "sample_chunks", lambda S, N, R: 3)
     assert torch.equal(first, sampling.rsample(loc, P, d, omega_p, None, seed))
     assert torch.equal(first[:1], sampling.rsample(loc, P, d, omega_p[:1], None, seed))
     assert not torch.equal(first, sampling.rsample(loc, P, d, omega_p, None, seed + 1))
+
+
+@pytest.mark.parametrize("N", [5, 1024, 1500])
+def test_noise_is_that_of_a_sample(sampling, N):
+    loc, P, d, omega_p = inputs(torch.float32, 3, 2, N, 3)
+    seed = torch.randint(2**62, (2,), device=DEVICE)
+    drawn = sampling.rsample(0 * loc, 0 * P, torch.ones_like(d), omega_p, None, seed)
+    assert torch.equal(sampling.noise(seed, 3, N, torch.float32), drawn)
+    assert torch.equal(sampling.noise(seed, 3, N, torch.float64).float(), drawn)
 
 
 def test_either_noise_or_seed(sampling):

@@ -9,8 +9,9 @@ from triton.runtime.errors import OutOfResources
 
 from bench import tune
 from bench.static.launches import Case
-from lowrank_mvn.triton import capacitance, common, tuned
-from lowrank_mvn.triton.common import Block
+from lowrank_mvn.device import launch, tuned
+from lowrank_mvn.device.launch import Block
+from lowrank_mvn.factors.dense.triton import capacitance
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRET else "cuda:0")
@@ -23,12 +24,12 @@ DEFAULT = Block(1, 64)
 @pytest.fixture(autouse=True)
 def _as_it_comes(monkeypatch):
     """Whatever the tables say, the choice for the cell is DEFAULT."""
-    look_up = common.block
+    look_up = launch.block
 
     def block(kernel, *rest):
         return DEFAULT if kernel == "residual" else look_up(kernel, *rest)
 
-    monkeypatch.setattr(common, "block", block)
+    monkeypatch.setattr(launch, "block", block)
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def timer(times, log=None):
     """Seconds by warps and columns; a list of them is gone through."""
 
     def seconds(launches):
-        (key,) = {(launch.num_warps, launch.arguments["BLOCK_N"]) for launch in launches}
+        (key,) = {(started.num_warps, started.arguments["TILE"].COLUMNS) for started in launches}
         if log is not None:
             log.append(key)
         found = times[key]
@@ -92,9 +93,9 @@ def test_finalists_are_few():
 @pytest.mark.usefixtures("alone")
 def test_what_computes_something_else_is_left_out(monkeypatch):
     """Columns are dropped for one block; it would be the fastest."""
-    split = common.split_columns
-    monkeypatch.setattr(common, "split_columns", lambda N, R, n: 64 if n == 16 else split(N, R, n))
-    monkeypatch.setattr(common, "ceil_div", lambda a, b: 1 if (a, b) == (70, 64) else -(-a // b))
+    split = launch.split_columns
+    monkeypatch.setattr(launch, "split_columns", lambda N, R, n: 64 if n == 16 else split(N, R, n))
+    monkeypatch.setattr(launch, "ceil_div", lambda a, b: 1 if (a, b) == (70, 64) else -(-a // b))
     found = sweep({(1, 64): 2.0, (1, 32): 1.0}, Block(1, 16), Block(1, 32))
     assert found.left_out == {"differ": 1}
     assert found.best == Block(1, 32)
@@ -108,9 +109,9 @@ def test_nan_is_another_result():
 
 @pytest.mark.usefixtures("alone")
 def test_what_does_not_start_or_spills_is_left_out(monkeypatch):
-    start, run = common.launch, tune.run
+    start, run = launch.launch, tune.run
 
-    def launch(kernel, grid, num_warps, num_stages=1, **arguments):
+    def tried(kernel, grid, num_warps, num_stages=1, **arguments):
         swept = kernel.fn.__name__ == "residual_kernel"
         if swept and num_stages == 4:
             raise OutOfResources(300_000, 232_448, "shared memory")
@@ -118,11 +119,11 @@ def test_what_does_not_start_or_spills_is_left_out(monkeypatch):
             raise RuntimeError("PassManager::run failed")
         start(kernel, grid, num_warps, num_stages, **arguments)
 
-    def started(launch):
-        run(launch)
-        return SimpleNamespace(n_spills=8 if launch.num_warps == 2 else 0)
+    def started(one):
+        run(one)
+        return SimpleNamespace(n_spills=8 if one.num_warps == 2 else 0)
 
-    monkeypatch.setattr(common, "launch", launch)
+    monkeypatch.setattr(launch, "launch", tried)
     monkeypatch.setattr(tune, "run", started)
     blocks = Block(1, 16, 4), Block(1, 16, 2), Block(2, 16), Block(2, 32), Block(4, 16)
     found = sweep({(1, 64): 2.0, (4, 16): 1.0}, *blocks)
@@ -133,15 +134,14 @@ def test_what_does_not_start_or_spills_is_left_out(monkeypatch):
 
 def test_the_winner_has_to_compute_the_other_cases_too(monkeypatch):
     """One fails in float64, as where shared memory is short for it; the next one is taken."""
-    start = common.launch
+    start = launch.launch
 
-    def launch(kernel, grid, num_warps, num_stages=1, **arguments):
-        P = arguments.get("P_ptr")
-        if num_warps == 2 and P is not None and P.dtype == torch.float64:
+    def tried(kernel, grid, num_warps, num_stages=1, **arguments):
+        if num_warps == 2 and "P_at" in arguments and arguments["P_at"][0].dtype == torch.float64:
             raise OutOfResources(300_000, 232_448, "shared memory")
         start(kernel, grid, num_warps, num_stages, **arguments)
 
-    monkeypatch.setattr(common, "launch", launch)
+    monkeypatch.setattr(launch, "launch", tried)
     found = sweep({(1, 64): 3.0, (2, 16): 1.0, (1, 16): 2.0}, Block(2, 16), Block(1, 16))
     assert found.best == Block(1, 16)
     assert found.left_out == {"differ elsewhere": 1}
@@ -165,8 +165,8 @@ def test_cells_are_what_dispatch_asks_for():
 @pytest.mark.usefixtures("alone")
 def test_a_table_is_written_and_dispatch_reads_it(monkeypatch, tmp_path):
     monkeypatch.setattr(tuned, "SHIPPED", tmp_path / "shipped")
-    tuned.write(tuned.SHIPPED, "Some GPU", {("backward", 16, True): Block(2, 16)})
-    tuned.write(tmp_path, "Some GPU", {("capacitance", 16, True): Block(8, 16), ("residual", 64, True): Block(8, 16)})
+    tune.write(tuned.SHIPPED, "Some GPU", {("backward", 16, True): Block(2, 16)})
+    tune.write(tmp_path, "Some GPU", {("capacitance", 16, True): Block(8, 16), ("residual", 64, True): Block(8, 16)})
     monkeypatch.setattr(tune, "cells", lambda case, device: [("residual", 16, True), ("capacitance", 16, True)])
     times = {(1, 64): 2.0, (1, 16): 1.0, (2, 16): 4.0}
     said = []

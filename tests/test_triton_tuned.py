@@ -1,7 +1,10 @@
 """Launches that were measured: the files they are read from, and which launch is chosen. No kernel runs here."""
 
+import importlib
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -10,18 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_mvn.triton import (
-    backward,
-    capacitance,
-    common,
-    linear_backward,
-    linear_gram,
-    linear_residual,
-    linear_sampling,
-    residual,
-    tuned,
-)
-from lowrank_mvn.triton.common import Block
+from bench import tune
+from lowrank_mvn.device import launch, tuned
+from lowrank_mvn.device.launch import Block
+from lowrank_mvn.factors.dense.triton import backward, capacitance, residual
+from lowrank_mvn.factors.linear.triton import backward as linear_backward
+from lowrank_mvn.factors.linear.triton import moments as linear_moments
+from lowrank_mvn.factors.linear.triton import residual as linear_residual
+from lowrank_mvn.factors.linear.triton import sampling as linear_sampling
 
 ROOT = Path(__file__).parent.parent
 NAME = "Some GPU (40 GB)"
@@ -43,10 +42,10 @@ def device(monkeypatch, tmp_path):
     monkeypatch.setattr(tuned, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tuned.entries.cache_clear()
-    common.target.cache_clear()
+    launch.target.cache_clear()
     yield torch.device("cuda", 0)
     tuned.entries.cache_clear()
-    common.target.cache_clear()
+    launch.target.cache_clear()
 
 
 # --- Which launch is chosen ---------------------------------------------------------------------------------------
@@ -58,30 +57,30 @@ def device(monkeypatch, tmp_path):
 )
 def test_target(monkeypatch, device, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(capability, 10))
-    assert common.target(device) == expected
+    assert launch.target(device) == expected
     half = torch.empty(0, dtype=torch.float16)
-    assert common.products(half) == "tf32"  # the interpreter computes as sm_90 does
-    assert common.target(torch.device("cpu")) == "sm_90"
+    assert launch.products(half) == "tf32"  # the interpreter computes as sm_90 does
+    assert launch.target(torch.device("cpu")) == "sm_90"
 
 
 def test_target_of_amd(monkeypatch, device):
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert common.target(device) == "gfx"
-    assert not common.matrix_float64(device)
+    assert launch.target(device) == "gfx"
+    assert launch.of_matrices("float64", device) == "outer"
 
 
 def test_measured_comes_before_the_target_and_that_before_the_rest(monkeypatch, device, tmp_path):
     table = {(32, True): Block(1, 32), (32, False): Block(1, 16), (32, True, "sm_80"): Block(4, 64)}
-    assert common.block("residual", table, 32, True, device) == Block(1, 32)
+    assert launch.block("residual", table, 32, True, device) == Block(1, 32)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    common.target.cache_clear()
-    assert common.block("residual", table, 32, True, device) == Block(4, 64)
-    assert common.block("residual", table, 32, False, device) == Block(1, 16)
-    path = tuned.write(tuned.users_folder(), NAME, {KEY: Block(2, 128, 2)})
+    launch.target.cache_clear()
+    assert launch.block("residual", table, 32, True, device) == Block(4, 64)
+    assert launch.block("residual", table, 32, False, device) == Block(1, 16)
+    path = tune.write(tuned.users_folder(), NAME, {KEY: Block(2, 128, 2)})
     assert path == tmp_path / "lowrank_mvn" / FILE
-    assert common.block("residual", table, 32, True, device) == Block(2, 128, 2)
-    assert common.block("backward", table, 32, True, device) == Block(4, 64)
-    assert common.block("residual", table, 32, True, torch.device("cpu")) == Block(1, 32)
+    assert launch.block("residual", table, 32, True, device) == Block(2, 128, 2)
+    assert launch.block("backward", table, 32, True, device) == Block(4, 64)
+    assert launch.block("residual", table, 32, True, torch.device("cpu")) == Block(1, 32)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +89,7 @@ def test_measured_comes_before_the_target_and_that_before_the_rest(monkeypatch, 
         capacitance.BLOCKS,
         residual.BLOCKS,
         backward.SPARING_BLOCKS,
-        linear_gram.BLOCKS,
+        linear_moments.BLOCKS,
         linear_backward.BLOCKS,
         linear_backward.PIXEL_BLOCKS,
         linear_residual.BLOCKS,
@@ -109,10 +108,44 @@ def test_tables_for_tiles_of_the_rank(monkeypatch, device):
     table = backward.TILED_BLOCKS
     assert {True, False} <= set(table)
     assert {key[1] for key in table if isinstance(key, tuple)} <= {"sm_75", "sm_80", "sm_100", "gfx"}
-    assert common.tiled_block(table, False, device) == table[False]
+    assert launch.tiled_block(table, False, device) == table[False]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    common.target.cache_clear()
-    assert common.tiled_block(table, False, device) == table[False, "sm_80"]
+    launch.target.cache_clear()
+    assert launch.tiled_block(table, False, device) == table[False, "sm_80"]
+
+
+# --- How kernels are written ----------------------------------------------------------------------------------------
+
+
+def launched_kernels():
+    """Every function that is started on a device."""
+    for module in map(importlib.import_module, MODULES):
+        for name, found in vars(module).items():
+            if name.endswith("_kernel") and found.fn.__module__ == module.__name__:
+                yield pytest.param(found.fn, id=name)
+
+
+ROOM = "lowrank_mvn.factors"
+MODULES = [
+    "lowrank_mvn.device.solve",
+    *(f"{ROOM}.dense.triton.{name}" for name in ("capacitance", "residual", "backward", "sampling")),
+    *(f"{ROOM}.linear.triton.{name}" for name in ("moments", "residual", "backward", "sampling", "product")),
+]
+
+
+@pytest.mark.parametrize("function", [*launched_kernels()])
+def test_a_kernel_can_be_read(function):
+    """At most 20 arguments, and the maths in its docstring."""
+    assert function.__doc__
+    assert len(inspect.signature(function).parameters) <= 20
+
+
+def test_every_kernel_is_among_them():
+    package = ROOT / "kernels" / "lowrank_mvn"
+    written = [
+        name for path in package.rglob("*.py") for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M)
+    ]
+    assert sorted(parameter.id for parameter in launched_kernels()) == sorted(written)
 
 
 # --- Files ----------------------------------------------------------------------------------------------------------
@@ -144,8 +177,8 @@ def caught(file, *args, **kwargs):
     assert not str(file).endswith(".json"), file
     return opened(file, *args, **kwargs)
 builtins.open = io.open = caught
-import lowrank_mvn.triton
-from lowrank_mvn.triton import tuned
+import lowrank_mvn.factors.dense.triton, lowrank_mvn.factors.linear.triton
+from lowrank_mvn.device import tuned
 assert tuned.entries.cache_info().currsize == 0
 try:
     Path("x.json").open()
@@ -223,13 +256,13 @@ def test_an_entry_out_of_range_is_refused_and_the_others_are_taken(device, tmp_p
 
 def test_writing_adds_replaces_and_forgets(tmp_path, monkeypatch):
     folder, other = tmp_path / "a" / "b", ("backward", 64, False)
-    tuned.write(folder, NAME, {KEY: Block(1, 16), other: Block(8, 1024, 4)})
-    tuned.write(folder, NAME, {KEY: Block(2, 32)})
+    tune.write(folder, NAME, {KEY: Block(1, 16), other: Block(8, 1024, 4)})
+    tune.write(folder, NAME, {KEY: Block(2, 32)})
     assert tuned.read(folder, NAME) == {KEY: (2, 32, 1), other: (8, 1024, 4)}
-    tuned.write(folder, NAME, {other: None, ("sample", 16, True): None})
+    tune.write(folder, NAME, {other: None, ("sample", 16, True): None})
     assert tuned.read(folder, NAME) == {KEY: (2, 32, 1)}
     with pytest.raises(ValueError, match="num_warps is 3"):
-        tuned.write(folder, NAME, {KEY: Block(3, 32)})
+        tune.write(folder, NAME, {KEY: Block(3, 32)})
 
     def fails(*_):
         raise OSError("disk")
@@ -237,10 +270,10 @@ def test_writing_adds_replaces_and_forgets(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", fails)
         with pytest.raises(OSError, match="disk"):
-            tuned.write(folder, NAME, {KEY: Block(4, 32)})
+            tune.write(folder, NAME, {KEY: Block(4, 32)})
     assert [path.name for path in folder.iterdir()] == [FILE]
     assert tuned.read(folder, NAME) == {KEY: (2, 32, 1)}
-    tuned.write(tmp_path, NAME, {})
+    tune.write(tmp_path, NAME, {})
     assert tuned.read(tmp_path, NAME) == {}
 
 
@@ -263,19 +296,15 @@ def test_where_the_users_files_are(monkeypatch, tmp_path):
 
 
 def test_candidates_fill_the_lanes():
-    from bench import tune
-
     for block_r in (16, 32, 64, 128):
         found = tune.candidates(block_r)
         assert len(found) == len(set(found)) > 20
-        assert all(tuned._fault(tuned._item(("x", block_r, True), block)) is None for block in found)
+        assert all(tuned.fault(tuned.as_item(("x", block_r, True), block)) is None for block in found)
         assert all(8 <= block_r * b.columns / (32 * b.num_warps) <= 64 for b in found)
 
 
 def test_every_rank_and_layout_is_swept():
-    from bench import tune
-
-    seen = {(common.padded_rank(case.R), case.layout) for case in tune.CASES}
+    seen = {(launch.padded_rank(case.R), case.layout) for case in tune.CASES}
     assert seen == {(R, layout) for R in (16, 32, 64, 128) for layout in ("BRN", "BNR")}
     assert all(4 * case.B * case.N * case.R >= 25e6 for case in tune.CASES)
 

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from lowrank_mvn import aten
+from lowrank_mvn.factors.dense import aten
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRET else "cuda"

@@ -29,7 +29,8 @@ def row_of(launch: Launch, case: Case | LinearCase, target: str) -> dict:
     if P is None or not built.loop:
         return row
     lanes = 64 if target == "gfx942" else 32
-    rows, columns = min(case.rows, launch.tile_rows), launch.arguments["BLOCK_N"]
+    rows, columns = launch.tile_size
+    rows = min(case.rows, rows)
     size = rows * columns * P.element_size() * built.steps
     kernel = launch.kernel.fn.__name__
     reads = kernel != "sample_backward_kernel"

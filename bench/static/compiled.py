@@ -61,25 +61,32 @@ class Compiled:
 
 
 def compile_launch(launch: Launch, target: str) -> Compiled:
-    kernel, arguments = launch.kernel, launch.arguments
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list] = {}
     aligned = [["tt.divisibility", 16]]
-    for i, parameter in enumerate(kernel.params):
-        name, value = parameter.name, arguments[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name], attributes[(i,)] = "*" + _TYPES[value.dtype], aligned
-        elif isinstance(value, float):
-            signature[name] = "fp32"
+
+    def typed(value: Any, path: tuple[int, ...]) -> Any:
+        """What Triton's launcher would find out about an argument, or a value inside one that is a tuple."""
+        if isinstance(value, tuple):
+            return tuple(typed(v, (*path, i)) for i, v in enumerate(value))
+        if value is None or (isinstance(value, int) and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, float):
+            return "fp32"
+        if isinstance(value, torch.Tensor) or value % 16 == 0:
+            attributes[path] = aligned
+        return "*" + _TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32" if abs(value) < 2**31 else "i64"
+
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(i,)] = "constexpr", value
         else:
-            signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(i,)] = aligned
+            signature[parameter.name] = typed(value, (i,))
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    source = ASTSource(kernel, signature, constants, attributes)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
     binary = triton.compile(source, target=TARGETS[target], options=options)
     if target == "gfx942":
         return _read_amd(binary, launch.num_warps)

@@ -7,8 +7,9 @@ from unittest.mock import patch
 
 import torch
 
-from lowrank_mvn import triton as kernels
-from lowrank_mvn.triton import common, linear
+from lowrank_mvn.device import launch as launches
+from lowrank_mvn.factors.dense import triton as dense
+from lowrank_mvn.factors.linear import triton as linear
 
 # Bytes of shared memory that one program may have (CUDA programming guide, table of technical specifications; CDNA3).
 SHARED = {
@@ -78,9 +79,9 @@ class LinearCase(NamedTuple):
     dtype: torch.dtype = torch.float32
     diagonal: str = "item"
     R: int = 25
-    C: int = 3
+    channels: int = 3
     B: int = 8
-    M: int = 12292
+    pixels: int = 12292
     S: int = 1
     loc: bool = False  # a mean as a tensor; with it given noise, and what conditioning asks for
     others: torch.dtype | None = None  # of everything but F
@@ -88,7 +89,7 @@ class LinearCase(NamedTuple):
 
     @property
     def name(self) -> str:
-        return _named(f"K={self.K}", self, "xFd", "S", "C", "R", "M") + (" loc" if self.loc else "")
+        return _named(f"K={self.K}", self, "xFd", "S", "channels", "R", "pixels") + (" loc" if self.loc else "")
 
     @property
     def rows(self) -> int:
@@ -108,16 +109,20 @@ class Launch(NamedTuple):
     @property
     def name(self) -> str:
         name = self.kernel.fn.__name__.removesuffix("_kernel")
+        return f"{name} (float64)" if self.wide else name
+
+    @property
+    def wide(self) -> bool:
+        """Whether it is for the items that float32 is not good enough for."""
         flags = self.arguments
-        wide = flags.get("WIDE") or (name == "solve" and flags["FINAL"])
-        return f"{name} (float64)" if wide else name
+        return flags["FINAL"] if "FINAL" in flags else flags.get("KIND") in ("float64", "outer")
 
     @property
     def sizes(self) -> str | None:
         """Of a product, whose rows are otherwise alike: those of its operands."""
-        if "LENGTH" not in self.arguments:
+        if "ONES" not in self.arguments:
             return None
-        return "×".join(str(self.arguments[name]) for name in "QKN")
+        return "×".join(map(str, self.arguments["sizes"]))
 
     @property
     def configuration(self) -> tuple:
@@ -127,6 +132,8 @@ class Launch(NamedTuple):
         def seen(name: str, value: Any) -> Any:
             if isinstance(value, torch.Tensor):
                 return value.dtype
+            if isinstance(value, tuple) and name not in constants:
+                return tuple(seen(name, v) for v in value)
             if name in constants or not isinstance(value, int):
                 return value, type(value)
             return value == 1, value % 16 == 0, abs(value) < 2**31  # of other numbers it is told no more
@@ -137,16 +144,16 @@ class Launch(NamedTuple):
     @property
     def tile(self) -> torch.Tensor | None:
         """P, its gradient, or F, if the main loop walks over it: the kernels whose bandwidth counts."""
-        if "BLOCK_N" not in self.arguments:
-            return None
-        names = ("P_ptr", "grad_P_ptr", "F_ptr", "X_ptr")
-        return next((self.arguments[name] for name in names if name in self.arguments), None)
+        names = ("P_at", "grad_P_at", "F_at", "X_at")
+        found = next((self.arguments[name] for name in names if self.arguments.get(name) is not None), None)
+        return None if found is None else found[0]
 
     @property
-    def tile_rows(self) -> int:
-        """Rows of one tile, padded."""
-        flags = self.arguments
-        return flags["BLOCK_R"] if "BLOCK_R" in flags else flags["BLOCK_K"] * flags.get("PIECES", 1)
+    def tile_size(self) -> tuple[int, int]:
+        """Rows and columns of one tile, padded; of a product, what is summed is a row."""
+        tile = self.arguments["TILE"]
+        rows = tile.SUMMED if "ONES" in self.arguments else tile.ROWS * getattr(tile, "PIECES", 1)
+        return rows, tile.COLUMNS
 
 
 def inputs(case: Case, make: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -159,39 +166,49 @@ def inputs(case: Case, make: Callable[..., torch.Tensor]) -> tuple[torch.Tensor,
 
 
 def step(case: Case, make: Callable[..., torch.Tensor]) -> None:
-    """Log-density and entropy with every gradient, and a sample with its gradients."""
+    """Log-density, entropy and a sample with every gradient; where there are no samples, the entropy alone."""
     x, loc, P, d = inputs(case, make)
-    q, logdet, *rest = kernels.mahalanobis_and_logdet(x, loc, P, d)
-    kernels.mahalanobis_and_logdet_backward(q, logdet, x, loc, P, d, *rest, [*case.needs])
+    if not case.S:
+        logdet, *kept = dense.logdet(P, d)
+        dense.logdet_backward(logdet, P, d, *kept, [*case.needs[2:]])
+        return
+    q, logdet, *rest = dense.mahalanobis_and_logdet(x, loc, P, d)
+    dense.mahalanobis_and_logdet_backward(q, logdet, x, loc, P, d, *rest, [*case.needs])
     seed = None if case.given else torch.zeros(case.B, dtype=torch.int64)
     omega_p = make(case.S, case.B, case.R).to(loc.dtype)
     omega_d = make(case.S, case.B, case.N).to(loc.dtype) if case.given else None
-    y = kernels.rsample(loc, P, d, omega_p, omega_d, seed)
+    y = dense.rsample(loc, P, d, omega_p, omega_d, seed)
     _, _, need_P, need_d = case.needs
-    kernels.rsample_backward(y, P, d, omega_p, omega_d, seed, [need_P, need_d, case.given])
+    dense.rsample_backward(y, P, d, omega_p, omega_d, seed, [need_P, need_d, case.given])
     if case.gram:
-        kernels.gram(x, loc, P, d)
+        dense.normal_equations(x, loc, P, d)
 
 
 def linear_step(case: LinearCase, make: Callable[..., torch.Tensor]) -> None:
-    """Log-density and entropy with gradients, and a sample; of a mean that is a tensor, conditioning too."""
-    others, K, R, C, B, M, S = case.others or case.dtype, case.K, case.R, case.C, case.B, case.M, case.S
-    F = make(B, K, M).to(case.dtype) if case.layout == "BKM" else make(B, M, K).to(case.dtype).mT
-    W, m = make(1, C, R, K + 1).to(others), None if case.loc else make(C, K + 1).to(others)
-    d = ((make(B, C, M) if case.diagonal == "pixel" else make(B, 1, 1)).abs() + 0.5).to(others)
-    x, loc = make(S, B, C, M).to(others), make(1, B, C, M).to(others) if case.loc else None
+    """Log-density and entropy with gradients, and a sample; of a mean that is a tensor, conditioning too; where there
+    are no samples, the entropy alone."""
+    (K, R, B, S), others = (case.K, case.R, case.B, case.S), case.others or case.dtype
+    channels, pixels = case.channels, case.pixels
+    F = make(B, K, pixels).to(case.dtype) if case.layout == "BKM" else make(B, pixels, K).to(case.dtype).mT
+    W, m = make(1, channels, R, K + 1).to(others), None if case.loc else make(channels, K + 1).to(others)
+    d = ((make(B, channels, pixels) if case.diagonal == "pixel" else make(B, 1, 1)).abs() + 0.5).to(others)
+    if not S:
+        logdet, *kept = linear.logdet(F, W, d)
+        linear.logdet_backward(logdet, F, W, d, *kept, [*case.needs[1:]])
+        return
+    x, loc = make(S, B, channels, pixels).to(others), make(1, B, channels, pixels).to(others) if case.loc else None
     problem = x, loc, F, W, m, d
-    q, logdet, *kept = linear.linear_mahalanobis_and_logdet(*problem)
-    linear.linear_mahalanobis_and_logdet_backward(q, logdet, *problem, *kept, [*case.needs])
+    q, logdet, *kept = linear.mahalanobis_and_logdet(*problem)
+    linear.mahalanobis_and_logdet_backward(q, logdet, *problem, *kept, [*case.needs])
     seed, noise = (None, torch.empty_like(x)) if case.loc else (torch.zeros(B, dtype=torch.int64), None)
-    u = make(B, S, C, K + 1).to(torch.promote_types(others, torch.float32))  # as `ops_linear_rsample` gives it
-    linear.linear_rsample(loc, F, u, d, noise, seed)
+    u = make(B, S, channels, K + 1).to(torch.promote_types(others, torch.float32))  # as its operator gives it
+    linear.rsample(loc, F, u, d, noise, seed)
     if case.loc:
-        linear.linear_gram(*problem)
+        linear.normal_equations(*problem)
 
 
 def captured(case: Case | LinearCase, target: str) -> list[Launch]:
-    """What a step launches on a device of `target`, each configuration once; of a linear factor, its own kernels."""
+    """What a step launches on a device of `target`, each configuration once; of a linear factor, its own dense."""
     seen: dict[tuple, Launch] = {}
 
     def launch(kernel, grid, num_warps, num_stages=1, **arguments):
@@ -201,9 +218,9 @@ def captured(case: Case | LinearCase, target: str) -> list[Launch]:
 
     name = "gfx" if target.startswith("gfx") else "sm_80" if target == "sm_86" else target
     with (
-        patch.object(common, "target", lambda device: name),
-        patch.object(common, "shared_memory", lambda device: SHARED[target]),
-        patch.object(common, "launch", launch),
+        patch.object(launches, "target", lambda device: name),
+        patch.object(launches, "shared_memory", lambda device: SHARED[target]),
+        patch.object(launches, "launch", launch),
     ):
         case.step(torch.empty)
     return list(seen.values())
@@ -249,11 +266,12 @@ def all_linear_cases(features: list[int], layouts: list[str]) -> Iterator[Linear
     for K, layout in itertools.product(features, layouts):
         for R, diagonal in itertools.product((25, 100) if K > 128 else (25,), ("item", "pixel")):
             for dtype in DTYPES:
-                for C, S in ((3, 1), (1, 1), (3, 2)):
-                    yield LinearCase(K, layout, dtype, diagonal, R, C, S=S)
+                for channels, S in ((3, 1), (1, 1), (3, 2)):
+                    yield LinearCase(K, layout, dtype, diagonal, R, channels, S=S)
                 yield LinearCase(K, layout, dtype, diagonal, R, loc=True)
             plain = LinearCase(K, layout, diagonal=diagonal, R=R)
-            for M in (12288, 12293):
-                yield plain._replace(M=M)
+            yield plain._replace(S=0)
+            for pixels in (12288, 12293):
+                yield plain._replace(pixels=pixels)
             for dtype in (torch.float32, torch.bfloat16):  # what a step of training asks for, in either precision
                 yield plain._replace(dtype=dtype, others=torch.float32, needs=(False, True, False))

@@ -20,12 +20,12 @@ def count(R: int, layout: str) -> list[dict]:
     """One row per kernel launch of a step, float32, per-pixel d (one d, if the factor is linear)."""
     from triton.runtime.interpreter import InterpreterBuilder
 
-    from lowrank_mvn.triton import common
+    from lowrank_mvn.device import launch as launches
 
-    from .launches import Case, LinearCase
+    from .launches import Case, Launch, LinearCase
 
     linear = "K" in layout
-    case = LinearCase(R, layout, B=B, M=LINEAR_N) if linear else Case(R, layout, B=B, N=N)
+    case = LinearCase(R, layout, B=B, pixels=LINEAR_N) if linear else Case(R, layout, B=B, N=N)
     total = 0
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
@@ -40,7 +40,7 @@ def count(R: int, layout: str) -> list[dict]:
         return store(self, ptrs, value, mask, *rest)
 
     rows = []
-    plain = common.launch
+    plain = launches.launch
 
     def launch(kernel, grid, num_warps, num_stages=1, **arguments):
         nonlocal total
@@ -49,8 +49,8 @@ def count(R: int, layout: str) -> list[dict]:
         name = kernel.fn.__name__.removesuffix("_kernel")
         if linear and not name.startswith("linear"):
             return
-        if not arguments.get("WIDE") and (name != "solve" or not arguments["FINAL"]):
-            least = linear_floor(name, R, case.S * case.C) if isinstance(case, LinearCase) else floor(name, R)
+        if not Launch(kernel, grid, num_warps, num_stages, arguments).wide:
+            least = linear_floor(name, R, case.S * case.channels) if isinstance(case, LinearCase) else floor(name, R)
             rows.append({"kernel": name, "requested": total, "floor": least})
 
     def make(*shape: int) -> torch.Tensor:
@@ -59,7 +59,7 @@ def count(R: int, layout: str) -> list[dict]:
     with (
         patch.object(InterpreterBuilder, "create_masked_load", counted_load),
         patch.object(InterpreterBuilder, "create_masked_store", counted_store),
-        patch.object(common, "launch", launch),
+        patch.object(launches, "launch", launch),
     ):
         case.step(make)
     return rows
@@ -78,10 +78,10 @@ def floor(name: str, R: int) -> int | None:
 
 
 def linear_floor(name: str, K: int, columns: int) -> int | None:
-    """Likewise: F [K, LINEAR_N], its gradient, and S·C columns of x, the residual, their gradient, loc and a sample."""
+    """Likewise: F [K, LINEAR_N], its gradient, and columns of x, the residual, their gradient, loc and a sample."""
     F, column = 4 * K * LINEAR_N, 4 * columns * LINEAR_N
     return {
-        "linear_gram": F + column,
+        "linear_moments": F + column,
         "linear_residual": F + 2 * column,
         "linear_backward": 2 * F + 2 * column,
         "linear_sample": F + 2 * column,

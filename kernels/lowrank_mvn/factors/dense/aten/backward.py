@@ -3,16 +3,21 @@
     grad_x = 2 grad_q z = −grad_loc        grad_P = 2 grad_logdet D⁻¹PC⁻¹ − 2 grad_q z vᵀ
     grad_d = grad_logdet π − grad_q z²     π = diag Σ⁻¹ = 1/d − diag(PC⁻¹Pᵀ)/d²
 
-with r ← r − PC⁻¹g and z = D⁻¹r.
+with r ← r − PC⁻¹g and z = D⁻¹r. Where π cancels, `leverage` makes grad_d again.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ....capacitance import product_dtype, runs, sum_of_pi
 from ....device.pages import Scratch, empty_gradient
+from ....leverage import Remainders, at_heaviest, chunks, unsure
 from ....registry import kept
 from . import blocks
+from .capacitance import Samples
+from .pixels import Pixels
 
 
 def mahalanobis_and_logdet_backward(
@@ -36,7 +41,7 @@ def mahalanobis_and_logdet_backward(
     grad_x, grad_loc = _empty(x, need_x), _empty(loc, need_loc)
     grad_P = empty_gradient(P) if need_P else x.new_empty(0)
     grad_q, grad_logdet = grad_mahalanobis.T.double(), grad_logdet.double()  # [B, S], [B]
-    grad_d = _of_logdet(grad_logdet, d, N, C_inv, need_d)
+    grad_d, rest = _of_logdet(grad_logdet, d, N, C_inv, need_d), Remainders(N, C_inv, wide)
     v, step = v.transpose(0, 1), step.transpose(0, 1)  # [B, S, R]
     minus_2av = -2 * grad_q.unsqueeze(-1) * v
     for items, products in runs(wide, dtype):
@@ -70,13 +75,21 @@ def mahalanobis_and_logdet_backward(
                 if row_sums is None:
                     grad_d[b] -= az2.sum(-1, keepdim=True, dtype=torch.float64)
                 else:
-                    pi = torch.add(grad_logdet[b].to(products).unsqueeze(-1) * d_inv, row_sums, alpha=-0.5)
-                    grad_d[b, n] = pi - az2
+                    grad_d[b, n] = _of_pi(grad_logdet[b], d_inv, row_sums, b, rest) - az2
             if need_x:
                 grad_x[:, b, n] = 2 * az.transpose(0, 1)
             if need_loc:
                 az = az if loc.shape[0] == S else az.sum(1, keepdim=True)
                 grad_loc[:, b, n] = az.mul_(-2).transpose(0, 1)
+
+    def with_d_per_pixel(t: slice | Tensor) -> Tensor:
+        given = x[:, t], loc[:, t], P[t], d[t].double().expand(-1, N), C_inv[t]
+        kept = (a.transpose(0, 1)[:, t] for a in (v, step))
+        rest = residual[:, t], wide[t], [False, False, False, True]
+        return mahalanobis_and_logdet_backward(grad_mahalanobis[:, t], grad_logdet[t], *given, *kept, *rest)[3]
+
+    if need_d:
+        _mend(grad_d, with_d_per_pixel, rest, (x, loc), P, d, C_inv, grad_q, grad_logdet)
     return grad_x, grad_loc, grad_P, grad_d.to(d.dtype)
 
 
@@ -85,10 +98,10 @@ def logdet_backward(
 ) -> tuple[Tensor, Tensor]:
     """grad_P = 2 grad_logdet D⁻¹PC⁻¹ and grad_d = grad_logdet π; empty where `needs` says no."""
     need_P, need_d = needs
-    one_d, dtype = d.shape[1] == 1, product_dtype(P, d)
+    (B, N, _), one_d, dtype = P.shape, d.shape[1] == 1, product_dtype(P, d)
     grad_P = empty_gradient(P) if need_P else P.new_empty(0)
     grad_logdet = grad_logdet.double()
-    grad_d = _of_logdet(grad_logdet, d, P.shape[1], C_inv, need_d)
+    grad_d, rest = _of_logdet(grad_logdet, d, N, C_inv, need_d), Remainders(N, C_inv, wide)
     row_sums = need_d and not one_d
     for items, products in runs(wide, dtype) if need_P or row_sums else ():
         PC_scratch, Q_scratch = Scratch(products, P.device), Scratch(products, P.device)
@@ -101,8 +114,15 @@ def logdet_backward(
             if need_P:
                 grad_P[b, n] = PC
             if row_sums:
-                pi = grad_logdet[b].to(products).unsqueeze(-1) * d_inv
-                grad_d[b, n] = pi.add_(Q.mul_(PC).sum(-1), alpha=-0.5)
+                grad_d[b, n] = _of_pi(grad_logdet[b], d_inv, Q.mul_(PC).sum(-1), b, rest)
+
+    def with_d_per_pixel(t: slice | Tensor) -> Tensor:
+        each = d[t].double().expand(-1, N)
+        return logdet_backward(grad_logdet[t], P[t], each, C_inv[t], wide[t], [False, True])[1]
+
+    if need_d:
+        no_samples = grad_logdet.new_empty(B, 0)
+        _mend(grad_d, with_d_per_pixel, rest, None, P, d, C_inv, no_samples, grad_logdet)
     return grad_P, grad_d.to(d.dtype)
 
 
@@ -115,3 +135,33 @@ def _of_logdet(grad_logdet: Tensor, d: Tensor, N: int, C_inv: Tensor, need: bool
     if not need or d.shape[1] > 1:
         return kept(torch.zeros_like(d, memory_format=torch.contiguous_format), need)
     return (grad_logdet * sum_of_pi(d[:, 0], N, C_inv)).unsqueeze(1)
+
+
+def _of_pi(grad_logdet: Tensor, d_inv: Tensor, row_sums: Tensor, b: slice, rest: Remainders) -> Tensor:
+    """grad_logdet π of a block [b, n], with 2 grad_logdet diag(PC⁻¹Pᵀ)/d² in `row_sums`."""
+    of_d = grad_logdet.to(d_inv.dtype).unsqueeze(-1) * d_inv
+    pi = torch.add(of_d, row_sums, alpha=-0.5)
+    rest.add(b, torch.div(pi, of_d, out=of_d))
+    return pi
+
+
+def _mend(
+    grad_d: Tensor,
+    with_d_per_pixel: Callable[[slice | Tensor], Tensor],
+    rest: Remainders,
+    samples: Samples | None,
+    P: Tensor,
+    d: Tensor,
+    C_inv: Tensor,
+    grad_q: Tensor,
+    grad_logdet: Tensor,
+) -> None:
+    """Makes grad_d again where π cancels; one d of such an item is taken for one of each pixel."""
+    (N, R), S, one_d = P.shape[1:], grad_q.shape[1], d.shape[1] == 1
+    for items in chunks(unsure(N, C_inv) if one_d else rest.close(), N * (R + 2 * S)):
+        if d.shape[1] < N:
+            grad_d[items] = with_d_per_pixel(items).sum(1, keepdim=True)
+            continue
+        pixels = Pixels(None if samples is None else (samples[0][:, items], samples[1][:, items]), P[items])
+        H, values = at_heaviest(pixels, d[items], C_inv[items], grad_q[items], grad_logdet[items])
+        grad_d[items] = grad_d[items].scatter(1, H, values.to(grad_d.dtype))

@@ -42,7 +42,7 @@ def factor_blocks(P: Tensor, S: int, dtype: torch.dtype) -> Iterator[tuple[slice
 
 def factor_blocks_of(P: Tensor, items: slice, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
     """`factor_blocks` of some items, without samples."""
-    B, N, R = P.shape
+    N, R = P.shape[1:]
     for b, n in blocks(items, N, R, BLOCK_VALUES * 4 // dtype.itemsize):
         yield b, n, P[b, n]
 

@@ -29,7 +29,7 @@ def mahalanobis_and_logdet(
     r = δ − Pv [S, B, N] is the residual before the last step of v, kept so that the backward pass need not make it in
     float64 again. C⁻¹, log|Σ| and `wide` of an earlier call for the same P and d may be given: C is not made again.
     """
-    S, (B, N, R) = x.shape[0], P.shape
+    S, N = x.shape[0], P.shape[1]
     if P.numel() <= AT_ONCE_VALUES and P.device.type == "cpu":
         return _at_once(x, loc, P, d, C_inv, logdet)
     dtype = product_dtype(x, loc, P, d)
