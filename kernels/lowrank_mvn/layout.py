@@ -1,6 +1,7 @@
 """The canonical shapes of the operators: which dimensions of a broadcast shape are items, and which are samples."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -88,4 +89,9 @@ def broadcasts_to(shape: torch.Size, target: torch.Size) -> bool:
         return False
 
 
-__all__ = ["Layout", "broadcast", "broadcasts_to"]
+def concatenated(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """One part is not copied, nor gathered where it is divided among processes."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+__all__ = ["Layout", "broadcast", "broadcasts_to", "concatenated"]

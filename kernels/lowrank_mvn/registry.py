@@ -162,7 +162,7 @@ class Operator:
         operators.append(self)
 
     def _shapes(self, *inputs: Any) -> Any:
-        """Empty outputs. Distributed tensors ask for them before they ask how an operator is divided among processes."""
+        """Empty outputs. Distributed tensors ask for them before they ask how an operator is divided."""
         if sharding.in_use():
             sharding.register(operators)
         return self.fake(*inputs)

@@ -26,7 +26,8 @@ def in_use() -> bool:
 
 def local(t: Tensor) -> Tensor:
     """What this process holds of a tensor."""
-    held: Tensor = t.to_local() if is_distributed(t) else t  # type: ignore[operator]
+    distributed: Any = t
+    held: Tensor = distributed.to_local() if is_distributed(t) else t
     return held
 
 

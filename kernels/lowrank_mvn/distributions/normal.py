@@ -340,21 +340,22 @@ class LowRankMultivariateNormal(TorchLowRank):
         return self._normal.mean.expands_to(self._batch_shape)
 
     @property
-    def variance(self) -> Tensor:  # type: ignore[override]
+    def variance(self) -> Tensor:
         p = self._normal
         return (p.factor.row_norms() + p.local.variance()).expand(self._batch_shape + self._event_shape)
 
     @property
-    def covariance_matrix(self) -> Tensor:  # type: ignore[override]
+    def covariance_matrix(self) -> Tensor:
         P, d = self._unbroadcasted_cov_factor, self._unbroadcasted_cov_diag
-        return (P @ P.mT + torch.diag_embed(d)).expand(self._matrix_shape)
+        Sigma: Tensor = P @ P.mT + torch.diag_embed(d)
+        return Sigma.expand(self._matrix_shape)
 
     @property
-    def precision_matrix(self) -> Tensor:  # type: ignore[override]
+    def precision_matrix(self) -> Tensor:
         return double(self).precision_matrix.to(self._normal.result_dtype).expand(self._matrix_shape)
 
     @property
-    def scale_tril(self) -> Tensor:  # type: ignore[override]
+    def scale_tril(self) -> Tensor:
         return double(self).scale_tril.to(self._normal.result_dtype).expand(self._matrix_shape)
 
     @property

@@ -6,9 +6,10 @@ from types import FunctionType, TracebackType
 from typing import Any
 
 import torch.distributions as td
+from torch.distributions import LowRankMultivariateNormal as TorchLowRank
 from torch.distributions import lowrank_multivariate_normal as module
 
-from .normal import LowRankMultivariateNormal, TorchLowRank
+from .normal import LowRankMultivariateNormal
 
 NAME = TorchLowRank.__name__
 _lock = threading.Lock()
@@ -66,7 +67,7 @@ def _place() -> None:
         _expand.__defaults__,
         _expand.__closure__,
     )
-    copyreg.pickle(TorchLowRank, _reduced)  # type: ignore[arg-type]
+    copyreg.pickle(TorchLowRank, _reduced)
     for holder in (td, module):
         setattr(holder, NAME, LowRankMultivariateNormal)
 

@@ -6,14 +6,14 @@ under a mask and the reference implementation make P.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...capacitance import posterior
-from ...layout import Layout, broadcast, broadcasts_to
+from ...layout import Layout, broadcast, broadcasts_to, concatenated
 from ...registry import forward_mode, transformed, without_autocast
 from ..base import Capacitance, Factor, Mean, Noise, Root, result_dtype
 from ..dense.factor import DenseFactor
@@ -117,7 +117,7 @@ class LinearFactor(Linear, Factor):
             op.mahalanobis_and_logdet(*tensors, impl)[:2]
             for tensors in self._calls(layout, x, shift, joined, layout.vectors(d))
         ]
-        q, logdet = (_cat(part, dim) for part, dim in zip(zip(*parts, strict=True), (1, 0), strict=True))
+        q, logdet = (concatenated(part, dim) for part, dim in zip(zip(*parts, strict=True), (1, 0), strict=True))
         return layout.restore(q), logdet.reshape(items), None
 
     def logdet(self, d: Tensor, impl: str) -> tuple[Tensor, Capacitance | None]:
@@ -126,7 +126,7 @@ class LinearFactor(Linear, Factor):
         items = self._items(d)
         layout = Layout(items, items)
         calls = self._item_calls(layout, layout.vectors(d))
-        return _cat([op.logdet(*tensors, impl)[0] for tensors in calls]).reshape(items), None
+        return concatenated([op.logdet(*tensors, impl)[0] for tensors in calls]).reshape(items), None
 
     def sample(self, mean: Mean, d: Tensor, shape: torch.Size, noise: Noise, impl: str) -> Tensor:
         N, high = self.shape[-2], result_dtype(mean, self, d)
@@ -169,7 +169,7 @@ class LinearFactor(Linear, Factor):
                 op.normal_equations(*tensors, impl)
                 for tensors in self._calls(layout, layout.samples(x), shift, self._joined(mean), precision)
             ]
-            gram, w = (_cat(part, dim) for part, dim in zip(zip(*parts, strict=True), (0, 1), strict=True))
+            gram, w = (concatenated(part, dim) for part, dim in zip(zip(*parts, strict=True), (0, 1), strict=True))
             L_inv_t, v = posterior(gram, w.permute(1, 2, 0))
             factor = self.mix(L_inv_t.reshape(*items, R, R)).masked(~observed)
             deviation = self.times(layout.restore(v.permute(2, 0, 1)).to(high))
@@ -212,7 +212,7 @@ class LinearFactor(Linear, Factor):
             rows = u.reshape(shared, B, *u.shape[-2:]).transpose(0, 1).flatten(1, 2)
             parts = (F,) if F.dtype == work else F.split(CONVERTED, 2)
             products = [torch.bmm(rows, part.to(work)) for part in parts]
-            y = _cat(products, 2)
+            y = concatenated(products, 2)
             y = y.unflatten(1, (shared, W.shape[-2]))  # [B, shared, channels, pixels]
             if self.bias is not None:
                 bias = (omega.to(high).unsqueeze(-2) @ self.bias.to(high)).squeeze(-2)
@@ -238,7 +238,7 @@ class LinearFactor(Linear, Factor):
         batch = broadcast(self.features.shape[:1], self.weight.shape[:-3])
         W = self._weights(batch)
         norms = [op.row_norms(F, _of(W, items)) for items, F in self._turns(math.prod(batch))]
-        return self._masked(_cat(norms).reshape(*batch, self.shape[-2]).to(self.dtype))
+        return self._masked(concatenated(norms).reshape(*batch, self.shape[-2]).to(self.dtype))
 
     def gram(self) -> Tensor:
         """PᵀP [..., R, R] in float64, differentiable, from products of the features (in forward mode from P)."""
@@ -250,7 +250,7 @@ class LinearFactor(Linear, Factor):
         one = self.features.new_ones(1, dtype=_not_half(self.dtype))
         rows = layout.vectors(one if self.mask is None else self.mask.to(one.dtype))
         calls = self._item_calls(layout, rows)
-        gram = _cat([op.gram(*tensors, self.implementation(None)) for tensors in calls])
+        gram = concatenated([op.gram(*tensors, self.implementation(None)) for tensors in calls])
         return gram.reshape(*batch, *gram.shape[1:])
 
     def mix(self, A: Tensor) -> "LinearFactor":
@@ -394,11 +394,6 @@ def _bias(bias: Tensor | None, weight: Tensor) -> Tensor | None:
         either = "" if weight.dim() > 3 else f" or [{R * channels}]"
         raise ValueError(f"bias has shape {list(bias.shape)}, expected {list(weight.shape[:-1])}{either}")
     return bias if bias.shape == weight.shape[:-1] else bias.unflatten(0, (R, channels))
-
-
-def _cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
-    """Parts of items in one tensor; one part is not copied, nor gathered where its items are divided among processes."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _of(W: Tensor, items: slice) -> Tensor:
