@@ -9,7 +9,7 @@ from torch.distributions import LowRankMultivariateNormal as TorchLowRank  # bou
 from torch.distributions import constraints
 from torch.distributions.distribution import Distribution
 
-from .. import arguments, functional, reference, sharding
+from .. import arguments, checks, functional, reference
 from ..factors.base import Mean
 from ..factors.linear.factor import LinearFactor
 from ..factors.linear.mean import LinearMean
@@ -104,28 +104,16 @@ class LowRankMultivariateNormal(TorchLowRank):
 
     def _validate_parameters(self) -> None:
         p = self._parameters
-        for name, t in {**arguments.named(loc=p.mean, cov_factor=p.factor), **p.local.tensors()}.items():
-            # By way of the extremes, which take no memory: P, or the features, may be most of what there is.
-            t = sharding.local(t.detach())
-            if not t.numel():
-                continue
-            extremes = torch.stack(torch.aminmax(t))
-            if not torch._is_all_true(torch.isfinite(extremes)):
-                raise ValueError(f"{name} of shape {list(t.shape)} has values that are not finite")
-            if name == "cov_diag" and not torch._is_all_true(extremes > 0):
-                raise ValueError(
-                    f"Expected parameter cov_diag (Tensor of shape {tuple(t.shape)}) of distribution {self!r} to"
-                    f" satisfy the constraint {self.arg_constraints['cov_diag']!r}, but found values that are not"
-                    " positive"
-                )
+        tensors = {**arguments.named(loc=p.mean, cov_factor=p.factor), **p.local.tensors()}
+        checks.finite(self, tensors.items(), "cov_diag", self.arg_constraints["cov_diag"])
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "LowRankMultivariateNormal":
         new: LowRankMultivariateNormal = self._get_checked_instance(  # type: ignore[no-untyped-call]
             LowRankMultivariateNormal, _instance
         )
-        batch_shape, p = torch.Size(batch_shape), self._parameters
-        new._parameters, new._replaced, new._cache = p, self._replaced, self._cache
-        Distribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
+        shape = checks.expansion(batch_shape, self._batch_shape)
+        new._parameters, new._replaced, new._cache = self._parameters, self._replaced, self._cache
+        Distribution.__init__(new, shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
 
@@ -250,7 +238,7 @@ class LowRankMultivariateNormal(TorchLowRank):
 
     def _log_prob_and_logdet(self, value: Tensor) -> tuple[Tensor, Tensor]:
         p = self._normal
-        value = arguments.as_value(value, p._replace(batch_shape=self._batch_shape), self._support_check)
+        value = arguments.as_value(value, p._replace(batch_shape=self._batch_shape), self)
         given = self._cache.capacitance(self._tensors)
         q, logdet, capacitance = p.local.density(value, p.mean, p.factor, p.factor.implementation(None), given)
         q = q.expand(broadcast(value.shape[:-1], self._batch_shape))
@@ -261,14 +249,6 @@ class LowRankMultivariateNormal(TorchLowRank):
             logdet = logdet.detach()
         self._cache.keep(self._tensors, logdet, capacitance, (value, *p.mean.tensors().values()))
         return log_prob, logdet
-
-    def _support_check(self, value: Tensor) -> None:
-        if not (self._validate_args and value.numel()):
-            return
-        if not sharding.is_distributed(value):
-            self._validate_sample(value)
-        elif not torch._is_all_true(constraints.real_vector.check(sharding.local(value))):
-            raise ValueError(f"value of shape {list(value.shape)} has values outside of the support {self.support!r}")
 
     def _entropy_of(self, logdet: Tensor) -> Tensor:
         p = self._parameters
@@ -294,7 +274,8 @@ class LowRankMultivariateNormal(TorchLowRank):
             noise: ω_p [..., R] and ω_d [..., N] to use in place of fresh noise, for interpolation and editing.
         """
         p = self._normal
-        impl, shape = p.factor.implementation(None), torch.Size(sample_shape) + self._batch_shape
+        impl = p.factor.implementation(None)
+        shape = checks.sizes("sample_shape", sample_shape) + self._batch_shape
         given = arguments.as_noise(noise, p, shape, impl)
         return p.local.sample(self._mean, p.factor, shape, given, impl)
 
@@ -326,9 +307,7 @@ class LowRankMultivariateNormal(TorchLowRank):
     def covariance_row(self, index: int | Tensor) -> Tensor:
         """Row `index` of Σ, P pₙ + dₙ eₙ: the covariance of every pixel with that one, `batch_shape + event_shape`."""
         p = self._normal
-        n = int(index)
-        if not -p.N <= n < p.N:
-            raise ValueError(f"index {n} is out of range for event shape [{p.N}]")
+        n = checks.index("index", index, p.N, f"event shape [{p.N}]")
         row = p.factor.times(p.factor.row(n)).to(p.factor.dtype)
         return (row + p.local.row(n, p.N)).expand(self._batch_shape + self._event_shape)
 
@@ -356,6 +335,8 @@ class LowRankMultivariateNormal(TorchLowRank):
 
     @property
     def scale_tril(self) -> Tensor:
+        if not self._normal.N:  # where torch's reshape finds no size
+            return self.covariance_matrix
         return double(self).scale_tril.to(self._normal.result_dtype).expand(self._matrix_shape)
 
     @property

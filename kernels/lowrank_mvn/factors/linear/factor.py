@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ... import checks
 from ...capacitance import posterior
 from ...layout import Layout, broadcast, broadcasts_to, concatenated
 from ...registry import forward_mode, transformed, without_autocast
@@ -19,7 +20,7 @@ from ..base import Capacitance, Factor, Mean, Noise, Root, result_dtype
 from ..dense.factor import DenseFactor
 from ..dense.op_sampling import noise as drawn_noise
 from . import forms, op, op_sampling
-from .features import Linear
+from .features import Linear, of_factor, offset_of_factor
 from .mean import LinearMean
 
 # Pixels of features in half precision that are converted to float32 at once where there is no kernel that reads them;
@@ -61,19 +62,14 @@ class LinearFactor(Linear, Factor):
     implementations = op.IMPLEMENTATIONS
 
     def __post_init__(self) -> None:
-        K = self._checked("bias", "mask")
-        weight = _weight(self.weight, self.channels, K)
+        K = self._checked()
+        weight = of_factor(self.weight, self.channels, K)
         object.__setattr__(self, "weight", weight)
         object.__setattr__(self, "channels", weight.shape[-2])
-        object.__setattr__(self, "bias", _bias(self.bias, weight))
+        object.__setattr__(self, "bias", offset_of_factor(self.bias, weight))
         N = weight.shape[-2] * math.prod(self.features.shape[2:])
         if self.mask is not None:
-            if self.mask.dtype != torch.bool:
-                raise TypeError(f"mask must be a tensor of dtype bool, got one of dtype {self.mask.dtype}")
-            if self.mask.device != self.device:
-                raise ValueError(f"mask is on {self.mask.device}, features on {self.device}")
-            if self.mask.shape[-1:] != (N,):
-                raise ValueError(f"mask has shape {list(self.mask.shape)}, expected [..., {N}]")
+            checks.mask("mask", self.mask, N, self.device)
         batch = broadcast(
             self.features.shape[:1],
             weight.shape[:-3],
@@ -198,6 +194,7 @@ class LinearFactor(Linear, Factor):
 
         In float32 where the features are of half precision.
         """
+        checks.last_size("omega", omega.shape, f"the factor has {self.shape[-1]} columns", self.shape[-1:])
         F, W = self.features.flatten(2), self.weight
         work = _not_half(F.dtype)
         high = torch.promote_types(torch.promote_types(omega.dtype, W.dtype), work)
@@ -255,7 +252,7 @@ class LinearFactor(Linear, Factor):
 
     def mix(self, A: Tensor) -> "LinearFactor":
         """The factor PA, with `A` [R, Q] or one for each item, [..., R, Q]: only the weight changes."""
-        A = A.to(self.weight.dtype)
+        A = checks.mixing(A, self.shape, self.device).to(self.weight.dtype)
         weight = torch.matmul(A.mT, self.weight.flatten(-2)).unflatten(-1, self.weight.shape[-2:])
         bias = None if self.bias is None else torch.matmul(A.mT, self.bias)
         return LinearFactor(self.features, weight, bias, mask=self.mask)
@@ -360,40 +357,6 @@ class LinearFactor(Linear, Factor):
         for F, W, rows in self._item_calls(layout, diagonal):
             items = slice(start, start := start + F.shape[0])
             yield x_[:, items], None if loc_ is None else loc_[:, items], F, W, m, rows
-
-
-def _weight(weight: Tensor, channels: int | None, K: int) -> Tensor:
-    """[..., R, channels, K] of a weight in any of its forms."""
-    # With K = 1 it might be one for each item.
-    convolution = weight.dim() == 4 and weight.shape[2:] == (1, 1)
-    if convolution and (K > 1 or (channels is not None and weight.shape[1] == K)):
-        if channels is None or channels < 1 or weight.shape[0] % channels:
-            raise ValueError(
-                f"weight has shape {list(weight.shape)}, the convolution's own; expected `channels` to divide its "
-                f"first dimension, got {channels}"
-            )
-        weight = weight.flatten(1).unflatten(0, (-1, channels))
-    if weight.dim() < 3 or weight.shape[-1] != K or 0 in weight.shape[-3:]:
-        raise ValueError(
-            f"weight has shape {list(weight.shape)}, expected [R, channels, {K}] or [..., R, channels, {K}] with R and"
-            f" channels of at least 1"
-        )
-    if channels not in (None, weight.shape[-2]):
-        raise ValueError(
-            f"weight has shape {list(weight.shape)}, [..., R, channels, {K}], where `channels` says {channels}"
-        )
-    return weight
-
-
-def _bias(bias: Tensor | None, weight: Tensor) -> Tensor | None:
-    """[..., R, channels]."""
-    if bias is None:
-        return None
-    R, channels = weight.shape[-3:-1]
-    if bias.shape != weight.shape[:-1] and (weight.dim() > 3 or bias.shape != (R * channels,)):
-        either = "" if weight.dim() > 3 else f" or [{R * channels}]"
-        raise ValueError(f"bias has shape {list(bias.shape)}, expected {list(weight.shape[:-1])}{either}")
-    return bias if bias.shape == weight.shape[:-1] else bias.unflatten(0, (R, channels))
 
 
 def _of(W: Tensor, items: slice) -> Tensor:
