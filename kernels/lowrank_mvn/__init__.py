@@ -15,6 +15,7 @@ README.md in this folder derives the formulas; ARCHITECTURE.md at the root says 
 """
 
 from .distributions import GlobalLocalNormal, LowRankMultivariateNormal, StencilMultivariateNormal
+from .distributions.patch import patch_torch
 from .factors.linear.factor import LinearFactor
 from .factors.linear.mean import LinearMean
 from .functional import Conditional, condition, entropy, log_prob, log_prob_and_entropy, rsample
@@ -32,5 +33,6 @@ __all__ = [
     "entropy",
     "log_prob",
     "log_prob_and_entropy",
+    "patch_torch",
     "rsample",
 ]

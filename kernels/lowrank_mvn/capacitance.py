@@ -107,6 +107,6 @@ def root(C_inv: Tensor) -> Tensor:
 
 def posterior(gram: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """L⁻ᵀ and C⁻¹w of C = I + gram = LLᵀ [B, R, R] and w [B, R, S], differentiable."""
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+    identity = torch.diag_embed(torch.ones_like(gram[..., 0]))
     L = torch.linalg.cholesky_ex(gram + identity)[0]
     return torch.linalg.solve_triangular(L.mT, identity, upper=True), torch.cholesky_solve(w, L)

@@ -17,7 +17,7 @@ from torch import Tensor
 def capacitance(P: Tensor, precision: Tensor) -> Tensor:
     """C = I + Pᵀ diag(precision) P, [..., R, R]."""
     C = (P * precision.unsqueeze(-1)).mT @ P
-    return C + torch.eye(P.shape[-1], dtype=C.dtype, device=C.device)
+    return C + torch.diag_embed(torch.ones_like(C[..., 0]))
 
 
 def mahalanobis_and_logdet(x: Tensor, loc: Tensor, P: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:

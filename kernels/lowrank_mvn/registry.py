@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import sharding
+
 NAMESPACE = "lowrank_mvn"
 library = torch.library.Library(NAMESPACE, "DEF")
 
@@ -121,6 +123,8 @@ def _given_for(grad: Tensor | None, t: Tensor) -> bool:
     return grad is not None and grad.shape == t.shape
 
 
+operators: list["Operator"] = []
+
 # --- Operators ----------------------------------------------------------------------------------------------------
 
 
@@ -149,12 +153,19 @@ class Operator:
         self.arguments = [a.name for a in parsed.arguments]
         self.tensors = [a.name for a in parsed.arguments if "Tensor" in str(a.type)]
         self.outputs = [r.name for r in parsed.returns]
-        self.dims, self.kernel = dims, _without_autocast(kernel)
+        self.dims, self.fake, self.kernel = dims, fake, _without_autocast(kernel)
         library.define(schema)
         library.impl(self.name, self.kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=library)
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}", self._shapes, lib=library)
         self._operator = getattr(torch.ops.lowrank_mvn, self.name)
         self._function: Any = None
+        operators.append(self)
+
+    def _shapes(self, *inputs: Any) -> Any:
+        """Empty outputs. Distributed tensors ask for them before they ask how an operator is divided."""
+        if sharding.in_use():
+            sharding.register(operators)
+        return self.fake(*inputs)
 
     def __call__(self, *inputs: Any) -> Any:
         return self._function.apply(*inputs) if self._function and transformed() else self._operator(*inputs)

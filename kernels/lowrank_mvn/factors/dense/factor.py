@@ -5,7 +5,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ... import reference
+from ... import checks, reference
 from ...capacitance import posterior
 from ...layout import Layout, broadcast
 from ...registry import forward_mode, without_autocast
@@ -82,7 +82,7 @@ class DenseFactor(_Dense, Factor):
         loc, high = mean.materialise(), result_dtype(mean, P, d)
         dtype = torch.promote_types(loc.dtype, P.dtype)
         layout = Layout(shape, self._items(d))
-        seed = layout.seed(P.device) if omega_d is None else None
+        seed = layout.seed(P) if omega_d is None else None
         if _textbook(impl):
             if seed is not None:
                 drawn = op_sampling.noise(seed, layout.S, P.shape[-2], high, impl)
@@ -157,7 +157,7 @@ class DenseFactor(_Dense, Factor):
         return gram.reshape(*items, *gram.shape[1:])
 
     def mix(self, A: Tensor) -> Self:
-        return type(self)(self.tensor @ A.to(self.dtype))
+        return type(self)(self.tensor @ checks.mixing(A, self.shape, self.device).to(self.dtype))
 
     def _items(self, d: Tensor) -> torch.Size:
         return broadcast(self.shape[:-2], d.shape[:-1])

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import checks
 from ..base import Operand
 
 
@@ -28,12 +29,12 @@ class Linear(Operand):
         parts: dict[str, Any] = {name: getattr(self, name) for name in ("features", "weight", "bias")}
         return {name: t for name, t in parts.items() if t is not None}
 
-    def _checked(self, *optional: str) -> int:
-        """K; raises where something is no tensor, or the features have no pixels."""
-        for name in ("features", "weight", *optional):
+    def _checked(self) -> int:
+        """K; raises where something is no tensor of numbers, or the features have no pixels."""
+        for name in ("features", "weight", "bias"):
             t = getattr(self, name)
-            if not isinstance(t, Tensor) and not (t is None and name in optional):
-                raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+            if t is not None or name != "bias":
+                checks.floating(name, t)
         if self.features.dim() < 3:
             raise ValueError(
                 f"features has shape {list(self.features.shape)}, expected [B, K, *spatial] with at least one spatial"
@@ -54,3 +55,39 @@ class Linear(Operand):
         """[..., K+1]: weight and bias."""
         bias = self.weight.new_zeros(self.weight.shape[:-1]) if self.bias is None else self.bias
         return torch.cat([self.weight, bias.unsqueeze(-1)], -1)
+
+
+def of_factor(weight: Tensor, channels: int | None, K: int) -> Tensor:
+    """The weight of a factor [..., R, channels, K], of one in any of its forms."""
+    if channels is not None:
+        checks.count("channels", channels)
+    # With K = 1 it might be one for each item.
+    convolution = weight.dim() == 4 and weight.shape[2:] == (1, 1)
+    if convolution and (K > 1 or (channels is not None and weight.shape[1] == K)):
+        if channels is None or weight.shape[0] % channels:
+            raise ValueError(
+                f"weight has shape {list(weight.shape)}, the convolution's own; expected `channels` to divide its "
+                f"first dimension, got {channels}"
+            )
+        weight = weight.flatten(1).unflatten(0, (-1, channels))
+    if weight.dim() < 3 or weight.shape[-1] != K or 0 in weight.shape[-3:]:
+        raise ValueError(
+            f"weight has shape {list(weight.shape)}, expected [R, channels, {K}] or [..., R, channels, {K}] with R and"
+            f" channels of at least 1"
+        )
+    if channels not in (None, weight.shape[-2]):
+        raise ValueError(
+            f"weight has shape {list(weight.shape)}, [..., R, channels, {K}], where `channels` says {channels}"
+        )
+    return weight
+
+
+def offset_of_factor(bias: Tensor | None, weight: Tensor) -> Tensor | None:
+    """The bias of a factor [..., R, channels]."""
+    if bias is None:
+        return None
+    R, channels = weight.shape[-3:-1]
+    if bias.shape != weight.shape[:-1] and (weight.dim() > 3 or bias.shape != (R * channels,)):
+        either = "" if weight.dim() > 3 else f" or [{R * channels}]"
+        raise ValueError(f"bias has shape {list(bias.shape)}, expected {list(weight.shape[:-1])}{either}")
+    return bias if bias.shape == weight.shape[:-1] else bias.unflatten(0, (R, channels))
