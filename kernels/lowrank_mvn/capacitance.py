@@ -105,8 +105,20 @@ def root(C_inv: Tensor) -> Tensor:
     return L.mT
 
 
-def posterior(gram: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """L⁻ᵀ and C⁻¹w of C = I + gram = LLᵀ [B, R, R] and w [B, R, S], differentiable."""
+def posterior(gram: Tensor, w: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """L⁻ᵀ and C⁻¹w of C = I + gram = LLᵀ [B, R, R] and w [B, R, S], differentiable.
+
+    Where `d` [B, 1] is one value for all pixels, gram and w were made of `fixed` d and the gradient of d is made here,
+    in float64: C⁻¹w = C⁻¹(w − gram C⁻¹w) leaves 1/C of its terms, and a sum of N float32 gradients nothing at all.
+    """
+    if d.shape[1] == 1:
+        ratio = (d.detach() / d.double()).unsqueeze(-1)
+        gram, w = gram * ratio, w * ratio
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
     L = torch.linalg.cholesky_ex(gram + identity)[0]
     return torch.linalg.solve_triangular(L.mT, identity, upper=True), torch.cholesky_solve(w, L)
+
+
+def fixed(d: Tensor) -> Tensor:
+    """d [..., N]; without its gradient where it is one value, [..., 1], which `posterior` takes care of."""
+    return d.detach() if d.shape[-1] == 1 else d
