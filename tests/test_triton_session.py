@@ -14,6 +14,7 @@ FILES = [
     "test_triton_kernels.py",
     "test_lowrank_transforms.py",
     "test_triton_linear.py",
+    "test_triton_linear_class.py",
     "test_triton_paths.py",
     "test_distribution_contract.py",
     "test_triton_operators.py",

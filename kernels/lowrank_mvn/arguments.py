@@ -11,6 +11,7 @@ from .factors.dense.factor import DenseFactor, DenseMean
 from .layout import broadcast, broadcasts_to
 from .local.base import Local
 from .local.diagonal import Diagonal
+from .local.precision import Precision
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -28,9 +29,79 @@ class Normal(NamedTuple):
         return self.factor.shape[-2]
 
     @property
+    def reason(self) -> str:
+        """Why an event has N values, for errors."""
+        return f"cov_factor has shape {list(self.factor.shape)}"
+
+    @property
     def result_dtype(self) -> torch.dtype:
         """Of densities and entropies."""
         return result_dtype(self.mean, self.factor, *self.local.tensors().values())
+
+
+class LocalNormal(NamedTuple):
+    """The parameters of N(μ, (TTᵀ)⁻¹), without a factor."""
+
+    mean: Mean
+    local: Precision
+    batch_shape: torch.Size
+
+    @property
+    def N(self) -> int:
+        return self.local.N
+
+    @property
+    def reason(self) -> str:
+        return _reason(self.local)
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """Of densities and entropies."""
+        return self.local.result_dtype(self.mean)
+
+
+def precise(loc: Tensor | Mean, stencil: Precision) -> LocalNormal:
+    """The parameters of N(μ, (TTᵀ)⁻¹), checked.
+
+    Raises: as `normal`.
+    """
+    mean, local = as_mean(loc), as_precision(stencil)
+    check_tensors(**named(loc=mean), **_of_stencil(local))
+    check_sizes("loc", mean, _reason(local), (local.N,))
+    shape = broadcast(mean.shape[:-1], local.batch_shape, names="loc and stencil")
+    return LocalNormal(mean, local, shape)
+
+
+def global_local(loc: Tensor | Mean, cov_factor: Tensor | Factor, stencil: Precision) -> Normal:
+    """The parameters of N(μ, PPᵀ + (TTᵀ)⁻¹), checked.
+
+    Raises: as `normal`.
+    """
+    mean, factor, local = as_mean(loc), as_factor(cov_factor), as_precision(stencil)
+    check_tensors(**named(loc=mean, cov_factor=factor), **_of_stencil(local))
+    _check_factor(factor)
+    if factor.shape[-2] != local.N:
+        raise ValueError(
+            f"cov_factor has shape {list(factor.shape)}, expected [..., {local.N}, R] because {_reason(local)}"
+        )
+    check_sizes("loc", mean, _reason(local), (local.N,))
+    names = "loc, cov_factor and stencil"
+    shape = broadcast(mean.shape[:-1], factor.shape[:-2], local.batch_shape, names=names)
+    return Normal(mean, factor, local, shape)
+
+
+def as_precision(stencil: Precision) -> Precision:
+    if not isinstance(stencil, Precision):
+        raise TypeError(f"stencil must be a Stencil, got {_describe(stencil)}")
+    return stencil
+
+
+def _of_stencil(local: Precision) -> dict[str, Tensor]:
+    return {f"stencil.{name}": t for name, t in local.tensors().items()}
+
+
+def _reason(local: Precision) -> str:
+    return f"the stencil has {local.channels} channels of {list(local.spatial)}"
 
 
 def normal(loc: Tensor | Mean | None, cov_factor: Tensor | Factor, cov_diag: Tensor | float) -> Normal:
@@ -72,7 +143,7 @@ def as_local(cov_diag: Tensor | float, factor: Factor) -> Local:
     return Diagonal(d.unsqueeze(0) if d.dim() == 0 else d)
 
 
-def as_value(value: Tensor, parameters: Normal, check: Callable[[Tensor], None] | None = None) -> Tensor:
+def as_value(value: Tensor, parameters: Normal | LocalNormal, check: Callable[[Tensor], None] | None = None) -> Tensor:
     """`value` [..., N], checked, by `check` too. Integers, bools and narrower floats take the dtype of `loc`, as in
     torch's arithmetic."""
     mean = parameters.mean
@@ -81,7 +152,7 @@ def as_value(value: Tensor, parameters: Normal, check: Callable[[Tensor], None] 
     if check:
         check(value)
     check_tensors(**named(loc=mean), value=value)
-    check_sizes("value", value, parameters.factor, (parameters.N,))
+    check_sizes("value", value, parameters.reason, (parameters.N,))
     broadcast(value.shape[:-1], parameters.batch_shape, names="value and of the parameters")
     return value
 
@@ -104,10 +175,38 @@ def as_noise(noise: tuple[Tensor, Tensor] | None, parameters: Normal, shape: tor
         return Noise(omega_p, drawn)
     omega_p, omega_d = noise
     check_tensors(**named(loc=mean), **{"noise[0]": omega_p, "noise[1]": omega_d})
-    for name, omega, size in (("noise[0]", omega_p, R), ("noise[1]", omega_d, N)):
-        if omega.dim() < 1 or omega.shape[-1] != size or not broadcasts_to(omega.shape[:-1], shape):
-            raise ValueError(f"{name} has shape {list(omega.shape)}, expected one that broadcasts to {[*shape, size]}")
+    check_noise("noise[0]", omega_p, shape, R)
+    check_noise("noise[1]", omega_d, shape, N)
     return Noise(omega_p.expand(*shape, R), omega_d)
+
+
+def as_local_noise(noise: tuple[Tensor | None, Tensor] | None, parameters: LocalNormal, shape: torch.Size) -> Tensor:
+    """ω_d for samples of that shape: given, or drawn."""
+    mean, N = parameters.mean, parameters.N
+    if noise is None:
+        return torch.randn(*shape, N, dtype=mean.dtype, device=mean.device)
+    check_tensors(**named(loc=mean), **{"noise[1]": noise[1]})
+    check_noise("noise[1]", noise[1], shape, N)
+    return noise[1]
+
+
+def check_noise(name: str, omega: Tensor, shape: torch.Size, size: int) -> None:
+    if omega.dim() < 1 or omega.shape[-1] != size or not broadcasts_to(omega.shape[:-1], shape):
+        raise ValueError(f"{name} has shape {list(omega.shape)}, expected one that broadcasts to {[*shape, size]}")
+
+
+def as_noise_variance(noise: Tensor | float | None, parameters: Normal | LocalNormal) -> Tensor | None:
+    """τ² [..., N] or [..., 1] of what is observed; none where it is exact."""
+    if noise is None:
+        return None
+    device = parameters.mean.device
+    variance = torch.as_tensor(noise, dtype=torch.float64, device=device) if isinstance(noise, int | float) else noise
+    variance = _tensor("variance", variance)
+    variance = variance.unsqueeze(0) if variance.dim() == 0 else variance
+    check_sizes("variance", variance, parameters.reason, (parameters.N, 1))
+    if not torch.compiler.is_compiling() and not bool((variance.detach() >= 0).all()):
+        raise ValueError("variance has values that are negative or NaN, expected τ² ≥ 0 of what is observed")
+    return variance
 
 
 def named(**operands: Operand) -> dict[str, Tensor]:
@@ -143,6 +242,17 @@ def check_tensors(**tensors: Tensor) -> None:
 
 def _check_shapes(mean: Mean | None, factor: Factor, d: Tensor) -> torch.Size:
     """The batch shape of the parameters."""
+    _check_factor(factor)
+    shapes = [factor.shape[:-2], d.shape[:-1]]
+    N, reason = factor.shape[-2], f"cov_factor has shape {list(factor.shape)}"
+    if mean is not None:
+        check_sizes("loc", mean, reason, (N,))
+        shapes.append(mean.shape[:-1])
+    check_sizes("cov_diag", d, reason, (N, 1))
+    return broadcast(*shapes, names="cov_factor, cov_diag and loc")
+
+
+def _check_factor(factor: Factor) -> None:
     if factor.dim() < 2:
         raise ValueError(
             f"cov_factor must be at least two-dimensional, with optional leading batch dimensions: "
@@ -153,23 +263,15 @@ def _check_shapes(mean: Mean | None, factor: Factor, d: Tensor) -> torch.Size:
         raise ValueError(
             f"cov_factor has shape {list(factor.shape)}, expected [..., {N}, R] with a rank R of at least 1"
         )
-    shapes = [factor.shape[:-2], d.shape[:-1]]
-    if mean is not None:
-        check_sizes("loc", mean, factor, (N,))
-        shapes.append(mean.shape[:-1])
-    check_sizes("cov_diag", d, factor, (N, 1))
-    return broadcast(*shapes, names="cov_factor, cov_diag and loc")
 
 
-def check_sizes(name: str, t: Tensor | Operand, factor: Factor, sizes: tuple[int, ...]) -> None:
-    """Whether the last dimension is one of `sizes`."""
+def check_sizes(name: str, t: Tensor | Operand, reason: str, sizes: tuple[int, ...]) -> None:
+    """Whether the last dimension is one of `sizes`, which it has to be for that `reason`."""
     if t.dim() < 1:
         raise ValueError(f"{name} must be at least one-dimensional: expected [..., {sizes[0]}]")
     if t.shape[-1] not in sizes:
         expected = " or ".join(f"[..., {size}]" for size in sizes)
-        raise ValueError(
-            f"{name} has shape {list(t.shape)}, expected {expected} because cov_factor has shape {list(factor.shape)}"
-        )
+        raise ValueError(f"{name} has shape {list(t.shape)}, expected {expected} because {reason}")
 
 
 def _tensor(name: str, t: object) -> Tensor:

@@ -105,14 +105,14 @@ def root(C_inv: Tensor) -> Tensor:
     return L.mT
 
 
-def posterior(gram: Tensor, w: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+def posterior(gram: Tensor, w: Tensor, d: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """L⁻ᵀ and C⁻¹w of C = I + gram = LLᵀ [B, R, R] and w [B, R, S], differentiable.
 
-    Where `d` [B, 1] is one value for all pixels, gram and w were made of `fixed` d and the gradient of d is made here,
-    in float64: C⁻¹w = C⁻¹(w − gram C⁻¹w) leaves 1/C of its terms, and a sum of N float32 gradients nothing at all.
+    Where `d` [B, 1] is one value for all pixels, gram and w are those of `fixed` d, and its gradient is made here: it is
+    what cancellation leaves, 1/C of its terms, of which a sum over pixels in float32 keeps nothing.
     """
-    if d.shape[1] == 1:
-        ratio = (d.detach() / d.double()).unsqueeze(-1)
+    if d is not None and d.shape[1] == 1:
+        ratio = (d.detach() / d.double()).unsqueeze(-1)  # 1, with the gradient of 1/d
         gram, w = gram * ratio, w * ratio
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
     L = torch.linalg.cholesky_ex(gram + identity)[0]
@@ -120,5 +120,5 @@ def posterior(gram: Tensor, w: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fixed(d: Tensor) -> Tensor:
-    """d [..., N]; without its gradient where it is one value, [..., 1], which `posterior` takes care of."""
+    """d [..., N]; where it is one value, [..., 1], without its gradient, which `posterior` takes care of."""
     return d.detach() if d.shape[-1] == 1 else d

@@ -142,8 +142,8 @@ def condition(
     value, observed = arguments.as_value(value, p), arguments.as_observed(observed, p.N)
     names = "value, observed and the parameters"
     shape = broadcast(value.shape[:-1], observed.shape[:-1], p.batch_shape, names=names)
-    mean, factor, diagonal = p.local.condition(value, observed, p.mean, p.factor, shape, p.factor.implementation(impl))
-    return Conditional(mean, factor.given, diagonal)
+    mean, factor, local = p.local.condition(value, observed, p.mean, p.factor, shape, p.factor.implementation(impl))
+    return Conditional(mean, factor.given, local.variance())
 
 
 def log_density(mahalanobis: Tensor, logdet: Tensor, N: int) -> Tensor:

@@ -6,6 +6,10 @@ textbook: the quadratic form is the difference of two large numbers. Run it in f
 Shapes broadcast: x, loc [..., N]; P [..., N, R]; d [..., N] or [..., 1].
 """
 
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -54,3 +58,61 @@ def condition(value: Tensor, observed: Tensor, loc: Tensor, P: Tensor, d: Tensor
         torch.where(observed.unsqueeze(-1), torch.zeros_like(factor), factor),
         torch.where(observed, torch.zeros_like(d), d),
     )
+
+
+def stencil(
+    x: Tensor,
+    loc: Tensor | None,
+    log_diagonal: Tensor,
+    neighbours: Tensor,
+    ties: Tensor | None,
+    spatial: Sequence[int],
+    neighbourhood: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = Tᵀ(x − μ), ‖y‖² and log|Σ| = −2 Σ log t of a precision TTᵀ (README.md, "A sparse precision").
+
+    x, loc, y [..., channels, pixels]; log t [..., 1 or channels, pixels]; weights of neighbours [..., 1 or channels,
+    neighbours, pixels]; of later channels [..., pairs, 1 or pixels].
+    """
+    delta = x if loc is None else x - loc
+    channels, radius = x.shape[-2], [size // 2 for size in neighbourhood]
+    frame = [r for r in reversed(radius) for _ in (0, 1)]
+    framed = torch.nn.functional.pad(delta.unflatten(-1, tuple(spatial)), frame)
+    y, zero = delta, (0,) * len(radius)
+    window = itertools.product(*(range(-r, r + 1) for r in radius))
+    for k, offset in enumerate(o for o in window if o > zero):
+        there: Any = (..., *(slice(r + o, r + o + size) for r, o, size in zip(radius, offset, spatial, strict=True)))
+        y = y + neighbours[..., k, :] * framed[there].flatten(-len(radius))
+    for k, (c, later) in enumerate(itertools.combinations(range(channels), 2) if ties is not None else ()):
+        assert ties is not None
+        tied = ties[..., k, :] * delta[..., later, :]
+        one = (torch.arange(channels, device=x.device) == c).to(y.dtype).unsqueeze(-1)
+        y = y + one * tied.unsqueeze(-2)
+    y = log_diagonal.exp() * y
+    logdet = -2 * log_diagonal.expand(*log_diagonal.shape[:-2], channels, -1).sum((-2, -1))
+    return y, y.square().sum((-2, -1)), logdet
+
+
+def stencil_matrix(
+    log_diagonal: Tensor,
+    neighbours: Tensor,
+    ties: Tensor | None,
+    channels: int,
+    spatial: Sequence[int],
+    neighbourhood: Sequence[int],
+) -> Tensor:
+    """Tᵀ [..., N, N], whose columns are its products with the columns of the identity."""
+    N = channels * log_diagonal.shape[-1]
+    identity = torch.eye(N, dtype=log_diagonal.dtype, device=log_diagonal.device).unflatten(1, (channels, -1))
+    batch = (1,) * (log_diagonal.dim() - 2)
+    tied = None if ties is None else ties.unsqueeze(0)
+    columns, _, _ = stencil(
+        identity.reshape(N, *batch, channels, -1),
+        None,
+        log_diagonal.unsqueeze(0),
+        neighbours.unsqueeze(0),
+        tied,
+        spatial,
+        neighbourhood,
+    )
+    return columns.flatten(-2).movedim(0, -1)

@@ -39,7 +39,7 @@ class WhenUsed(ModuleType):
 def implementations(room: str) -> dict[str, Any]:
     """The implementations of a kind of factor, modules of its package `room`, by the name that `impl=` gives them."""
     found: dict[str, Any] = {"aten": importlib.import_module(f"{room}.aten")}
-    if importlib.util.find_spec("triton") is not None:
+    if importlib.util.find_spec("triton") and importlib.util.find_spec(f"{room}.triton"):
         found["triton"] = WhenUsed(f"{room}.triton")
     return found
 
@@ -47,6 +47,20 @@ def implementations(room: str) -> dict[str, Any]:
 def runs_on(impl: str, device: torch.device) -> bool:
     """Whether an implementation can take tensors of that device; Triton's takes CPU tensors in its interpreter only."""
     return impl != "triton" or device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def chosen(impl: str | None, modules: Mapping[str, Any], device: torch.device, kind: str) -> str:
+    """`impl`, or the default for that device.
+
+    Raises:
+        ValueError: it is not available for that `kind` of argument; the error lists what is.
+    """
+    available = [name for name in (*modules, "reference") if runs_on(name, device)]
+    if impl is None:
+        return "triton" if device.type == "cuda" and "triton" in available else "aten"
+    if impl not in available:
+        raise ValueError(f"impl={impl!r} is not available for {kind} on {device}, expected one of {available}")
+    return impl
 
 
 def forward_mode() -> bool:
@@ -110,6 +124,15 @@ def _given_for(grad: Tensor | None, t: Tensor) -> bool:
 # --- Operators ----------------------------------------------------------------------------------------------------
 
 
+def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*inputs: Any) -> Any:
+        device = next(t.device for t in inputs if isinstance(t, Tensor))  # the first argument may be none
+        with without_autocast(device):
+            return kernel(*inputs)
+
+    return call
+
+
 class Operator:
     """An operator of this package: call it with the arguments of its schema.
 
@@ -126,7 +149,7 @@ class Operator:
         self.arguments = [a.name for a in parsed.arguments]
         self.tensors = [a.name for a in parsed.arguments if "Tensor" in str(a.type)]
         self.outputs = [r.name for r in parsed.returns]
-        self.dims, self.kernel = dims, self._without_autocast(kernel)
+        self.dims, self.kernel = dims, _without_autocast(kernel)
         library.define(schema)
         library.impl(self.name, self.kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=library)
@@ -135,15 +158,6 @@ class Operator:
 
     def __call__(self, *inputs: Any) -> Any:
         return self._function.apply(*inputs) if self._function and transformed() else self._operator(*inputs)
-
-    def _without_autocast(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
-        first = self.arguments.index(self.tensors[0])
-
-        def call(*inputs: Any) -> Any:
-            with without_autocast(inputs[first].device):
-                return kernel(*inputs)
-
-        return call
 
     def register(
         self,
@@ -246,16 +260,20 @@ def into_samples(op: Operator, V: int, given: dict[str, Any], mapped: dict[str, 
 
     The tensor named `shared` may stay one for all samples.
     """
-    S = max(front(t, mapped.get(n), V).shape[1] for n, t in given.items() if "S" in op.dims.get(n, ""))
+    S = max(front(t, mapped.get(n), V).shape[1] for n, t in given.items() if _has_samples(op, n, t))
 
     def join(n: str, t: Any) -> Any:
-        if not isinstance(t, Tensor) or "S" not in op.dims[n] or (n == shared and n not in mapped and len(t) == 1):
+        if not _has_samples(op, n, t) or (n == shared and n not in mapped and len(t) == 1):
             return t
         split = front(t, mapped.get(n), V)
         return split.expand(V, S, *split.shape[2:]).flatten(0, 1)
 
     result = op(*(join(n, t) for n, t in given.items()))
     return outputs_of(op, result, lambda n, t: (parted(t, V, 0), 0) if "S" in op.dims[n] else (t, None))
+
+
+def _has_samples(op: Operator, name: str, t: Any) -> bool:
+    return isinstance(t, Tensor) and "S" in op.dims[name]
 
 
 def one_by_one(op: Operator, V: int, given: dict[str, Any], mapped: dict[str, int]) -> Any:
@@ -269,6 +287,7 @@ def one_by_one(op: Operator, V: int, given: dict[str, Any], mapped: dict[str, in
 __all__ = [
     "Dims",
     "Operator",
+    "chosen",
     "forward_mode",
     "implementations",
     "pull_back",

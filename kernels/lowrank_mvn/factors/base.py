@@ -1,12 +1,12 @@
 """What a low-rank factor and a mean answer to, whatever they are made of. A new kind is one folder beside `dense`."""
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from ..registry import runs_on
+from ..registry import chosen
 
 Diagonal = Tensor  # d [..., N] or [..., 1]
 
@@ -82,6 +82,19 @@ class Mean(Operand):
         """The mean in the whole batch shape, in the form that joins the passes of a factor as long as it can."""
 
 
+class Root(Protocol):
+    """T of a precision TTᵀ, as a factor applies it to itself."""
+
+    channels: int
+    shared: bool  # whether it is one map of pixels for all channels, which leaves a linear factor linear
+
+    @property
+    def batch_shape(self) -> torch.Size: ...
+
+    def whiten(self, value: Tensor, impl: str) -> Tensor:
+        """Tᵀ · value [..., N]; of one map of pixels, of any number of channels."""
+
+
 class Factor(Operand):
     """P [..., N, R], and what the public functions compute with it.
 
@@ -92,24 +105,9 @@ class Factor(Operand):
     kind: str  # what errors call it
     implementations: dict[str, Any]
 
-    def available(self) -> list[str]:
-        """The implementations that its kind and device leave to choose from."""
-        return [impl for impl in (*self.implementations, "reference") if runs_on(impl, self.device)]
-
     def implementation(self, impl: str | None) -> str:
-        """`impl`, or the default.
-
-        Raises:
-            ValueError: it is not available; the error lists what is.
-        """
-        available = self.available()
-        if impl is None:
-            return "triton" if self.is_cuda and "triton" in available else "aten"
-        if impl not in available:
-            raise ValueError(
-                f"impl={impl!r} is not available for {self.kind} on {self.device}, expected one of {available}"
-            )
-        return impl
+        """`impl`, or the default; raises ValueError where it is not available, with those that are."""
+        return chosen(impl, self.implementations, self.device, self.kind)
 
     @abstractmethod
     def density(
@@ -130,6 +128,10 @@ class Factor(Operand):
         self, value: Tensor, observed: Tensor, mean: Mean, d: Diagonal, shape: torch.Size, impl: str
     ) -> tuple[Tensor, "Factor", Tensor]:
         """Mean, factor and diagonal given the values at the pixels of the mask `observed` [..., N]."""
+
+    @abstractmethod
+    def whitened(self, root: "Root", impl: str) -> "Factor":
+        """The factor TᵀP of a root T of a precision, which beside a unit diagonal is P beside (TTᵀ)⁻¹."""
 
     @abstractmethod
     def times(self, omega: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The part of Σ that is not low-rank, seen from the factor beside it. A new kind is one file beside `diagonal`."""
+"""The part of Σ that is not low-rank, seen from the factor beside it. A new kind is one file or folder beside it."""
 
 from abc import ABC, abstractmethod
 
@@ -36,7 +36,7 @@ class Local(ABC):
     @abstractmethod
     def condition(
         self, value: Tensor, observed: Tensor, mean: Mean, factor: Factor, shape: torch.Size, impl: str
-    ) -> tuple[Tensor, Factor, Tensor]: ...
+    ) -> tuple[Tensor, Factor, "Local"]: ...
 
     @abstractmethod
     def variance(self) -> Tensor:

@@ -41,8 +41,9 @@ class Diagonal(Local):
 
     def condition(
         self, value: Tensor, observed: Tensor, mean: Mean, factor: Factor, shape: torch.Size, impl: str
-    ) -> tuple[Tensor, Factor, Tensor]:
-        return factor.condition(value, observed, mean, self.d, shape, impl)
+    ) -> tuple[Tensor, Factor, Local]:
+        loc, conditional, d = factor.condition(value, observed, mean, self.d, shape, impl)
+        return loc, conditional, Diagonal(d)
 
     def variance(self) -> Tensor:
         return self.d

@@ -9,7 +9,7 @@ from ... import reference
 from ...capacitance import fixed, posterior
 from ...layout import Layout, broadcast
 from ...registry import forward_mode, without_autocast
-from ..base import Capacitance, Factor, Mean, Noise, Operand, result_dtype
+from ..base import Capacitance, Factor, Mean, Noise, Operand, Root, result_dtype
 from . import op, op_sampling
 
 
@@ -134,6 +134,9 @@ class DenseFactor(_Dense, Factor):
                 DenseFactor(factor.to(dtype).expand(*shape, N, R)),
                 torch.where(observed, d.new_zeros(()), d).to(dtype).expand(*shape, N),
             )
+
+    def whitened(self, root: Root, impl: str) -> "DenseFactor":
+        return DenseFactor(root.whiten(self.tensor.movedim(-1, 0), impl).movedim(0, -1))
 
     def times(self, omega: Tensor) -> Tensor:
         return (self.tensor @ omega.unsqueeze(-1)).squeeze(-1)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ...capacitance import fixed, posterior
-from ...layout import Layout, broadcast
+from ...layout import Layout, broadcast, broadcasts_to
 from ...registry import forward_mode, transformed, without_autocast
-from ..base import Capacitance, Factor, Mean, Noise, result_dtype
+from ..base import Capacitance, Factor, Mean, Noise, Root, result_dtype
 from ..dense.factor import DenseFactor
 from ..dense.op_sampling import noise as drawn_noise
 from . import forms, op, op_sampling
@@ -179,6 +179,17 @@ class LinearFactor(Linear, Factor):
                 factor,
                 torch.where(observed, torch.zeros_like(d), d).to(dtype),
             )
+
+    def whitened(self, root: Root, impl: str) -> Factor:
+        """Linear in F̃T, the row of ones too, where T is one map of pixels for each item; else P is made."""
+        one_each = broadcasts_to(root.batch_shape, self.features.shape[:1])
+        if not (root.shared and one_each and self._stays_linear(impl)):
+            return DenseFactor(self.materialise(_not_half(self.dtype))).whitened(root, impl)
+        F = self.features.flatten(2)
+        ones = F if self.bias is None else torch.cat([F, F.new_ones(1, 1, 1).expand(F.shape[0], 1, F.shape[2])], 1)
+        stencilled = root.whiten(ones.flatten(1), impl).unflatten(1, (-1, F.shape[2]))
+        W = self.weight if self.bias is None else self.homogeneous().transpose(-3, -2)
+        return LinearFactor(stencilled, W)
 
     # --- Products -------------------------------------------------------------------------------------------------
 

@@ -83,6 +83,7 @@ def capacitance_kernel(
     TILE: tl.constexpr,
 ):
     """Σ pₙpₙᵀ/dₙ (its lower triangle), Σ pₙδₙ/dₙ and Σ log dₙ over one split of the columns n of an item."""
+    # One loop, and longer than a function should be: a tile of P in registers serves every sum.
     BLOCK_R: tl.constexpr = TILE.ROWS
     BLOCK_N: tl.constexpr = TILE.COLUMNS
     TILES: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R

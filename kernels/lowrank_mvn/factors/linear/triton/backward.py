@@ -128,7 +128,7 @@ def linear_backward_kernel(
     b = tl.load(b_ptr + item).to(dtype)
     kept = None
     if NEED_F and ONE_D and KIND == "tf32" and TILES == 1:
-        HALF: tl.constexpr = max(16, BLOCK_K // 2)
+        HALF: tl.constexpr = BLOCK_K // 2 if BLOCK_K > 16 else 16
         half_ptr = A_ptr + tl.arange(0, HALF)[:, None] + tl.arange(0, BLOCK_K)[None, :] * LD
         kept = split(tl.load(half_ptr))
         if BLOCK_K > 16:
