@@ -3,6 +3,7 @@
 Everything is compared with a new object over the same parameters.
 """
 
+import copy
 import gc
 import itertools
 import weakref
@@ -13,7 +14,7 @@ from state_cases import ASKED, CALLS, KINDS, B, N, R, dense, leaf, same
 from torch import nn
 from torch.utils import checkpoint
 
-from lowrank_mvn import LowRankMultivariateNormal
+from lowrank_mvn import LowRankMultivariateNormal, Stencil, StencilMultivariateNormal
 
 VIEWS = {"transposed": {"P", "d"}, "views": {"flat"}, "convolution": {"weight", "bias"}, "linear-mean": {"mean_weight"}}
 NAMES = [(kind, name) for kind, make in KINDS.items() for name in make()[0]]
@@ -136,6 +137,23 @@ def test_what_counts_no_version_is_noticed_after_a_backward_pass_or_a_step(fused
         P.data[450] += 3
     fresh = LowRankMultivariateNormal(loc, P, d)
     torch.testing.assert_close((p.entropy(), p.log_prob(x)), (fresh.entropy(), fresh.log_prob(x)))
+
+
+@pytest.mark.parametrize("change", ["mul_", "data.mul_", "sgd-fused", "data="])
+def test_a_conditional_of_a_stencil_follows_its_weights(change):
+    """It keeps a factorisation of them."""
+    log_diagonal, neighbours, x = leaf(1, 4, 3), leaf(1, 4, 4, 3), torch.randn(N, dtype=torch.float64)
+    p = StencilMultivariateNormal(torch.zeros(N, dtype=torch.float64), Stencil(log_diagonal, neighbours))
+    observed = torch.arange(N) < 5
+    with torch.no_grad():
+        conditional = p.condition(x, observed)
+        conditional.log_prob(x), conditional.variance
+    CHANGES[change](neighbours)
+    with torch.no_grad():
+        fresh = p.condition(x, observed)
+        found, expected = ((q.entropy(), q.variance, q.covariance_row(7)) for q in (conditional, fresh))
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(copy.deepcopy(conditional).entropy(), expected[0])
 
 
 def test_what_the_density_saved_may_change_before_the_entropy_is_differentiated():

@@ -20,6 +20,7 @@ from .factors.linear.factor import LinearFactor
 from .factors.linear.mean import LinearMean
 from .functional import Conditional, condition, entropy, log_prob, log_prob_and_entropy, rsample
 from .local.stencil.stencil import Stencil
+from .registry import plain_operators
 
 __all__ = [
     "Conditional",
@@ -34,5 +35,6 @@ __all__ = [
     "log_prob",
     "log_prob_and_entropy",
     "patch_torch",
+    "plain_operators",
     "rsample",
 ]

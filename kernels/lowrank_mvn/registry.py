@@ -11,8 +11,9 @@ An operator of `torch.library` and its derivative do not take part in the transf
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -58,6 +59,8 @@ def chosen(impl: str | None, modules: Mapping[str, Any], device: torch.device, k
         ValueError: it is not available for that `kind` of argument; the error lists what is.
     """
     available = [name for name in (*modules, "reference") if runs_on(name, device)]
+    if _plain.depth and impl in (None, *modules):
+        return "aten"
     if impl is None:
         return "triton" if device.type == "cuda" and "triton" in available else "aten"
     if impl not in available:
@@ -68,6 +71,50 @@ def chosen(impl: str | None, modules: Mapping[str, Any], device: torch.device, k
 def forward_mode() -> bool:
     """Whether forward-mode differentiation is under way: the operators do not take part in it."""
     return forward_ad._current_level >= 0
+
+
+def recorded() -> bool:
+    """Whether a program is recorded, which may be run with other needs for gradients."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    proxy = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    return proxy is not None or torch._C._get_tracing_state() is not None
+
+
+class _Plain(threading.local):
+    depth = 0  # of `plain_operators`, in this thread
+
+
+_plain = _Plain()
+
+
+@contextmanager
+def plain_operators() -> Iterator[None]:
+    """Within it, functions and distributions are composed of torch's own operators.
+
+    A program that is recorded with ours (`torch.export`, AOTInductor, `torch.jit.trace`) needs `import lowrank_mvn` in
+    the process that loads it; one that is recorded within this context needs nothing. It is differentiable, and as exact
+    (the residual form of the log-density, in float64), but takes the memory of a copy of P in float64, and time.
+
+    Example:
+        >>> with lowrank_mvn.plain_operators():
+        ...     program = torch.export.export(module, (x,))
+        >>> torch.export.save(program, "program.pt2")
+    """
+    _plain.depth += 1
+    try:
+        yield
+    finally:
+        _plain.depth -= 1
+
+
+def decomposed() -> bool:
+    """Whether torch's own operators are to be used: in forward mode and within `plain_operators`.
+
+    Not what the implementations do: they decide by values which products are made in float64, cut their passes by the
+    memory at hand and write into what they have made, which a recorded program cannot.
+    """
+    return _plain.depth > 0 or forward_mode()
 
 
 def transformed() -> bool:
@@ -168,6 +215,8 @@ class Operator:
         return self.fake(*inputs)
 
     def __call__(self, *inputs: Any) -> Any:
+        if _plain.depth:
+            return self.kernel(*inputs)
         return self._function.apply(*inputs) if self._function and transformed() else self._operator(*inputs)
 
     def register(
@@ -298,9 +347,12 @@ def one_by_one(op: Operator, V: int, given: dict[str, Any], mapped: dict[str, in
 __all__ = [
     "Dims",
     "Operator",
+    "decomposed",
     "chosen",
     "forward_mode",
     "implementations",
+    "plain_operators",
+    "recorded",
     "pull_back",
     "runs_on",
     "second_derivative",

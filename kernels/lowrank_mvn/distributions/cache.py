@@ -1,22 +1,14 @@
 """What a distribution keeps from one call to the next, for as long as its parameters are what they were."""
 
-import ctypes
 import weakref
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _TorchDispatchModeKey as ModeKey
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..factors.base import Capacitance
-from ..registry import forward_mode, transformed
-
-# First bytes of a parameter on the CPU that are compared.
-GLIMPSE = 512
+from ..state import state_of
 
 
 class _Entry(NamedTuple):
@@ -30,19 +22,8 @@ class _Entry(NamedTuple):
 class Cache:
     """The capacitance, and the log-determinant of the joint node, which spares `entropy` a pass after `log_prob`.
 
-    Both are forgotten when a parameter has moved, which shows in
-
-    - the version that every tensor counts, views of it included, its storage and strides, and `requires_grad`;
-    - a step of any optimiser: the fused ones of torch 2.13 and whatever writes through `.data` count no version;
-    - a backward pass through what was returned: somebody who writes through `.data` does so after it;
-    - on the CPU, its first bytes: an exchange of all values through `.data`, as averages of weights do.
-
-    What remains is a write through `.data` into the midst of a large tensor, or on a device, with neither of the two
-    passes in between (`torch.autograd.graph.increment_version` tells of one).
-
-    Nothing is kept inside a transform of `torch.func`, whose tensors must not outlive it, nothing while a program is
-    recorded (compiler, exporter, CUDA graph), which is run with other values, and nothing of tensors made in inference
-    mode, which count no changes.
+    Both are forgotten when a parameter has moved (`state` says how that shows), and after a backward pass through what
+    was returned: the node is spent then, and somebody who writes through `.data` does so after it.
     """
 
     def __init__(self) -> None:
@@ -52,7 +33,7 @@ class Cache:
         self, parameters: list[Tensor], logdet: Tensor, capacitance: Capacitance | None, joint: Iterable[Tensor] = ()
     ) -> None:
         """Keeps what was computed from the parameters; `joint` are the other tensors that it shares its node with."""
-        state = _state(parameters)
+        state = state_of(parameters)
         if state is None:
             return
         node = logdet.grad_fn
@@ -77,7 +58,7 @@ class Cache:
     def _valid(self, parameters: list[Tensor]) -> _Entry | None:
         if self._entry is None:
             return None
-        state = _state(parameters)
+        state = state_of(parameters)
         return self._entry if state is not None and self._entry.state == state else None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -88,54 +69,6 @@ def _forget(cache: "weakref.ref[Cache]") -> None:
     found = cache()
     if found:
         found._entry = None
-
-
-def _state(parameters: list[Tensor]) -> tuple[Any, ...] | None:
-    """Changes whenever a parameter does; none where that cannot be known."""
-    if torch.compiler.is_compiling() or transformed() or forward_mode():
-        return None
-    if any(map(torch._C._get_dispatch_mode, (ModeKey.FAKE, ModeKey.PROXY, ModeKey.FUNCTIONAL))):
-        return None
-    if any(t.is_inference() for t in parameters):
-        return None
-    if any(t.is_cuda for t in parameters) and torch.cuda.is_current_stream_capturing():
-        return None
-    # A trace keeps to itself: what was computed outside of it would be a constant of the program.
-    return _Steps.taken(), torch._C._get_tracing_state(), *map(_state_of, parameters)
-
-
-def _state_of(t: Tensor) -> tuple[Any, ...]:
-    seen = t._version, t.requires_grad, t.shape, t.stride()
-    if is_traceable_wrapper_subclass(t):
-        return (
-            *seen,
-            *(_state_of(part) for n in t.__tensor_flatten__()[0] if isinstance(part := getattr(t, n), Tensor)),
-        )
-    if t.is_meta:
-        return seen
-    storage, start = t.untyped_storage(), t.data_ptr()
-    first = b""
-    if t.is_cpu:
-        first = ctypes.string_at(start, min(GLIMPSE, storage.data_ptr() + storage.nbytes() - start))
-    # A weak reference: the address of a storage is not given to another one while it is compared with.
-    return (*seen, start, StorageWeakRef(storage), first)
-
-
-class _Steps:
-    """Counts the steps of all optimisers."""
-
-    _count = 0
-    _hook: Any = None
-
-    @classmethod
-    def taken(cls) -> int:
-        if cls._hook is None:
-            cls._hook = register_optimizer_step_post_hook(cls._step)
-        return cls._count
-
-    @classmethod
-    def _step(cls, *_: Any) -> None:
-        cls._count += 1
 
 
 def _mode() -> tuple[Any, ...]:

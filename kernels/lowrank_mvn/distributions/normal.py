@@ -14,7 +14,7 @@ from ..factors.base import Mean
 from ..factors.linear.factor import LinearFactor
 from ..factors.linear.mean import LinearMean
 from ..layout import broadcast, broadcasts_to
-from ..registry import forward_mode, transformed, without_autocast
+from ..registry import forward_mode, recorded, transformed, without_autocast
 from .cache import Cache
 
 __all__ = ["LowRankMultivariateNormal"]
@@ -245,7 +245,7 @@ class LowRankMultivariateNormal(TorchLowRank):
         log_prob = functional.log_density(q, logdet, p.N).to(p.result_dtype)
         # The joint node also hangs on the value and the mean: without a gradient for P or d the entropy must not.
         learned = p.factor.requires_grad or p.local.requires_grad
-        if not (learned or torch._C._get_tracing_state() or transformed() or forward_mode()):
+        if not (learned or recorded() or transformed() or forward_mode()):
             logdet = logdet.detach()
         self._cache.keep(self._tensors, logdet, capacitance, (value, *p.mean.tensors().values()))
         return log_prob, logdet

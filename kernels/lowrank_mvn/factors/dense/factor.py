@@ -8,7 +8,7 @@ from torch import Tensor
 from ... import checks, reference
 from ...capacitance import fixed, posterior
 from ...layout import Layout, broadcast
-from ...registry import forward_mode, without_autocast
+from ...registry import decomposed, without_autocast
 from ..base import Capacitance, Factor, Mean, Noise, Operand, Root, result_dtype
 from . import op, op_sampling
 
@@ -55,7 +55,9 @@ class DenseFactor(_Dense, Factor):
         loc = mean.materialise(result_dtype(P, d))
         if _textbook(impl):
             with without_autocast(P.device):
-                q, logdet = reference.mahalanobis_and_logdet(*self._work(impl, value, loc, P, d))
+                textbook = impl == "reference"
+                formula = reference.mahalanobis_and_logdet if textbook else reference.by_residual
+                q, logdet = formula(*self._work(impl, value, loc, P, d))
             return q, logdet.expand(items), None
         layout = Layout(broadcast(value.shape[:-1], loc.shape[:-1], items), items)
         q, logdet, C_inv, *_, wide = op.mahalanobis_and_logdet(
@@ -149,7 +151,7 @@ class DenseFactor(_Dense, Factor):
 
     def gram(self) -> Tensor:
         P, items = self.tensor, self.shape[:-2]
-        if forward_mode():
+        if decomposed():
             P = P.double()
             return P.mT @ P
         layout = Layout(items, items)
@@ -170,4 +172,4 @@ class DenseFactor(_Dense, Factor):
 
 
 def _textbook(impl: str) -> bool:
-    return impl == "reference" or forward_mode()
+    return impl == "reference" or decomposed()

@@ -15,7 +15,7 @@ from torch import Tensor
 from ... import checks
 from ...capacitance import fixed, posterior
 from ...layout import Layout, broadcast, broadcasts_to, concatenated
-from ...registry import forward_mode, transformed, without_autocast
+from ...registry import decomposed, transformed, without_autocast
 from ..base import Capacitance, Factor, Mean, Noise, Root, result_dtype
 from ..dense.factor import DenseFactor
 from ..dense.op_sampling import noise as drawn_noise
@@ -129,7 +129,7 @@ class LinearFactor(Linear, Factor):
         layout = Layout(shape, self._items(d))
         omega_p, omega_d = noise
         seed = layout.seed(self.features) if omega_d is None else None
-        if impl == "triton" and not forward_mode() and self._has_kernel(d):
+        if impl == "triton" and not decomposed() and self._has_kernel(d):
             given = None if omega_d is None else layout.samples(omega_d.expand(*shape, N))
             return self._rsample(mean, layout.vectors(d), layout, omega_p, given, seed, impl)
         if omega_d is None:
@@ -148,7 +148,7 @@ class LinearFactor(Linear, Factor):
         self, value: Tensor, observed: Tensor, mean: Mean, d: Tensor, shape: torch.Size, impl: str
     ) -> tuple[Tensor, Factor, Tensor]:
         dtype, high = torch.promote_types(mean.dtype, self.dtype), result_dtype(mean, self, d)
-        if impl == "reference" or forward_mode():
+        if impl == "reference" or decomposed():
             made = DenseFactor(self.materialise(high))
             loc, dense, diag = made.condition(value, observed, mean, d, shape, impl)
             return loc.to(dtype), DenseFactor(dense.tensor.to(dtype)), diag.to(dtype)
@@ -230,7 +230,7 @@ class LinearFactor(Linear, Factor):
 
     def row_norms(self) -> Tensor:
         """diag PPᵀ [..., N], differentiable, block by block (in forward mode from P)."""
-        if forward_mode():
+        if decomposed():
             return self.materialise(_not_half(self.dtype)).square().sum(-1).to(self.dtype)
         batch = broadcast(self.features.shape[:1], self.weight.shape[:-3])
         W = self._weights(batch)
@@ -239,7 +239,7 @@ class LinearFactor(Linear, Factor):
 
     def gram(self) -> Tensor:
         """PᵀP [..., R, R] in float64, differentiable, from products of the features (in forward mode from P)."""
-        if forward_mode():
+        if decomposed():
             P = self.materialise(torch.float64)
             return P.mT @ P
         batch = self.shape[:-2]
@@ -270,10 +270,10 @@ class LinearFactor(Linear, Factor):
 
     def _stays_linear(self, impl: str) -> bool:
         """Whether the operators for linear factors apply."""
-        return impl in self.implementations and self.mask is None and not forward_mode()
+        return impl in self.implementations and self.mask is None and not decomposed()
 
     def _made(self, d: Tensor) -> DenseFactor:
-        return DenseFactor(self.materialise(result_dtype(self, d)))
+        return DenseFactor(self.materialise(torch.float64 if decomposed() else result_dtype(self, d)))
 
     def _items(self, d: Tensor) -> torch.Size:
         return broadcast(self.shape[:-2], d.shape[:-1])
