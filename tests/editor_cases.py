@@ -163,7 +163,7 @@ def make_run(folder, images, head="structured", channels=1, size=(24, 20), **mod
             vae.encode(torch.rand(32, *config.image_shape))
         vae.posterior.weight.normal_(std=0.5)
     run = sosvae.Run.create(folder, config)
-    run.save(1, vae, {}, keep=1)
+    run.save(config, 1, vae, {})
     return run
 
 
