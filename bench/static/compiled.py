@@ -26,6 +26,7 @@ _TYPES = {
     torch.uint8: "u8",
     torch.int32: "i32",
     torch.bool: "i1",
+    torch.int32: "i32",
     torch.int64: "i64",
 }
 TARGETS = {
