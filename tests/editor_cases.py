@@ -19,6 +19,7 @@ from PIL import Image
 
 import sosvae
 from sosvae.editor.document import document
+from sosvae.training.state import State
 
 ROOT = Path(__file__).parent.parent
 ARGUMENTS = ["--no-sandbox", "--disable-background-networking", "--disable-dev-shm-usage"]
@@ -163,7 +164,9 @@ def make_run(folder, images, head="structured", channels=1, size=(24, 20), **mod
             vae.encode(torch.rand(32, *config.image_shape))
         vae.posterior.weight.normal_(std=0.5)
     run = sosvae.Run.create(folder, config)
-    run.save(config, 1, vae, {})
+    state = State(config, torch.device("cpu"))
+    state.step = 1
+    run.save(config, 1, vae, state.state_dict())
     return run
 
 
