@@ -66,7 +66,7 @@ def test_wide_loads_and_stores(document):
 @pytest.mark.slow
 def test_bounds_stay(document):
     """Bytes/s that the narrowest pipe of an H100 would allow, as found (kernels/LOG.md), less 3 %."""
-    found = {"capacitance": 6.6, "residual": 11.2, "backward": 9.0, "sample": 8.8, "sample_backward": 10.0}
+    found = {"capacitance": 6.6, "residual": 11.2, "backward": 8.4, "sample": 8.8, "sample_backward": 10.0}
     for kernel, bound in found.items():
         assert min(rows(document)[kernel]["caps"].values()) > 0.97e12 * bound, kernel
     assert rows(document)["capacitance"]["bank_conflicts"] == {"LDSM": 1.0, "LDGSTS": 1.0}

@@ -109,12 +109,11 @@ def backward_kernel(
     d_at,  # [B, N], or [B, 1] if ONE_D
     C_inv_ptr,  # [B, R, R]
     v_ptr,  # [S, B, R], if there are samples
-    wide_ptr,  # [B]: items that products of KIND are for; or none, for all of them
+    marks,  # [B], items that products of KIND are for, none: all; [B, 1 + 2R], where pixels of large h go, or none
     grad_x_ptr,  # [S, B, N]; as the others, none where it is not needed
     grad_loc_ptr,  # [S, B, N], or [CHUNKS, B, N] if SHARED_LOC
     grad_P_at,  # [B, CHUNKS, R, N]
     grad_d_ptr,  # [CHUNKS, B, N], or [CHUNKS, B, SPLITS] of −Σ az² if ONE_D
-    heaviest_ptr,  # [B, 1 + 2R]: pixels whose π is left out (`device.heaviest`); or none
     sizes,  # S, B, N
     cut,  # programs for an item, columns for each, and CHUNKS that share the samples
     R: tl.constexpr,
@@ -139,6 +138,7 @@ def backward_kernel(
     pid_s = pid % SPLITS
     chunk = tl.program_id(1) % CHUNKS
     own = tl.full((), 1, tl.int64) * chunk
+    wide_ptr, heaviest_ptr = marks
     if wide_ptr is not None:  # noqa: SIM102  (decided when compiling)
         if (tl.load(wide_ptr + item) != 0) != WIDE:
             return
@@ -325,12 +325,11 @@ def gradients(
         d_at=launch.at(d),
         C_inv_ptr=C_inv,
         v_ptr=None if samples is None else samples.v,
-        wide_ptr=None if wide is None else wide.view(torch.uint8),
+        marks=(None if wide is None else wide.view(torch.uint8), grads.heaviest),
         grad_x_ptr=grads.x,
         grad_loc_ptr=grads.loc,
         grad_P_at=None if grads.P is None else launch.at(grads.P.permute(1, 0, 3, 2)),
         grad_d_ptr=sums if grads.d is not None and one_d else grads.d,
-        heaviest_ptr=grads.heaviest,
         sizes=(S, B, N),
         cut=(splits, columns, chunks),
         R=R,

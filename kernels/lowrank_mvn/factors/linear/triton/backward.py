@@ -82,11 +82,10 @@ def linear_backward_kernel(
     A_ptr,  # [B, 1, rows + 1, LD] (`placed`): A if ONE_D; else M_c, for each channel
     step_ptr,  # [B, S, channels, LD] (`placed`)
     u_ptr,  # [B, S, channels, LD] (`placed`): −2au
-    wide_ptr,  # [B]: items that products of KIND are for; or none, for all of them
+    marks,  # [B], items that products of KIND are for, none: all; [B, 1 + ROOM], where pixels of large h go, or none
     grad_x_ptr,  # [S, B, channels, pixels]; as the others, none where it is not needed
     grad_F_at,  # [B, K, pixels]
     grad_d_ptr,  # [B, channels, pixels], or [B, SPLITS] of −Σ az² if ONE_D
-    heaviest_ptr,  # [B, 1 + ROOM]: pixels whose π is left out (`device.heaviest`); none if ONE_D or not needed
     sizes,  # S, B, pixels
     cut,  # programs for an item, pixels for each
     K: tl.constexpr,
@@ -110,6 +109,7 @@ def linear_backward_kernel(
     pid = tl.program_id(0)
     item = (pid // SPLITS).to(tl.int64)
     pid_s = pid % SPLITS
+    wide_ptr, heaviest_ptr = marks
     if wide_ptr is not None:  # noqa: SIM102  (decided when compiling)
         if (tl.load(wide_ptr + item) != 0) != WIDE:
             return
@@ -229,11 +229,10 @@ def gradients(
             A_ptr=A,
             step_ptr=step,
             u_ptr=minus_2au,
-            wide_ptr=None if kind == "float64" else wide.view(torch.uint8),
+            marks=(None if kind == "float64" else wide.view(torch.uint8), grads.heaviest),
             grad_x_ptr=grads.x,
             grad_F_at=None if grads.F is None else launch.at(grads.F),
             grad_d_ptr=sums if grads.d is not None and one else grads.d,
-            heaviest_ptr=grads.heaviest,
             sizes=(0 if samples is None else samples.r.shape[0], B, pixels),
             cut=(splits, columns),
             K=K,
