@@ -28,8 +28,9 @@ GLIMPSE = 512
 def state_of(parameters: Sequence[Tensor]) -> tuple[Any, ...] | None:
     """Changes whenever a tensor does; none where nothing is to be kept.
 
-    That is inside a transform of `torch.func`, whose tensors must not outlive it; while a program is recorded (compiler,
-    exporter, CUDA graph), which is run with other values; and of tensors made in inference mode, which count no changes.
+    That is inside a transform of `torch.func`, whose tensors must not outlive it; while a program is recorded
+    (compiler, exporter, CUDA graph), which is run with other values; and of tensors made in inference mode, which count
+    no changes.
     """
     if torch.compiler.is_compiling() or transformed() or forward_mode():
         return None
