@@ -8,7 +8,7 @@ from lowrank_cases import gradients, relative
 from lowrank_mvn import LinearFactor, LinearMean, LowRankMultivariateNormal
 from lowrank_mvn.factors.linear.aten import blocks
 from lowrank_mvn.functional import condition
-from sosvae.tools import scale_components
+from sosvae.tools.observation import scale_components
 
 # --- Weights for each item, and rows that are zero -------------------------------------------------------------------
 

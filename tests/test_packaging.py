@@ -38,7 +38,9 @@ def test_wheel_installs_into_an_empty_environment(tmp_path):
         modules = {f"{package}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*.py")}
         assert modules <= set(names)
     metadata = [name for name in names if ".dist-info/" in name]
-    allowed = re.compile(r".*\.py|.*/py\.typed|lowrank_mvn/device/tuned/[^/]+\.json")
+    allowed = re.compile(
+        r".*\.py|.*/py\.typed|lowrank_mvn/device/tuned/[^/]+\.json|sosvae/editor/static/page\.(html|css|js)"
+    )
     assert all(allowed.fullmatch(name) for name in set(names) - set(metadata))
     assert any(name.endswith("LICENSE") for name in metadata)
 

@@ -1,14 +1,15 @@
 """grad_d at pixels that P explains almost alone, the same for every kind of factor; README.md derives it.
 
-With aₙ = pₙ/√dₙ the leverage hₙ = aₙᵀC⁻¹aₙ is the share of a pixel's variance that the others and P explain, and
-πₙ = (1 − hₙ)/dₙ cancels where it is near one. That happens at few pixels H (Σ hₙ = R − tr C⁻¹ ≤ R). Without them
-C_L = C − A_HᵀA_H, summed without H and never subtracted, and for Yᵀ = C⁻¹A_Hᵀ, U = I − A_HYᵀ
+With aₙ = pₙ/√dₙ, 1 − hₙ = dₙπₙ is the share that a pixel's own noise has in its variance given all others, and
+πₙ = (1 − hₙ)/dₙ cancels where the leverage hₙ = aₙᵀC⁻¹aₙ is near one. That happens at few pixels H, because Σ hₙ ≤ R.
+With C_L = C − A_HᵀA_H, which is summed without H and never subtracted, Yᵀ = C⁻¹A_Hᵀ and U = I − A_HYᵀ,
 
     (D^½Σ⁻¹D^½)_HH = UᵀU + YC_LYᵀ           d_H^½ z_H = (D^½Σ⁻¹D^½)_HH d_H^{-½}δ_H − Yw_L
 
-is a sum of squares, as q is: errors of Y enter it squared.
+are sums of squares, as q is: an error of Y enters them squared.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -17,14 +18,17 @@ from torch import Tensor
 
 from .capacitance import factorise, root, with_identity
 
-# 1 − h below which its relative error counts: float32 leaves 1e-6 of it, or what float32 makes of C.
+# Below this, 1 − h is made again: float32 leaves an error of about 1e-6 of it.
 SMALL = 0.1
 # Error of a leverage that float64 may leave.
 TOLERANCE = 1e-7
+# The first leaves what ε‖aₙ‖² makes of an error of that size, the second no more than rounding up to ‖aₙ‖² = 1e14.
 REFINEMENTS = 2
-# Values of P and of the samples that are gathered at once.
+# Values of P, or of the samples, that are gathered at once.
 VALUES = 1 << 20
 EPS = torch.finfo(torch.float64).eps
+
+Items = slice | Tensor
 
 
 class Pixels(Protocol):
@@ -47,51 +51,81 @@ class Remainders:
     """1 − h of every item, as the blocks of a backward pass have it."""
 
     def __init__(self, N: int, C_inv: Tensor, wide: Tensor) -> None:
-        self.N, self.C_inv = N, C_inv
+        self.N, self.C_inv, self.wide = N, C_inv, wide
         self.least = C_inv.new_ones(len(wide))
-        self.total = torch.where(wide, 0.0, torch.nan).double()
+        self.total: Tensor | None = None  # of items with products in float64
 
     def add(self, b: slice, rest: Tensor) -> None:
         """Takes 1 − h of a block, [b, ...]."""
         rest = rest.flatten(1)
         if rest.shape[1]:
             self.least[b] = torch.minimum(self.least[b], rest.amin(1))
-            if rest.dtype == torch.float64:
-                self.total[b] += rest.sum(1)
+        if rest.dtype == torch.float64:
+            self.total = torch.zeros_like(self.least) if self.total is None else self.total
+            self.total[b] += rest.sum(1)
 
-    def close(self) -> Tensor:
-        """Indices of the items for which `at_heaviest` is needed: one h is near one or, in float64, C⁻¹ was not good
-        enough for all of them, so that they do not add up. Elsewhere than on the CPU all items: no decision waits."""
+    def doubtful(self) -> Tensor:
+        """Indices of the items for which `mend` is needed: one h is near one or, in float64, C⁻¹ was not good enough,
+        so that they do not add up to R − tr C⁻¹. On other devices than the CPU all items: no decision waits there."""
         N, R = self.N, self.C_inv.shape[-1]
         if self.least.device.type != "cpu":
-            return torch.arange(len(self.least), device=self.least.device)
-        off = self.total - (N - R + self.C_inv.diagonal(dim1=-2, dim2=-1).sum(-1))
-        # Errors of many pixels add up; what can be mended is that of a few.
-        return ((self.least < SMALL) | (off.abs() > TOLERANCE * max(1.0, N / R) ** 0.5)).nonzero().squeeze(1)
+            return torch.arange(len(self.least))
+        found = self.least < SMALL
+        if self.total is not None:
+            off = self.total - (N - R + self.C_inv.diagonal(dim1=-2, dim2=-1).sum(-1))
+            # Errors of many pixels add up; what can be mended is that of a few.
+            found |= self.wide & (off.abs() > TOLERANCE * math.sqrt(max(1.0, N / R)))
+        return found.nonzero().squeeze(1)
 
 
-def unsure(N: int, C_inv: Tensor) -> Tensor:
-    """Indices of the items with one d whose Σπ needs the sum over pixels: N − R + tr C⁻¹ cancels where N ≤ R, and is not
-    good enough where C⁻¹ is not (elsewhere than on the CPU no decision waits for that)."""
+def doubtful_sums(N: int, C_inv: Tensor) -> Tensor:
+    """Indices of the items with one d for which `mend` is needed: N − R + tr C⁻¹ cancels where N ≤ R, and is not good
+    enough where C⁻¹ is not (on other devices than the CPU no decision waits for that)."""
     B, R = C_inv.shape[:2]
-    everyone = torch.arange(B, device=C_inv.device)
     diagonal = C_inv.diagonal(dim1=-2, dim2=-1)
     if N <= R or C_inv.device.type != "cpu" or not bool((diagonal > 1e-4).any()):
-        return everyone[: B if N <= R else 0]
+        return torch.arange(B if N <= R else 0)
     squares = factorise(C_inv)[0].diagonal(dim1=-2, dim2=-1)
-    return everyone[~(EPS * (squares * diagonal).sqrt().sum(-1).square() <= TOLERANCE * (N - R))]
+    error = EPS * (squares * diagonal).sqrt().sum(-1).square()  # as `capacitance.too_rough` has it
+    return (~(error <= TOLERANCE * (N - R))).nonzero().squeeze(1)
 
 
-def chunks(items: Tensor, size: int) -> Iterator[slice | Tensor]:
-    """Items, `size` values each, that are gathered together: neighbours, or a single one, as a view."""
+def mend(
+    grad_d: Tensor,
+    doubtful: Tensor,
+    pixels: Callable[[Items], Pixels],
+    with_d_per_pixel: Callable[[Items], Tensor],
+    d: Tensor,
+    C_inv: Tensor,
+    grad_q: Tensor,
+    grad_logdet: Tensor,
+    sizes: tuple[int, int],
+) -> None:
+    """Makes grad_d [B, N or 1] of the doubtful items again where π cancels.
+
+    Args:
+        with_d_per_pixel: gives grad_d [b, N] as if such items had a d for each pixel, where they have one.
+        d: [B, N or 1].
+        grad_q: [B, S]; as C⁻¹ [B, R, R] and grad_logdet [B], in float64.
+        sizes: N, and the values that an item has.
+    """
+    N, size = sizes
+    for t in _together(doubtful, size):
+        if d.shape[1] < N:
+            grad_d[t] = with_d_per_pixel(t).sum(1, keepdim=True)
+        else:
+            H, values = at_heaviest(pixels(t), d[t], C_inv[t], grad_q[t], grad_logdet[t])
+            grad_d[t] = grad_d[t].scatter(1, H, values.to(grad_d.dtype))
+
+
+def _together(items: Tensor, size: int) -> Iterator[Items]:
+    """Items, `size` values each, that are gathered together; neighbours, or a single one, as a view."""
     for part in items.split(max(1, VALUES // max(1, size))) if len(items) else ():
-        first, count = int(part[0]), len(part)
-        yield slice(first, first + count) if count == 1 or int(part[-1]) - first == count - 1 else part
+        first, last = int(part[0]), int(part[-1])
+        yield slice(first, last + 1) if last - first == len(part) - 1 else part
 
 
-def at_heaviest(
-    pixels: Pixels, d: Tensor, C_inv: Tensor, grad_q: Tensor, grad_logdet: Tensor
-) -> tuple[Tensor, Tensor]:
+def at_heaviest(pixels: Pixels, d: Tensor, C_inv: Tensor, grad_q: Tensor, grad_logdet: Tensor) -> tuple[Tensor, Tensor]:
     """The pixels of the largest leverages, [b, k], and grad_d = grad_logdet π − Σ_s grad_q z² there.
 
     `d` [b, N], the rest in float64: C⁻¹ [b, R, R], `grad_q` [b, S], `grad_logdet` [b].
@@ -109,8 +143,8 @@ def at_heaviest(
     precision, Y = without_cancellation(A, gram)
     grad_d = grad_logdet.unsqueeze(1) * precision.diagonal(dim1=-2, dim2=-1)
     step = max(1, VALUES // max(1, b * k))
-    for s in range(0, S, step):
-        s = slice(s, s + step)
+    for start in range(0, S, step):
+        s = slice(start, start + step)
         z = (pixels.deltas(H, s) * scale.unsqueeze(1)) @ precision - w[:, s] @ Y.mT
         grad_d -= (grad_q[:, s, None] * z.square()).sum(1)
     return H, grad_d * scale.square()

@@ -93,8 +93,8 @@ def plain_operators() -> Iterator[None]:
     """Within it, functions and distributions are composed of torch's own operators.
 
     A program that is recorded with ours (`torch.export`, AOTInductor, `torch.jit.trace`) needs `import lowrank_mvn` in
-    the process that loads it; one that is recorded within this context needs nothing. It is differentiable, and as
-    exact (the residual form of the log-density, in float64), but takes the memory of a copy of P in float64, and time.
+    the process that loads it; one that is recorded within this context needs nothing. It is differentiable and as exact
+    (the residual form of the log-density, in float64), but takes the memory of a copy of P in float64, and time.
 
     Example:
         >>> with lowrank_mvn.plain_operators():

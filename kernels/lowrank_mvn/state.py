@@ -29,8 +29,8 @@ def state_of(parameters: Sequence[Tensor]) -> tuple[Any, ...] | None:
     """Changes whenever a tensor does; none where nothing is to be kept.
 
     That is inside a transform of `torch.func`, whose tensors must not outlive it; while a program is recorded
-    (compiler, exporter, CUDA graph), which is run with other values; and of tensors made in inference mode, which count
-    no changes.
+    (compiler, exporter, CUDA graph), which is run with other values; and of tensors made in inference mode, which
+    count no changes.
     """
     if torch.compiler.is_compiling() or transformed() or forward_mode():
         return None

@@ -45,7 +45,9 @@ def _sum_of_splits(gram_ptr, rows, columns, SPLITS, R: tl.constexpr):
 def _pivot(p, log_det, positive):
     """1/√p, and what a pivot p adds to log|C| and to the test of all pivots."""
     positive = tl.where((p > 0) & (p < float("inf")), positive, 0)
-    return tl.rsqrt(p), log_det + tl.log(p), positive
+    log_det += tl.log(p)
+    root = tl.rsqrt(p)
+    return root, log_det, positive
 
 
 @triton.jit

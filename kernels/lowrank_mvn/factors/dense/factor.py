@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import checks, reference
-from ...capacitance import posterior
+from ...capacitance import fixed, posterior
 from ...layout import Layout, broadcast
 from ...registry import decomposed, without_autocast
 from ..base import Capacitance, Factor, Mean, Noise, Operand, Root, result_dtype
@@ -112,7 +112,7 @@ class DenseFactor(_Dense, Factor):
         loc = mean.materialise(high).to(high)
         value = torch.where(observed, value.to(high), loc)
         items = broadcast(observed.shape[:-1], self._items(d))
-        d = d.to(high).expand(*d.shape[:-1], N)
+        given, d = d, d.to(high).expand(*d.shape[:-1], N)
         with without_autocast(P.device):
             if _textbook(impl):
                 work = high if impl == "reference" else torch.float64
@@ -123,9 +123,10 @@ class DenseFactor(_Dense, Factor):
             # Values of one item share its C and its factor.
             layout = Layout(shape, items)
             P = layout.factors(P)
-            precision = layout.vectors(torch.where(observed, d, d.new_ones(())).reciprocal() * observed)
+            known = torch.where(observed, fixed(given).to(high), d.new_ones(()))
+            precision = layout.vectors(known.reciprocal() * observed)
             gram, w = op.normal_equations(layout.samples(value), layout.means(loc), P, precision, impl)
-            L_inv_t, v = (t.to(high) for t in posterior(gram, w.permute(1, 2, 0)))
+            L_inv_t, v = (t.to(high) for t in posterior(gram, w.permute(1, 2, 0), layout.vectors(given)))
             P = P.to(high)
             deviation = layout.restore(torch.bmm(v.mT, P.mT).transpose(0, 1))
             factor = torch.bmm(P, L_inv_t) if P.stride(-1) <= P.stride(-2) else torch.bmm(L_inv_t.mT, P.mT).mT

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import checks
-from ...capacitance import posterior
+from ...capacitance import fixed, posterior
 from ...layout import Layout, broadcast, broadcasts_to, concatenated
 from ...registry import decomposed, transformed, without_autocast
 from ..base import Capacitance, Factor, Mean, Noise, Root, result_dtype
@@ -156,8 +156,8 @@ class LinearFactor(Linear, Factor):
         items = broadcast(observed.shape[:-1], self._items(d))
         layout = Layout(shape, items)
         known = observed if self.mask is None else observed & self.mask
-        d = d.to(high).expand(*d.shape[:-1], N)
-        precision = layout.vectors(torch.where(known, d, d.new_ones(())).reciprocal() * known)
+        given, d = d, d.to(high).expand(*d.shape[:-1], N)
+        precision = layout.vectors(torch.where(known, fixed(given).to(high), d.new_ones(())).reciprocal() * known)
         x = torch.where(observed, value.to(high), value.new_zeros((), dtype=high))
         with without_autocast(self.device):
             shift = self._shift(mean, layout, high)
@@ -166,7 +166,7 @@ class LinearFactor(Linear, Factor):
                 for tensors in self._calls(layout, layout.samples(x), shift, self._joined(mean), precision)
             ]
             gram, w = (concatenated(part, dim) for part, dim in zip(zip(*parts, strict=True), (0, 1), strict=True))
-            L_inv_t, v = posterior(gram, w.permute(1, 2, 0))
+            L_inv_t, v = posterior(gram, w.permute(1, 2, 0), layout.vectors(given))
             factor = self.mix(L_inv_t.reshape(*items, R, R)).masked(~observed)
             deviation = self.times(layout.restore(v.permute(2, 0, 1)).to(high))
             loc = mean.materialise(high).to(high) + deviation.to(high)

@@ -6,17 +6,14 @@
 with r ← r − PC⁻¹g and z = D⁻¹r. Where π cancels, `leverage` makes grad_d again.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ....capacitance import product_dtype, runs, sum_of_pi
 from ....device.pages import Scratch, empty_gradient
-from ....leverage import Remainders, at_heaviest, chunks, unsure
+from ....leverage import Items, Remainders, doubtful_sums, mend
 from ....registry import kept
 from . import blocks
-from .capacitance import Samples
 from .pixels import Pixels
 
 
@@ -41,7 +38,8 @@ def mahalanobis_and_logdet_backward(
     grad_x, grad_loc = _empty(x, need_x), _empty(loc, need_loc)
     grad_P = empty_gradient(P) if need_P else x.new_empty(0)
     grad_q, grad_logdet = grad_mahalanobis.T.double(), grad_logdet.double()  # [B, S], [B]
-    grad_d, rest = _of_logdet(grad_logdet, d, N, C_inv, need_d), Remainders(N, C_inv, wide)
+    grad_d = _of_logdet(grad_logdet, d, N, C_inv, need_d)
+    rest = Remainders(N, C_inv, wide) if need_d and not one_d else None
     v, step = v.transpose(0, 1), step.transpose(0, 1)  # [B, S, R]
     minus_2av = -2 * grad_q.unsqueeze(-1) * v
     for items, products in runs(wide, dtype):
@@ -72,7 +70,7 @@ def mahalanobis_and_logdet_backward(
             az = z * grad_q[b].to(products).unsqueeze(-1)
             if need_d:
                 az2 = z.mul_(az).sum(1)
-                if row_sums is None:
+                if row_sums is None or rest is None:
                     grad_d[b] -= az2.sum(-1, keepdim=True, dtype=torch.float64)
                 else:
                     grad_d[b, n] = _of_pi(grad_logdet[b], d_inv, row_sums, b, rest) - az2
@@ -82,14 +80,18 @@ def mahalanobis_and_logdet_backward(
                 az = az if loc.shape[0] == S else az.sum(1, keepdim=True)
                 grad_loc[:, b, n] = az.mul_(-2).transpose(0, 1)
 
-    def with_d_per_pixel(t: slice | Tensor) -> Tensor:
-        given = x[:, t], loc[:, t], P[t], d[t].double().expand(-1, N), C_inv[t]
-        kept = (a.transpose(0, 1)[:, t] for a in (v, step))
-        rest = residual[:, t], wide[t], [False, False, False, True]
-        return mahalanobis_and_logdet_backward(grad_mahalanobis[:, t], grad_logdet[t], *given, *kept, *rest)[3]
+    def pixels(t: Items) -> Pixels:
+        return Pixels((x[:, t], loc[:, t]), P[t])
+
+    def with_d_per_pixel(t: Items) -> Tensor:
+        of_q = grad_mahalanobis[:, t], grad_logdet[t], x[:, t], loc[:, t]
+        kept = C_inv[t], v[t].transpose(0, 1), step[t].transpose(0, 1), residual[:, t], wide[t]
+        each, wanted = d[t].double().expand(-1, N), [False, False, False, True]
+        return mahalanobis_and_logdet_backward(*of_q, P[t], each, *kept, wanted)[3]
 
     if need_d:
-        _mend(grad_d, with_d_per_pixel, rest, (x, loc), P, d, C_inv, grad_q, grad_logdet)
+        doubtful, size = doubtful_sums(N, C_inv) if rest is None else rest.doubtful(), N * (P.shape[2] + 2 * S)
+        mend(grad_d, doubtful, pixels, with_d_per_pixel, d, C_inv, grad_q, grad_logdet, (N, size))
     return grad_x, grad_loc, grad_P, grad_d.to(d.dtype)
 
 
@@ -98,12 +100,12 @@ def logdet_backward(
 ) -> tuple[Tensor, Tensor]:
     """grad_P = 2 grad_logdet D⁻¹PC⁻¹ and grad_d = grad_logdet π; empty where `needs` says no."""
     need_P, need_d = needs
-    (B, N, _), one_d, dtype = P.shape, d.shape[1] == 1, product_dtype(P, d)
+    (B, N, R), one_d, dtype = P.shape, d.shape[1] == 1, product_dtype(P, d)
     grad_P = empty_gradient(P) if need_P else P.new_empty(0)
     grad_logdet = grad_logdet.double()
-    grad_d, rest = _of_logdet(grad_logdet, d, N, C_inv, need_d), Remainders(N, C_inv, wide)
-    row_sums = need_d and not one_d
-    for items, products in runs(wide, dtype) if need_P or row_sums else ():
+    grad_d = _of_logdet(grad_logdet, d, N, C_inv, need_d)
+    rest = Remainders(N, C_inv, wide) if need_d and not one_d else None
+    for items, products in runs(wide, dtype) if need_P or rest else ():
         PC_scratch, Q_scratch = Scratch(products, P.device), Scratch(products, P.device)
         weight = 2 * grad_logdet[:, None, None] * C_inv
         weight = (weight / d.double().unsqueeze(-1) if one_d else weight).to(products)
@@ -113,16 +115,19 @@ def logdet_backward(
             PC = blocks.times(Q, weight[b], PC_scratch.like(p))
             if need_P:
                 grad_P[b, n] = PC
-            if row_sums:
+            if rest is not None:
                 grad_d[b, n] = _of_pi(grad_logdet[b], d_inv, Q.mul_(PC).sum(-1), b, rest)
 
-    def with_d_per_pixel(t: slice | Tensor) -> Tensor:
+    def pixels(t: Items) -> Pixels:
+        return Pixels(None, P[t])
+
+    def with_d_per_pixel(t: Items) -> Tensor:
         each = d[t].double().expand(-1, N)
         return logdet_backward(grad_logdet[t], P[t], each, C_inv[t], wide[t], [False, True])[1]
 
     if need_d:
-        no_samples = grad_logdet.new_empty(B, 0)
-        _mend(grad_d, with_d_per_pixel, rest, None, P, d, C_inv, no_samples, grad_logdet)
+        doubtful, no_q = doubtful_sums(N, C_inv) if rest is None else rest.doubtful(), grad_logdet.new_empty(B, 0)
+        mend(grad_d, doubtful, pixels, with_d_per_pixel, d, C_inv, no_q, grad_logdet, (N, N * R))
     return grad_P, grad_d.to(d.dtype)
 
 
@@ -143,25 +148,3 @@ def _of_pi(grad_logdet: Tensor, d_inv: Tensor, row_sums: Tensor, b: slice, rest:
     pi = torch.add(of_d, row_sums, alpha=-0.5)
     rest.add(b, torch.div(pi, of_d, out=of_d))
     return pi
-
-
-def _mend(
-    grad_d: Tensor,
-    with_d_per_pixel: Callable[[slice | Tensor], Tensor],
-    rest: Remainders,
-    samples: Samples | None,
-    P: Tensor,
-    d: Tensor,
-    C_inv: Tensor,
-    grad_q: Tensor,
-    grad_logdet: Tensor,
-) -> None:
-    """Makes grad_d again where π cancels; one d of such an item is taken for one of each pixel."""
-    (N, R), S, one_d = P.shape[1:], grad_q.shape[1], d.shape[1] == 1
-    for items in chunks(unsure(N, C_inv) if one_d else rest.close(), N * (R + 2 * S)):
-        if d.shape[1] < N:
-            grad_d[items] = with_d_per_pixel(items).sum(1, keepdim=True)
-            continue
-        pixels = Pixels(None if samples is None else (samples[0][:, items], samples[1][:, items]), P[items])
-        H, values = at_heaviest(pixels, d[items], C_inv[items], grad_q[items], grad_logdet[items])
-        grad_d[items] = grad_d[items].scatter(1, H, values.to(grad_d.dtype))

@@ -8,7 +8,6 @@ Rows made of a block, [tile; z], and matrices back to the features give grad_F:
 Where π = 1/d − diag(PC⁻¹Pᵀ)/d² cancels, `leverage` makes grad_d again.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from ....capacitance import product_dtype, root, runs, sum_of_pi
 from ....device.pages import Scratch, empty_gradient
-from ....leverage import Remainders, at_heaviest, chunks, unsure
+from ....leverage import Items, Remainders, doubtful_sums, mend
 from .. import forms
 from . import blocks
 from .pixels import Pixels, Samples
@@ -37,7 +36,7 @@ class Grads(NamedTuple):
     x: Tensor  # [S, B, channels, pixels]
     F: Tensor  # [B, K, pixels]
     d: Tensor  # as d; in float64 where that is one value
-    rest: Remainders  # where d is not one value
+    rest: Remainders | None  # of a d per pixel
 
 
 class Needs(NamedTuple):
@@ -76,14 +75,19 @@ def mahalanobis_and_logdet_backward(
     grad_W = forms.grad_weight(grad_q, grad_logdet, C_inv, v, WG, zF, shared=W.shape[0] == 1)
     grad_m = F.new_empty(0) if m is None else forms.grad_mean(grad_q, zF).to(m.dtype)
 
-    def with_d_per_pixel(t: slice | Tensor) -> Tensor:
-        given = x[:, t], None if loc is None else loc[:, t], F[t], _own(W, t), m, _per_pixel(d[t], F, W), C_inv[t]
-        kept = *(a.transpose(0, 1)[:, t] for a in (v, step)), WG[t], zF[t], residual[:, t], wide[t]
-        of_q = grad_mahalanobis[:, t], grad_logdet[t]
-        return mahalanobis_and_logdet_backward(*of_q, *given, *kept, [False, False, True])[4]
+    def pixels(t: Items) -> Pixels:
+        return Pixels(Samples(x[:, t], None if loc is None else loc[:, t], m), F[t], _own(W64, t))
+
+    def with_d_per_pixel(t: Items) -> Tensor:
+        of_q = grad_mahalanobis[:, t], grad_logdet[t], x[:, t], None if loc is None else loc[:, t]
+        kept = C_inv[t], v[t].transpose(0, 1), step[t].transpose(0, 1), WG[t], zF[t], residual[:, t], wide[t]
+        each, wanted = _per_pixel(d[t], F, W), [False, False, True]
+        return mahalanobis_and_logdet_backward(*of_q, F[t], _own(W, t), m, each, *kept, wanted)[4].flatten(1)
 
     if needs[2]:
-        _mend(grads, with_d_per_pixel, Samples(x, loc, m), F, W64, d, C_inv, grad_q, grad_logdet)
+        N, of = W.shape[1] * F.shape[2], (d.flatten(1), C_inv, grad_q, grad_logdet)
+        sizes = N, F.shape[1] * F.shape[2] + 2 * N * len(x)
+        mend(grads.d.flatten(1), _doubtful(grads, N, C_inv), pixels, with_d_per_pixel, *of, sizes)
     return grads.x, grads.F, grad_W.to(W.dtype), grad_m, grads.d.to(d.dtype)
 
 
@@ -105,16 +109,21 @@ def logdet_backward(
     grad_W = forms.weighted(2 * grad_logdet[:, None, None] * C_inv, WG)
     grad_W = grad_W.sum(0, keepdim=True) if W.shape[0] == 1 else grad_W
 
-    def with_d_per_pixel(t: slice | Tensor) -> Tensor:
+    def pixels(t: Items) -> Pixels:
+        return Pixels(None, F[t], _own(W64, t))
+
+    def with_d_per_pixel(t: Items) -> Tensor:
         given = F[t], _own(W, t), _per_pixel(d[t], F, W), C_inv[t], WG[t], wide[t]
-        return logdet_backward(grad_logdet[t], *given, [False, True])[2]
+        return logdet_backward(grad_logdet[t], *given, [False, True])[2].flatten(1)
 
     if need_d:
-        _mend(grads, with_d_per_pixel, None, F, W64, d, C_inv, grad_logdet.new_empty(len(F), 0), grad_logdet)
+        N, of = W.shape[1] * F.shape[2], (d.flatten(1), C_inv, grad_logdet.new_empty(len(F), 0), grad_logdet)
+        sizes = N, F.shape[1] * F.shape[2]
+        mend(grads.d.flatten(1), _doubtful(grads, N, C_inv), pixels, with_d_per_pixel, *of, sizes)
     return grads.F, grad_W.to(W.dtype), grads.d.to(d.dtype)
 
 
-def _own(W: Tensor, items: slice | Tensor) -> Tensor:
+def _own(W: Tensor, items: Items) -> Tensor:
     return W if W.shape[0] == 1 else W[items]
 
 
@@ -122,28 +131,8 @@ def _per_pixel(d: Tensor, F: Tensor, W: Tensor) -> Tensor:
     return d.double().expand(-1, W.shape[1], F.shape[2])
 
 
-def _mend(
-    grads: "Grads",
-    with_d_per_pixel: Callable[[slice | Tensor], Tensor],
-    samples: Samples | None,
-    F: Tensor,
-    W: Tensor,
-    d: Tensor,
-    C_inv: Tensor,
-    grad_q: Tensor,
-    grad_logdet: Tensor,
-) -> None:
-    """Makes grad_d again where π cancels; one d of such an item is taken for one of each pixel."""
-    (channels, R, K1), N, one = W.shape[1:], W.shape[1] * F.shape[2], forms.one_d(d)
-    size = K1 * F.shape[2] + 2 * channels * F.shape[2] * grad_q.shape[1]
-    for t in chunks(unsure(N, C_inv) if one else grads.rest.close(), size):
-        if one and N > 1:
-            grads.d[t] = with_d_per_pixel(t).sum((1, 2), keepdim=True)
-            continue
-        own = samples and Samples(samples.x[:, t], None if samples.loc is None else samples.loc[:, t], samples.m)
-        pixels = Pixels(own, F[t], _own(W, t))
-        H, values = at_heaviest(pixels, d[t].flatten(1), C_inv[t], grad_q[t], grad_logdet[t])
-        grads.d[t] = grads.d[t].flatten(1).scatter(1, H, values.to(grads.d.dtype)).view_as(grads.d[t])
+def _doubtful(grads: "Grads", N: int, C_inv: Tensor) -> Tensor:
+    return doubtful_sums(N, C_inv) if grads.rest is None else grads.rest.doubtful()
 
 
 def _gradients(
@@ -164,7 +153,8 @@ def _gradients(
     N = W.shape[1] * F.shape[2]
     if needs.d and one:
         grad_d += (grad_logdet * sum_of_pi(d[:, 0, 0], N, C_inv))[:, None, None]
-    grads = Grads(grad_x, empty_gradient(F) if needs.F else F.new_empty(0), grad_d, Remainders(N, C_inv, wide))
+    rest = Remainders(N, C_inv, wide) if needs.d and not one else None
+    grads = Grads(grad_x, empty_gradient(F) if needs.F else F.new_empty(0), grad_d, rest)
     if scores is None and not needs.F and (one or not needs.d):
         return grads
     operands = _Operands(grad_logdet, W, d, C_inv, needs, scores)
@@ -216,7 +206,7 @@ class _Operands:
                 continue
             grad_f = spare[: count * K * pixels].view(count, K, pixels)
             if self.tile:
-                if self.needs.d and not self.one:
+                if grads.rest is not None:
                     squares = torch.mul(y, y, out=spare[: y.numel()].view(y.shape))
                     leverage = squares.unflatten(1, (-1, self.channels)).sum(1)
                     rest = 1 - leverage * precision
@@ -233,7 +223,7 @@ class _Operands:
                 for c in range(self.channels):
                     p = precision[:, c]
                     blocks.rows_from(back[b, c], f, out=Mf)
-                    if self.needs.d:
+                    if grads.rest is not None:
                         rest = 1 - ((Mf[:, :K] * f).sum(1) + Mf[:, K]) * p
                         grads.rest.add(b, rest)
                         of_q = az2 if scores is None else az2[:, c]

@@ -11,7 +11,8 @@ from . import moments
 
 
 def add_pi(grad_d: Tensor, listed: Tensor, F: Tensor, W: Tensor, d: Tensor, b: Tensor) -> None:
-    """Adds bπ to grad_d [B, channels, pixels] at the pixels of the lists, numbered through all channels; W in float64."""
+    """Adds bπ to grad_d [B, channels, pixels] at the pixels of the lists, numbered through all channels; W in
+    float64."""
     channels = W.shape[1]
 
     def gram(precision: Tensor, flags: Tensor) -> Tensor:
@@ -26,7 +27,7 @@ def add_pi(grad_d: Tensor, listed: Tensor, F: Tensor, W: Tensor, d: Tensor, b: T
 def total_pi(F: Tensor, W: Tensor, d: Tensor, C_inv: Tensor) -> Tensor:
     """Σπ [B] for one d [B, 1, 1]; W in float64."""
     N = W.shape[1] * F.shape[2]
-    if N > C_inv.shape[1]:
+    if C_inv.shape[1] < N:
         return sum_of_pi(d[:, 0, 0], N, C_inv)
     pixels = torch.arange(N, device=F.device).expand(len(F), N)
     return leverage.sum_of_few(Pixels(None, F, W).rows(pixels), d[:, 0, 0])

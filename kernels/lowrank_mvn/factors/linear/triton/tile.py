@@ -139,7 +139,7 @@ def channel(
     sizes,  # S, channels, B and the item
     A_ptr,  # M_0
     vectors,  # as `score` has it
-    diagonal,  # d of the item, or 1/d if ONE_D; grad_d's pointer for it, or none; b; and `device.heaviest`'s list, or none
+    diagonal,  # d of the item, or 1/d if ONE_D; grad_d's pointer for it, or none; b; `device.heaviest`'s list, or none
     F_tile,
     features,
     tile: tl.constexpr,
