@@ -63,16 +63,13 @@ def observed(x):
 CALLS = {
     "log_prob": lambda p, x: p.log_prob(x),
     "entropy": lambda p, x: p.entropy(),
-    "joint": lambda p, x: torch.stack(p.log_prob_and_entropy(x)),
     "kept": lambda p, x: p.log_prob(x) + p.entropy() + p.log_prob(2 * x),
     "rsample": seeded(lambda p, x: p.rsample()),
-    "rsample-3": seeded(lambda p, x: p.rsample((3,))),
     "condition": lambda p, x: p.condition(x, observed(x)).loc,
     "condition-diagonal": lambda p, x: p.condition(x, observed(x)).variance,
     "variance": lambda p, x: p.variance,
     "covariance_row": lambda p, x: p.covariance_row(3),
     "gram": lambda p, x: p.factor_gram(),
-    "cov_factor": lambda p, x: p.cov_factor,
     "kl": lambda p, x: td.kl_divergence(p, p.expand(p.batch_shape)),
 }
 

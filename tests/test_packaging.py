@@ -68,7 +68,8 @@ def caught(*args, **kwargs): raise AssertionError("looked for a device")
 for name in ("is_available", "device_count", "_lazy_init", "current_device", "get_device_capability"):
     setattr(torch.cuda, name, caught)
 import lowrank_mvn, sosvae
-print([name for name in ("triton", "matplotlib", "tensorboard", "tyro", "PIL", "mlxtend") if name in sys.modules])
+heavy = "triton", "torch.distributed.tensor", "matplotlib", "tensorboard", "tyro", "PIL", "mlxtend"
+print([name for name in heavy if name in sys.modules])
 """
     assert run(sys.executable, "-c", code).strip() == "[]"
 

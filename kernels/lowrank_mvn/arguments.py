@@ -105,17 +105,25 @@ def _reason(local: Precision) -> str:
     return f"the stencil has {local.channels} channels of {list(local.spatial)}"
 
 
-def normal(loc: Tensor | Mean | None, cov_factor: Tensor | Factor, cov_diag: Tensor | float) -> Normal:
-    """The parameters, checked; without `loc`, which an entropy has no use for, the mean is 0.
+def normal(loc: Tensor | Mean, cov_factor: Tensor | Factor, cov_diag: Tensor | float) -> Normal:
+    """The parameters, checked.
 
     Raises:
         ValueError: a shape that does not fit, R = 0, or different devices.
         TypeError: an argument that is not a floating-point tensor, or dtypes that differ.
     """
+    return _normal(as_mean(loc), cov_factor, cov_diag)
+
+
+def centred(cov_factor: Tensor | Factor, cov_diag: Tensor | float) -> Normal:
+    """The same with mean 0: of an entropy, which has no use for a mean."""
+    return _normal(None, cov_factor, cov_diag)
+
+
+def _normal(mean: Mean | None, cov_factor: Tensor | Factor, cov_diag: Tensor | float) -> Normal:
     factor = as_factor(cov_factor)
     local = as_local(cov_diag, factor)
     d = local.variance()
-    mean = None if loc is None else as_mean(loc)
     operands: dict[str, Operand] = {} if mean is None else {"loc": mean}
     checks.alike(**named(**operands, cov_factor=factor), cov_diag=d)
     batch_shape = _check_shapes(mean, factor, d)

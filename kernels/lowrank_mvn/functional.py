@@ -65,7 +65,7 @@ def entropy(cov_factor: Factor, cov_diag: Tensor | float, *, impl: str | None = 
 
     Raises: as `log_prob`.
     """
-    p = arguments.normal(None, cov_factor, cov_diag)
+    p = arguments.centred(cov_factor, cov_diag)
     logdet, _ = p.local.logdet(p.factor, p.factor.implementation(impl))
     return entropy_of(logdet.expand(p.batch_shape), p.N).to(p.result_dtype)
 

@@ -254,7 +254,7 @@ class LinearFactor(Linear, Factor):
         """The factor PA, with `A` [R, Q] or one for each item, [..., R, Q]: only the weight changes."""
         A = checks.mixing(A, self.shape, self.device).to(self.weight.dtype)
         weight = torch.matmul(A.mT, self.weight.flatten(-2)).unflatten(-1, self.weight.shape[-2:])
-        bias = None if self.bias is None else torch.matmul(A.mT, self.bias)
+        bias = None if self.bias is None else torch.matmul(A.mT.to(self.bias.dtype), self.bias)
         return LinearFactor(self.features, weight, bias, mask=self.mask)
 
     def masked(self, mask: Tensor) -> "LinearFactor":
