@@ -82,11 +82,11 @@ def test_errors_of_weights_and_masks():
         LinearFactor(F, torch.ones(4, 2, 5), torch.ones(2, 4))
     with pytest.raises(ValueError, match="where `channels` says 2"):
         LinearFactor(F, torch.ones(4, 1, 5), channels=2)
-    with pytest.raises(TypeError, match="weight must be a tensor, got list"):
+    with pytest.raises(TypeError, match="weight must be a floating-point tensor, got list"):
         LinearFactor(F, [1.0])
-    with pytest.raises(TypeError, match="mask must be a tensor, got list"):
+    with pytest.raises(TypeError, match="mask must be a tensor of dtype bool, got list"):
         LinearFactor(F, torch.ones(4, 1, 5), mask=[True] * 6)
-    with pytest.raises(TypeError, match="features must be a tensor, got NoneType"):
+    with pytest.raises(TypeError, match="features must be a floating-point tensor, got NoneType"):
         LinearMean(None, torch.ones(1, 5))
     with pytest.raises(IndexError, match="row 6 is out of range for 6 rows"):
         LinearFactor(F, torch.ones(4, 1, 5)).row(6)
