@@ -49,7 +49,7 @@ BLOCKS: Table = {
     # Registers are short elsewhere. On sm_75 products are made without tensor cores.
     (32, False, "sm_80"): Block(1, 16),
     (32, False, "sm_100"): Block(4, 64),
-    (64, True, "sm_80"): Block(4, 64),
+    (64, True, "sm_80"): Block(4, 32),
     (64, False, "sm_80"): Block(4, 32),
     (64, True, "sm_100"): Block(4, 64),
     (64, True, "gfx"): Block(4, 64),
@@ -70,7 +70,7 @@ TILED_BLOCKS: TiledTable = {
     (False, "sm_80"): Block(4, 16),
     (False, "gfx"): Block(4, 16),
 }
-WIDE_BLOCK = Block(4, 16)
+WIDE_BLOCK = Block(8, 16)
 
 
 @triton.jit
