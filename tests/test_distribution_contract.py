@@ -1,13 +1,11 @@
 """What holds for torch's class holds for ours: one suite over both, then what only ours can do.
 
-`test_triton_session.py` runs it a second time, in a process of its own, with the kernels in Triton's interpreter; with
-a device they are compiled (marker `gpu`).
+`test_triton_session.py` runs it again with the kernels in Triton's interpreter; on a device they are compiled (`gpu`).
 """
 
 import copy
 import inspect
 import itertools
-import os
 import pickle
 from typing import get_args
 
@@ -15,19 +13,18 @@ import pytest
 import torch
 import torch.distributions as td
 from lowrank_cases import draw, gradients, oracle, parameters
+from triton_cases import INTERPRET
 
 import lowrank_mvn
 from lowrank_mvn import LinearFactor, LowRankMultivariateNormal
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.usefixtures("everywhere")
 
 
 def from_features(loc, P, d, **options):
     """Ours with P as a linear map of features, where it has one batch dimension."""
     if P.dim() == 3:
-        identity = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
-        P = LinearFactor(P.mT, identity.unsqueeze(1))
+        P = LinearFactor(P.mT, torch.eye(P.shape[-1], dtype=P.dtype, device=P.device).unsqueeze(1))
     return LowRankMultivariateNormal(loc, P, d, **options)
 
 
