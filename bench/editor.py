@@ -25,6 +25,7 @@ import torch
 import sosvae
 from sosvae.editor.export import export
 from sosvae.editor.runs import Runs
+from sosvae.training.state import State
 
 SIZES = {
     "48×40, R = 10": "faces",
@@ -162,7 +163,9 @@ def _make_run(folder: Path, preset: str) -> None:
         for name, weight in vae.head.named_parameters():
             if name.endswith("weight"):
                 weight.normal_(std=0.02)
-    sosvae.Run.create(folder, config).save(1, vae, {}, keep=1)
+    state = State(config, torch.device("cpu"))
+    state.step = 1
+    sosvae.Run.create(folder, config).save(config, 1, vae, state.state_dict())
 
 
 def _on_one_core(folder: Path, browser: str) -> str:
