@@ -61,7 +61,7 @@ class TrainingJob(Job):
             config = sosvae.beta_vae(config)
         state, self.step = start(config, device, "reference" if peer == "torch" else "linear")
         self.model = state.model
-        # As they start, heads give no covariance to speak of; after a while of training they do.
+        # An untrained head gives almost no covariance: noise on its weights stands in for some training.
         generator = torch.Generator(device).manual_seed(1)
         for p in self.model.head.parameters():
             p.data += 0.02 * torch.randn(p.shape, generator=generator, device=device)
