@@ -138,7 +138,7 @@ def test_presets_of_the_paper_have_its_settings(name, pixels, kl_slack, entropy_
     assert (model.diagonal, model.fixed_diagonal, model.upsampling) == (1e-5, True, "transposed")
     assert (training.lr, objective.damping, objective.multiplier_lr) == (1e-4, 10.0, 1.0)
     assert training.mean_only_steps > 0
-    # The total slack is the fixed diagonal's entropy and these nats, as DESIGN.md reads the paper's values.
+    # The total slack is the fixed diagonal's entropy and these nats, as we read the paper's values.
     limit = objective.entropy_limit(config.pixels, model.rank, model.diagonal)
     assert limit - 0.5 * pixels * (1 + math.log(2 * math.pi * 1e-5)) == pytest.approx(half_log_det, abs=1)
 

@@ -2,15 +2,15 @@
 
     "SOSP" | uint32 length of the header | header, padded with spaces | arrays, each at a multiple of 8 bytes
 
-Little-endian. The header has `shape` (C, H, W), `head`, `where`, `arrays` (name, dtype, shape, offset from the end of
-the header) and, where float16 was asked for, `error`. Arrays (DESIGN, "Editing without a server"):
+Little-endian. The header has `shape` (channels, H, W), `head`, `where`, `arrays` (name, dtype, shape, offset from the
+end of the header) and, where float16 was asked for, `error`. Arrays:
 
 - `loc` [N], the mean μ;
 - `factor` [R, N], B = PV with PᵀP = V diag(s²) Vᵀ, largest component first; absent for independent pixels;
 - `scale` [R], float16 only: row k of `factor` has to be multiplied with it (a power of two, so that a small component
   does not become subnormal);
 - `d` [N] or [1], always float32: 1e-5 is subnormal in float16;
-- `original` [C, H, W] of bytes, the image that the code comes from, if there is one.
+- `original` [channels, H, W] of bytes, the image that the code comes from, if there is one.
 
 A distribution that the page has no formulas for is sent as its mean with `where` = "server": the page says so, and asks
 the server for conditionals.
@@ -75,9 +75,9 @@ def pack(
     """The container's bytes.
 
     Args:
-        shape: (C, H, W).
+        shape: (channels, H, W).
         precision: of mean and factor, "float32" or "float16".
-        original: the image behind the code, bytes [C, H, W].
+        original: the image behind the code, bytes [channels, H, W].
         header: further entries of the header, plain JSON.
 
     Raises:

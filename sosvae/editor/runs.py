@@ -149,7 +149,7 @@ class Runs:
 
     @torch.no_grad()
     def encoded(self, name: str, image: NDArray[np.uint8], precision: str = "float32") -> bytes:
-        """The parameters at the code of an image [C, H, W] of bytes."""
+        """The parameters at the code of an image [channels, H, W] of bytes."""
         with self._lock:
             z = self._encode(name, image)
             code = {"kind": "vector", "z": [round(value, 5) for value in z[0].tolist()]}

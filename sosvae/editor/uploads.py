@@ -26,7 +26,7 @@ class UploadError(ValueError):
 
 
 def read_image(raw: bytes, config: DataConfig) -> NDArray[np.uint8]:
-    """Bytes [C, H, W]: upright, cut or padded to the run's proportions as its data was.
+    """Bytes [channels, H, W]: upright, cut or padded to the run's proportions as its data was.
 
     Raises:
         UploadError: too many bytes or pixels, another format, a broken file, too narrow a strip.

@@ -1,5 +1,5 @@
 /**
- * What the decoder said for one code, in the factor's principal basis (DESIGN, "Editing without a server"):
+ * What the decoder said for one code, in the factor's principal basis:
  *
  *   y = μ + B(a ∘ ω) + √d ∘ ω_d,   B = PV,  PᵀP = V diag(s²) Vᵀ
  *
