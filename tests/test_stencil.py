@@ -1,54 +1,46 @@
-"""`StencilMultivariateNormal` and its operators against dense algebra in float64, and against bad input.
+"""`StencilMultivariateNormal` against dense algebra in float64.
 
 `test_triton_session.py` runs it a second time with the kernels in Triton's interpreter; with a device they are compiled
 (marker `gpu`).
 """
 
-import copy
 import math
 import os
-import pickle
 
 import pytest
 import torch
 import torch.distributions as td
-from lowrank_cases import gradients, relative
-from stencil_cases import F64, IDS, SHAPES, Dense, make, matrix, weights
+from lowrank_cases import gradients
+from stencil_cases import (
+    COLOUR,
+    F64,
+    GREY,
+    IDS,
+    SHAPES,
+    Dense,
+    distribution,
+    make,
+    matrix,
+    of_parts,
+    parts,
+    textbook_condition,
+)
 
-import lowrank_mvn
-from lowrank_mvn import LinearMean, Stencil, StencilMultivariateNormal
+from lowrank_mvn import Stencil, StencilMultivariateNormal
+from lowrank_mvn.layout import Layout
+from lowrank_mvn.local.stencil.aten.solve import by_fronts, by_rows
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
 pytestmark = [
     pytest.mark.usefixtures("everywhere"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning"),
 ]
-OPERATORS = torch.ops.lowrank_mvn
-GREY, COLOUR = SHAPES[2], SHAPES[5]
 
 
 @pytest.fixture(params=SHAPES, ids=IDS)
 def shape(request):
     return request.param
-
-
-@pytest.fixture
-def impl(everywhere):
-    return everywhere
-
-
-def distribution(shape, **options):
-    stencil, loc = make(shape, **options)
-    return StencilMultivariateNormal(loc, stencil, validate_args=True)
-
-
-def parts(stencil):
-    return [t for t in (stencil.log_diagonal, stencil.neighbours, stencil.ties) if t is not None]
-
-
-def of_parts(stencil, tensors):
-    log_diagonal, neighbours, *ties = tensors
-    return Stencil(log_diagonal, neighbours, *(ties or [None]), stencil.neighbourhood, stencil.channels)
 
 
 # --- Against dense algebra ------------------------------------------------------------------------------------------
@@ -96,6 +88,17 @@ def test_a_sample_solves(shape):
     torch.testing.assert_close((matrix(D.stencil).mT @ (y - D.loc).unsqueeze(-1)).squeeze(-1), omega)
     cold = D.rsample((5,), noise=(None, omega), temperature=(1.0, 0.5))
     torch.testing.assert_close(cold - D.loc, 0.5 * (y - D.loc))
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+def test_both_ways_to_solve(shape, transposed):
+    """By rows in a library, which is for the CPU, and by fronts."""
+    stencil, _ = make(shape)
+    log_t, neighbours, ties = stencil._weights(Layout(stencil.batch_shape, stencil.batch_shape))
+    x = torch.randn(3, len(neighbours), stencil.channels, stencil.spatial.numel(), dtype=F64)
+    where = tuple(stencil.spatial), stencil.neighbourhood, transposed
+    given = x, log_t.exp(), neighbours, ties, *where
+    torch.testing.assert_close(by_rows(*given), by_fronts(*given))
 
 
 def test_gradients_of_samples(shape):
@@ -176,21 +179,6 @@ def test_condition(shape, tau):
         torch.testing.assert_close(conditional.entropy().reshape(-1)[b], rest.entropy())
 
 
-def textbook_condition(loc, Sigma, value, observed, variance):
-    """Mean and covariance by the gain Σ₂ᵀ(Σ₂₂ + τ²)⁻¹, item by item."""
-    N = loc.shape[-1]
-    means, covs = [], []
-    flat = zip(loc.reshape(-1, N), Sigma.reshape(-1, N, N), value.reshape(-1, N), observed.reshape(-1, N), strict=True)
-    for m, S, b, o in flat:
-        noise = (torch.zeros(N, dtype=F64) if variance is None else variance.expand(N))[o]
-        gain = S[:, o] @ torch.linalg.inv(S[o][:, o] + noise.diag())
-        means.append(m + gain @ (b[o] - m[o]))
-        covs.append(S - gain @ S[o])
-    if not means:
-        return loc, Sigma
-    return torch.stack(means).reshape(loc.shape), torch.stack(covs).reshape(Sigma.shape)
-
-
 def test_conditions_one_after_the_other():
     D = distribution(COLOUR)
     first, second = torch.arange(36) < 5, torch.arange(36) % 7 == 3
@@ -218,260 +206,3 @@ def test_condition_is_differentiable():
     given = value, loc, *parts(stencil)
     for a, b in zip(gradients(ours, *given), gradients(theirs, *given), strict=True):
         torch.testing.assert_close(a, b)
-
-
-# --- Precision ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_other_precisions(dtype, impl):
-    """Against float64 on the same, rounded numbers."""
-    stencil, loc = make(COLOUR, dtype=dtype)
-    x, wide = torch.randn(3, 2, 36, dtype=F64).to(dtype), of_parts(stencil, [t.double() for t in parts(stencil)])
-    given = x, loc, *parts(stencil)
-
-    def both(x, loc, *tensors):
-        return StencilMultivariateNormal(loc, of_parts(stencil, tensors)).log_prob_and_entropy(x)
-
-    found, exact = both(*given), both(*(t.double() for t in given))
-    assert {t.dtype for t in found} == {torch.float32}
-    for a, b in zip(found, exact, strict=True):
-        assert relative(a, b) < 2e-6
-    tolerance = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
-    grads = [gradients(lambda *t: sum(o.sum() for o in both(*t)), *g) for g in (given, [t.double() for t in given])]
-    for a, b, t in zip(*grads, given, strict=True):
-        assert a.dtype == t.dtype
-        assert relative(a, b) < tolerance
-    omega = torch.randn(2, 36, dtype=F64).to(dtype)
-    y = StencilMultivariateNormal(loc, stencil).rsample(noise=(None, omega))
-    assert y.dtype == dtype
-    exact = StencilMultivariateNormal(loc.double(), wide).rsample(noise=(None, omega.double()))
-    assert relative(y, exact) < max(tolerance, 2e-5)
-
-
-def test_autocast_leaves_the_precision_alone():
-    D, x = distribution(GREY, dtype=torch.float32), torch.randn(2, 20)
-    expected = D.log_prob(x), D.rsample(noise=(None, x))
-    with torch.autocast(x.device.type, torch.bfloat16):
-        assert torch.equal(D.log_prob(x), expected[0])
-        assert torch.equal(D.rsample(noise=(None, x)), expected[1])
-
-
-def test_weights_towards_outside_count_for_nothing():
-    """Not even NaN: a network predicts them too, and their gradient is 0."""
-    stencil, loc = make(GREY)
-    s = stencil.neighbours.clone()
-    for k, edge in enumerate([(..., -1), (..., 0), (..., -1, slice(None)), (..., -1)]):
-        s[..., k, :, :][edge] = torch.nan
-    s[..., 1, -1, :] = s[..., 3, -1, :] = torch.nan
-    s.requires_grad_()
-    D = StencilMultivariateNormal(loc, Stencil(stencil.log_diagonal, s), validate_args=False)
-    x = torch.randn(2, 20, dtype=F64)
-    assert D.log_prob(x).isfinite().all()
-    assert D.rsample().isfinite().all()
-    (grad,) = torch.autograd.grad(D.log_prob(x).sum() + D.rsample().sum(), s)
-    assert (grad[s.isnan()] == 0).all()
-
-
-# --- The operators --------------------------------------------------------------------------------------------------
-
-
-def operands(dtype=F64):
-    stencil, loc = make(COLOUR, dtype=dtype)
-    x = torch.randn(2, 2, 3, 12, dtype=dtype, requires_grad=True)
-    loc = loc.view(1, 2, 3, 12).requires_grad_()
-    return x, loc, [t.flatten(-2).clone().requires_grad_() for t in parts(stencil)]
-
-
-WHERE = [3, 4], [3, 3]
-
-
-def test_opcheck(impl):
-    x, loc, given = operands(torch.float32)
-    torch.library.opcheck(OPERATORS.stencil.default, (x, loc, *given, *WHERE, impl))
-    torch.library.opcheck(OPERATORS.stencil_transpose.default, (x, *given, *WHERE, impl))
-    for transposed in (False, True):
-        torch.library.opcheck(OPERATORS.stencil_solve.default, (x, *given, *WHERE, transposed, impl))
-    y, *rest = OPERATORS.stencil(x, loc, *given, *WHERE, impl)
-    rest = [t.detach().requires_grad_() for t in rest]
-    grads = [torch.randn_like(y).requires_grad_(), *rest]
-    for needs in ([True] * 5, [True, False, False, True, False]):
-        arguments = (x, loc, *given, y.detach(), *grads, *WHERE, needs, impl)
-        torch.library.opcheck(OPERATORS.stencil_backward.default, arguments)
-
-
-def test_derivatives_up_to_the_second(impl):
-    x, loc, given = operands()
-    functions = [
-        lambda x, loc, *w: OPERATORS.stencil(x, loc, *w, *WHERE, impl),
-        lambda x, loc, *w: OPERATORS.stencil_transpose(x - loc, *w, *WHERE, impl),
-        lambda x, loc, *w: OPERATORS.stencil_solve(x - loc, *w, *WHERE, False, impl),
-        lambda x, loc, *w: OPERATORS.stencil_solve(x - loc, *w, *WHERE, True, impl),
-    ]
-    for function in functions:
-        assert torch.autograd.gradcheck(function, (x, loc, *given), fast_mode=True)
-        assert torch.autograd.gradgradcheck(function, (x, loc, *given), fast_mode=True)
-
-
-def log_prob_of(stencil):
-    return lambda x, loc, *w: StencilMultivariateNormal(loc, of_parts(stencil, w), validate_args=False).log_prob(x)
-
-
-def test_transforms():
-    stencil, loc = make(COLOUR)
-    x = torch.randn(2, 36, dtype=F64)
-    given = x, loc, *parts(stencil)
-    function = log_prob_of(stencil)
-    torch.testing.assert_close(torch.func.vmap(function)(*given), function(*given))
-    shared = torch.func.vmap(function, (0, *[None] * (len(given) - 1)))(torch.stack([x, 2 * x]), *given[1:])
-    torch.testing.assert_close(shared, torch.stack([function(*given), function(2 * x, *given[1:])]))
-    grad = torch.func.grad(lambda *t: function(*t).sum(), argnums=tuple(range(len(given))))
-    for ours, each in zip(torch.func.vmap(grad)(*given), zip(*map(grad, *given), strict=True), strict=True):
-        torch.testing.assert_close(ours, torch.stack(each))
-    tangents = tuple(torch.randn_like(t) for t in given)
-    value, tangent = torch.func.jvp(function, given, tangents)
-    torch.testing.assert_close(value, function(*given))
-    grads = gradients(lambda *t: function(*t).sum(), *given)
-    torch.testing.assert_close(tangent.sum(), sum((g * t).sum() for g, t in zip(grads, tangents, strict=True)))
-    _, tangent = torch.func.jvp(
-        lambda *t: StencilMultivariateNormal(t[1], of_parts(stencil, t[2:])).rsample(noise=(None, t[0])),
-        given,
-        tangents,
-    )
-    assert tangent.isfinite().all()
-
-
-@pytest.mark.slow
-def test_compiled():
-    stencil, loc = make(GREY)
-    given = torch.randn(2, 20, dtype=F64), loc, *parts(stencil)
-    function = torch.compile(log_prob_of(stencil), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(function(*given), log_prob_of(stencil)(*given))
-    grads = [gradients(lambda *t, f=f: f(*t).sum(), *given) for f in (function, log_prob_of(stencil))]
-    for ours, theirs in zip(*grads, strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
-def test_reference_is_an_implementation():
-    stencil, loc = make(COLOUR)
-    x = torch.randn(2, 36, dtype=F64)
-    torch.testing.assert_close(stencil.own(x, loc, "reference"), stencil.own(x, loc, stencil.implementation(None)))
-    torch.testing.assert_close(stencil.colour(x, "reference"), stencil.colour(x, stencil.implementation(None)))
-    with pytest.raises(ValueError, match=r"impl='numpy' is not available for a Stencil .*'aten'"):
-        stencil.implementation("numpy")
-
-
-# --- A distribution as torch has them -------------------------------------------------------------------------------
-
-
-def test_contract():
-    D = distribution(SHAPES[9])
-    N = D.event_shape[0]
-    assert (D.batch_shape, D.event_shape, D.has_rsample) == ((2, 3), (18,), True)
-    assert D.mean.shape == D.mode.shape == D.variance.shape == D.stddev.shape == (2, 3, N)
-    assert D.sample().shape == (2, 3, N)
-    assert D.rsample((2, 1)).shape == (2, 1, 2, 3, N)
-    assert D.log_prob(torch.zeros(4, 1, 1, N, dtype=F64)).shape == (4, 2, 3)
-    assert D.entropy().shape == D.perplexity().shape == (2, 3)
-    assert repr(D).startswith("StencilMultivariateNormal(loc: torch.Size([2, 3, 18]), stencil.log_diagonal: ")
-    E = D.expand((4, 2, 3))
-    x = torch.randn(2, 3, N, dtype=F64)
-    assert type(E) is type(D)
-    torch.testing.assert_close(E.log_prob(x), D.log_prob(x).expand(4, 2, 3))
-    torch.testing.assert_close(E.entropy(), D.entropy().expand(4, 2, 3))
-    assert E.sample((2,)).shape == (2, 4, 2, 3, N)
-    assert E.variance.shape == (4, 2, 3, N)
-    for copied in (copy.deepcopy(D), pickle.loads(pickle.dumps(D)), copy.copy(D)):
-        torch.testing.assert_close(copied.log_prob(x), D.log_prob(x))
-    torch.testing.assert_close(td.Independent(D, 1).log_prob(x), D.log_prob(x).sum(-1))
-    torch.testing.assert_close(D.log_prob(torch.zeros(N, dtype=torch.int64)), D.log_prob(torch.zeros(N, dtype=F64)))
-
-
-def test_parameters_broadcast():
-    stencil, _ = make(GREY)
-    shared = Stencil(stencil.log_diagonal[:1], stencil.neighbours)
-    loc = torch.randn(3, 1, 20, dtype=F64)
-    D = StencilMultivariateNormal(loc, shared)
-    assert D.batch_shape == (3, 2)
-    x = torch.randn(3, 2, 20, dtype=F64)
-    torch.testing.assert_close(
-        D.log_prob(x), Dense(loc, Stencil(stencil.log_diagonal[[0, 0]], shared.neighbours)).log_prob(x)
-    )
-    assert D.sample((4,)).shape == (4, 3, 2, 20)
-
-
-def test_equal_seeds_give_equal_samples():
-    D = distribution(GREY)
-    samples = []
-    for _ in range(2):
-        torch.manual_seed(5)
-        samples.append(D.sample((2,)))
-    assert torch.equal(*samples)
-
-
-def test_a_linear_mean():
-    stencil, _ = make(GREY)
-    F = torch.randn(2, 3, 4, 5, dtype=F64)
-    mean = LinearMean(F, torch.randn(1, 3, dtype=F64), torch.randn(1, dtype=F64))
-    x = torch.randn(2, 20, dtype=F64)
-    D = StencilMultivariateNormal(mean, stencil)
-    torch.testing.assert_close(D.log_prob(x), Dense(mean.materialise(), stencil).log_prob(x))
-
-
-def test_meta_tensors():
-    log_diagonal, neighbours, _ = (None if t is None else t.to("meta") for t in weights((3,), 1, (4, 5), (3, 3)))
-    loc = torch.zeros(3, 20, dtype=F64, device="meta")
-    D = StencilMultivariateNormal(loc, Stencil(log_diagonal, neighbours), validate_args=False)
-    assert [t.shape for t in (D.log_prob(loc), D.entropy(), D.rsample((2,)))] == [(3,), (3,), (2, 3, 20)]
-
-
-BAD = [
-    ("image-mean", ValueError, r"loc has shape \[1, 4, 5\], expected \[..., 20\] because the stencil has 1 channels of",
-     lambda t, s, loc: StencilMultivariateNormal(loc[0].view(1, 4, 5), Stencil(t, s))),
-    ("value", ValueError, r"value has shape \[2, 21\], expected \[..., 20\]",
-     lambda t, s, loc: StencilMultivariateNormal(loc, Stencil(t, s), validate_args=False).log_prob(
-         torch.zeros(2, 21, dtype=F64))),
-    ("mask", ValueError, r"observed has shape \[19\], expected \[..., 20\]",
-     lambda t, s, loc: StencilMultivariateNormal(loc, Stencil(t, s)).condition(loc, torch.ones(19) > 0)),
-    ("mask-dtype", TypeError, "observed must be a tensor of dtype bool",
-     lambda t, s, loc: StencilMultivariateNormal(loc, Stencil(t, s)).condition(loc, torch.ones(20))),
-    ("variance", ValueError, "variance has values that are negative",
-     lambda t, s, loc: StencilMultivariateNormal(loc, Stencil(t, s)).condition(loc, torch.ones(20) > 0, -1.0)),
-    ("neighbours", ValueError, r"neighbours has shape \[2, 1, 3, 4, 5\], expected \[..., 1, 4, 4, 5\]",
-     lambda t, s, loc: Stencil(t, s[:, :, :3])),
-    ("spatial", ValueError, r"neighbours has shape", lambda t, s, loc: Stencil(t, s[..., :4])),
-    ("too-wide", ValueError, r"neighbourhood \(9, 3\) has neighbours that no pixel of an image of \[4, 5\] has",
-     lambda t, s, loc: Stencil(t, s, neighbourhood=(9, 3))),
-    ("even", ValueError, r"neighbourhood is \(2, 3\), expected odd", lambda t, s, loc: Stencil(t, s, None, (2, 3))),
-    ("dims", ValueError, r"log_diagonal has shape \[5\]", lambda t, s, loc: Stencil(t[0, 0, 0], s)),
-    ("channels", ValueError, r"expected 1 or channels = 3", lambda t, s, loc: Stencil(t[:, [0, 0]], s, channels=3)),
-    ("ties", ValueError, r"ties has shape \[2, 1, 4, 5\], expected 3 pairs of 3 channels, \[3, 4, 5\] or \[3, 1, 1\]",
-     lambda t, s, loc: Stencil(t, s, t, channels=3)),
-    ("batch", ValueError, "Incompatible batch shapes of log_diagonal, neighbours and ties",
-     lambda t, s, loc: Stencil(t, s[[0, 0, 0]])),
-    ("batch-loc", ValueError, "Incompatible batch shapes of loc and stencil",
-     lambda t, s, loc: StencilMultivariateNormal(loc[[0, 0, 0]], Stencil(t, s))),
-    ("dtype", TypeError, "neighbours has dtype torch.float32, log_diagonal has torch.float64",
-     lambda t, s, loc: Stencil(t, s.float())),
-    ("dtype-loc", TypeError, "stencil.log_diagonal has dtype",
-     lambda t, s, loc: StencilMultivariateNormal(loc.float(), Stencil(t, s))),
-    ("no-tensor", TypeError, "log_diagonal must be a floating-point tensor, got float",
-     lambda t, s, loc: Stencil(0.5, s)),
-    ("no-stencil", TypeError, "stencil must be a Stencil, got a tensor",
-     lambda t, s, loc: StencilMultivariateNormal(loc, t)),
-    ("noise", ValueError, r"noise\[1\] has shape \[3\]",
-     lambda t, s, loc: StencilMultivariateNormal(loc, Stencil(t, s)).rsample(noise=(None, torch.zeros(3, dtype=F64)))),
-    ("nan", ValueError, "stencil.neighbours of shape .* has values that are not finite",
-     lambda t, s, loc: StencilMultivariateNormal(loc, Stencil(t, s / 0), validate_args=True)),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("error", "message", "call"), [b[1:] for b in BAD], ids=[b[0] for b in BAD])
-def test_bad_input(error, message, call):
-    stencil, loc = make(GREY)
-    with pytest.raises(error, match=message):
-        call(stencil.log_diagonal, stencil.neighbours, loc)
-
-
-def test_public():
-    assert {"Stencil", "StencilMultivariateNormal", "GlobalLocalNormal"} <= set(lowrank_mvn.__all__)

@@ -19,7 +19,7 @@ from ..base import Capacitance, Factor, Mean, Noise, Root, result_dtype
 from ..dense.factor import DenseFactor
 from ..dense.op_sampling import noise as drawn_noise
 from . import forms, op, op_sampling
-from .features import Linear
+from .features import Linear, factor_bias, factor_weight
 from .mean import LinearMean
 
 # Pixels of features in half precision that are converted to float32 at once where there is no kernel that reads them;
@@ -62,10 +62,10 @@ class LinearFactor(Linear, Factor):
 
     def __post_init__(self) -> None:
         K = self._checked("bias", "mask")
-        weight = _weight(self.weight, self.channels, K)
+        weight = factor_weight(self.weight, self.channels, K)
         object.__setattr__(self, "weight", weight)
         object.__setattr__(self, "channels", weight.shape[-2])
-        object.__setattr__(self, "bias", _bias(self.bias, weight))
+        object.__setattr__(self, "bias", factor_bias(self.bias, weight))
         N = weight.shape[-2] * math.prod(self.features.shape[2:])
         if self.mask is not None:
             if self.mask.dtype != torch.bool:
@@ -185,11 +185,10 @@ class LinearFactor(Linear, Factor):
         one_each = broadcasts_to(root.batch_shape, self.features.shape[:1])
         if not (root.shared and one_each and self._stays_linear(impl)):
             return DenseFactor(self.materialise(_not_half(self.dtype))).whitened(root, impl)
-        F = self.features.flatten(2)
-        ones = F if self.bias is None else torch.cat([F, F.new_ones(1, 1, 1).expand(F.shape[0], 1, F.shape[2])], 1)
-        stencilled = root.whiten(ones.flatten(1), impl).unflatten(1, (-1, F.shape[2]))
-        W = self.weight if self.bias is None else self.homogeneous().transpose(-3, -2)
-        return LinearFactor(stencilled, W)
+        F, W = self.features.flatten(2), self.weight
+        if self.bias is not None:
+            F, W = torch.cat([F, torch.ones_like(F[:, :1])], 1), self.homogeneous().transpose(-3, -2)
+        return LinearFactor(root.whiten(F.flatten(1), impl).unflatten(1, (-1, F.shape[2])), W)
 
     # --- Products -------------------------------------------------------------------------------------------------
 
@@ -360,40 +359,6 @@ class LinearFactor(Linear, Factor):
         for F, W, rows in self._item_calls(layout, diagonal):
             items = slice(start, start := start + F.shape[0])
             yield x_[:, items], None if loc_ is None else loc_[:, items], F, W, m, rows
-
-
-def _weight(weight: Tensor, channels: int | None, K: int) -> Tensor:
-    """[..., R, channels, K] of a weight in any of its forms."""
-    # With K = 1 it might be one for each item.
-    convolution = weight.dim() == 4 and weight.shape[2:] == (1, 1)
-    if convolution and (K > 1 or (channels is not None and weight.shape[1] == K)):
-        if channels is None or channels < 1 or weight.shape[0] % channels:
-            raise ValueError(
-                f"weight has shape {list(weight.shape)}, the convolution's own; expected `channels` to divide its "
-                f"first dimension, got {channels}"
-            )
-        weight = weight.flatten(1).unflatten(0, (-1, channels))
-    if weight.dim() < 3 or weight.shape[-1] != K or 0 in weight.shape[-3:]:
-        raise ValueError(
-            f"weight has shape {list(weight.shape)}, expected [R, channels, {K}] or [..., R, channels, {K}] with R and"
-            f" channels of at least 1"
-        )
-    if channels not in (None, weight.shape[-2]):
-        raise ValueError(
-            f"weight has shape {list(weight.shape)}, [..., R, channels, {K}], where `channels` says {channels}"
-        )
-    return weight
-
-
-def _bias(bias: Tensor | None, weight: Tensor) -> Tensor | None:
-    """[..., R, channels]."""
-    if bias is None:
-        return None
-    R, channels = weight.shape[-3:-1]
-    if bias.shape != weight.shape[:-1] and (weight.dim() > 3 or bias.shape != (R * channels,)):
-        either = "" if weight.dim() > 3 else f" or [{R * channels}]"
-        raise ValueError(f"bias has shape {list(bias.shape)}, expected {list(weight.shape[:-1])}{either}")
-    return bias.reshape(weight.shape[:-1])
 
 
 def _of(W: Tensor, items: slice) -> Tensor:

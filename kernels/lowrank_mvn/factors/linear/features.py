@@ -54,3 +54,37 @@ class Linear(Operand):
         """[..., K+1]: weight and bias."""
         bias = self.weight.new_zeros(self.weight.shape[:-1]) if self.bias is None else self.bias
         return torch.cat([self.weight, bias.unsqueeze(-1)], -1)
+
+
+def factor_weight(weight: Tensor, channels: int | None, K: int) -> Tensor:
+    """[..., R, channels, K] of a weight in any of its forms."""
+    # With K = 1 it might be one for each item.
+    convolution = weight.dim() == 4 and weight.shape[2:] == (1, 1)
+    if convolution and (K > 1 or (channels is not None and weight.shape[1] == K)):
+        if channels is None or channels < 1 or weight.shape[0] % channels:
+            raise ValueError(
+                f"weight has shape {list(weight.shape)}, the convolution's own; expected `channels` to divide its "
+                f"first dimension, got {channels}"
+            )
+        weight = weight.flatten(1).unflatten(0, (-1, channels))
+    if weight.dim() < 3 or weight.shape[-1] != K or 0 in weight.shape[-3:]:
+        raise ValueError(
+            f"weight has shape {list(weight.shape)}, expected [R, channels, {K}] or [..., R, channels, {K}] with R and"
+            f" channels of at least 1"
+        )
+    if channels not in (None, weight.shape[-2]):
+        raise ValueError(
+            f"weight has shape {list(weight.shape)}, [..., R, channels, {K}], where `channels` says {channels}"
+        )
+    return weight
+
+
+def factor_bias(bias: Tensor | None, weight: Tensor) -> Tensor | None:
+    """[..., R, channels]."""
+    if bias is None:
+        return None
+    R, channels = weight.shape[-3:-1]
+    if bias.shape != weight.shape[:-1] and (weight.dim() > 3 or bias.shape != (R * channels,)):
+        either = "" if weight.dim() > 3 else f" or [{R * channels}]"
+        raise ValueError(f"bias has shape {list(bias.shape)}, expected {list(weight.shape[:-1])}{either}")
+    return bias.reshape(weight.shape[:-1])
