@@ -5,14 +5,17 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 FOLDER ?= runs/faces
 
-.PHONY: help train test check bench bench-compare clean
+PAGE := sosvae/editor/page
+
+.PHONY: help train test check page page-check bench bench-compare clean
 
 help:
 	@echo "make train   train the default SOS-VAE and a β-VAE, write the figures ($(FOLDER))"
 	@echo "make test    run the tests (COVERAGE=1: and say which lines they reach)"
 	@echo "make check   lint and type-check; changes nothing"
+	@echo "make page    build the editor's page from its sources (needs Node 20)"
 	@echo "make bench   measure against torch, linear_operator and NumPyro; write tables and plots"
-	@echo "make bench-compare BASE=ref   this checkout against another version, in alternation"
+	@echo "make bench-compare BASE=ref   this checkout against another version, in alternation (QUICK=1: five cases)"
 
 train: $(VENV)/.train
 	$(BIN)/sosvae compare --folder $(FOLDER)
@@ -22,17 +25,27 @@ train: $(VENV)/.train
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(if $(COVERAGE),--cov --cov-report=term)
 
-check: $(VENV)/.test
+check: $(VENV)/.test page-check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+page:
+	cd $(PAGE) && npm ci --ignore-scripts --no-audit --no-fund --silent && npm run --silent format && npm run --silent build
+
+# Format and types of the page's sources, and that what is shipped is what they make.
+page-check:
+	@if command -v npm > /dev/null; then \
+		cd $(PAGE) && npm ci --ignore-scripts --no-audit --no-fund --silent && npm run --silent check; \
+	elif [ -n "$$CI" ]; then echo "no npm: the editor's page cannot be checked"; exit 1; \
+	else echo "no npm: the editor's page is not checked"; fi
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m pytest --benchmark; status=$$?; $(BIN)/python -m bench.report && exit $$status
 
 bench-compare: $(VENV)/.bench
 	@test -n "$(BASE)" || { echo "say which version: make bench-compare BASE=<git ref>"; exit 2; }
-	$(BIN)/python -m bench.compare $(BASE)
+	$(BIN)/python -m bench.compare $(BASE) $(if $(QUICK),--quick)
 
 # A stamp per extra: newer than the files that say what is installed.
 $(VENV)/.train: setup.py constraints.txt | $(VENV)/pyvenv.cfg

@@ -18,9 +18,19 @@ TRAIN = [
     "tqdm>=4.66",
     "tyro>=1.0",  # command line from the configuration dataclass
 ]
+APP = [
+    "pillow>=10",  # decoding what is uploaded
+    "safetensors>=0.4",  # weights without pickled code
+    "starlette>=1.0",  # routes of the editor's server
+    "tyro>=1.0",  # command line from the configuration dataclass
+    "uvicorn>=0.30",  # serves them
+]
 TEST = [
+    *APP,
+    "axe-playwright-python>=0.1.4",  # accessibility of the editor's page; carries axe-core
     "cooper-optim>=1.0",  # oracle of the constrained optimisation
     "mypy>=2.0",
+    "playwright>=1.50",  # drives a Chromium that is installed; brings none
     "pytest>=8",
     "pytest-cov>=5",
     "ruff>=0.14",
@@ -48,12 +58,12 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages("kernels"), *find_packages(include=["sosvae", "sosvae.*"])],
     package_dir={"lowrank_mvn": "kernels/lowrank_mvn"},
-    package_data={"lowrank_mvn": ["py.typed", "device/tuned/*.json"], "sosvae": ["py.typed"]},
+    package_data={"lowrank_mvn": ["py.typed", "device/tuned/*.json"], "sosvae": ["py.typed", "editor/static/*"]},
     install_requires=[
         "numpy>=1.26",
         "torch>=2.8",
         "triton>=3.4; platform_system == 'Linux'",  # torch's CPU build does not bring it
     ],
-    extras_require={"train": TRAIN, "test": TEST, "bench": BENCH},
+    extras_require={"train": TRAIN, "app": APP, "test": TEST, "bench": BENCH},
     entry_points={"console_scripts": ["sosvae=sosvae.cli:main"]},
 )

@@ -21,9 +21,9 @@ if (Path(str(sosvae.__file__)).parent / "planning").is_dir():
     from sosvae.training.loop import train_step
     from sosvae.training.state import State
 else:  # versions up to 0.1
-    from sosvae.trainer import State
-
     from sosvae import fit, memory, objective, trainer
+
+    State = trainer.State
 
     def train_step(state: Any, x: Tensor, config: sosvae.Config) -> tuple[Any, str | None]:
         return trainer.train_step(state, x, objective.limits(config), config)

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from .models import heads
@@ -19,6 +20,8 @@ __all__ = [
     "TrainingConfig",
     "differences",
     "from_dict",
+    "incompatible",
+    "of_file",
     "to_dict",
 ]
 
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
     HeadName = str
 else:
     HeadName = Literal[heads.NAMES]  # for the command line's choices
+
+VARIANCES = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # the smallest normal number of float32, and the largest
+SEEDS = 2**64  # that torch takes
 
 
 def _require(condition: bool, message: str) -> None:
@@ -45,7 +51,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if get_args(hint):
         return any(_fits(value, option) for option in get_args(hint))
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000  # fits into a float
+        return isinstance(value, float) or whole
     return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
 
 
@@ -54,9 +61,22 @@ def _check_types(section: Any) -> None:
         _require(_fits(getattr(section, name), hint), f"{name} is {getattr(section, name)!r}, expected {_text(hint)}")
 
 
-def _at_least(bound: int, section: Any, *names: str) -> None:
+def _at_least(bound: float, section: Any, *names: str) -> None:
     for name in names:
-        _require(getattr(section, name) >= bound, f"{name} is {getattr(section, name)}, expected at least {bound}")
+        value = getattr(section, name)
+        finite = ", finite" if isinstance(value, float) else ""
+        _require(value is None or bound <= value < math.inf, f"{name} is {value}, expected at least {bound}{finite}")
+
+
+def _finite(section: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _require(value is None or abs(value) < math.inf, f"{name} is {value}, expected a finite number")
+
+
+def check_seed(seed: int) -> None:
+    """Raises: ValueError: torch takes no such seed."""
+    _require(0 <= seed < SEEDS, f"seed is {seed}, expected 0 to 2⁶⁴ − 1")
 
 
 @dataclass(frozen=True)
@@ -115,8 +135,12 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         _at_least(1, self, "rank", "latents", "depth")
-        _require(self.width > 0, f"width is {self.width}, expected a positive factor")
-        _require(self.diagonal > 0, f"diagonal is {self.diagonal}, expected a positive variance")
+        _require(0 < self.width < math.inf, f"width is {self.width}, expected a positive factor, finite")
+        low, high = VARIANCES
+        _require(
+            low <= self.diagonal <= high,
+            f"diagonal is {self.diagonal}, expected a positive variance from {low:.2g} to {high:.2g}, as float32 holds",
+        )
 
 
 @dataclass(frozen=True)
@@ -140,7 +164,8 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _at_least(0, self, "beta", "damping", "multiplier_lr")
+        _at_least(0, self, "kl_slack", "beta", "damping", "multiplier_lr")
+        _finite(self, "nats_per_rank", "entropy_slack")
 
     def entropy_limit(self, pixels: int, rank: int, diagonal: float) -> float:
         """ξ_H in nats for images of `pixels` values (H · W · channels)."""
@@ -207,8 +232,11 @@ class TrainingConfig:
             f"accumulate is {self.accumulate} and does not divide the batch of {self.batch} images",
         )
         _require(0 <= self.decay <= 1, f"decay is {self.decay}, expected a fraction between 0 and 1")
-        _require(self.lr > 0, f"lr is {self.lr}, expected a positive step size")
-        _require(self.clip is None or self.clip > 0, f"clip is {self.clip}, expected a positive norm")
+        _require(0 < self.lr < math.inf, f"lr is {self.lr}, expected a positive step size, finite")
+        _require(
+            self.clip is None or 0 < self.clip < math.inf, f"clip is {self.clip}, expected a positive norm, finite"
+        )
+        check_seed(self.seed)
 
     @property
     def micro_batch(self) -> int:
@@ -224,6 +252,9 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        _check_types(self)
 
     def replace(self, **sections: dict[str, Any]) -> "Config":
         """This with other values: `config.replace(model={"rank": 5}, training={"steps": 10})`."""
@@ -242,7 +273,13 @@ class Config:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Plain nested dictionaries, fit for JSON."""
+    """Plain nested dictionaries, fit for JSON.
+
+    Raises:
+        TypeError: no configuration.
+    """
+    if not isinstance(config, Config):
+        raise TypeError(f"config is {config!r}, expected a Config")
     return dataclasses.asdict(config)
 
 
@@ -256,15 +293,43 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     return config
 
 
-def differences(a: Config, b: Config, *sections: str) -> list[str]:
-    """Lines `section.field: value in a, value in b` for all fields that differ (in `sections`, or anywhere)."""
+def of_file(values: Any, path: Path) -> Config:
+    """`from_dict` of what a file holds: the errors name it."""
+    try:
+        return from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{path} holds no configuration of this version: {error}") from None
+
+
+def differences(a: Config, b: Config) -> list[str]:
+    """Lines `section.field: value in a, value in b` for all fields that differ."""
     left, right = to_dict(a), to_dict(b)
     return [
         f"{section}.{name}: {value!r}, {right[section][name]!r}"
-        for section in sections or left
+        for section in left
         for name, value in left[section].items()
         if value != right[section][name]
     ]
+
+
+# Where images lie and which are held out: a run compares their content, with the record of its split.
+OF_DATA = {"data.source", "data.cache", "data.validation"}
+MOVING = {"mean_only_steps", "batch", "lr", "decay", "clip", "seed", "accumulate", "precision", "memory_format"}
+
+
+def incompatible(a: Config, b: Config) -> list[str]:
+    """Differences that would move the weights otherwise, as lines like those of `differences`.
+
+    They are those of network, objective and image format, and some of training.
+    """
+    moving = MOVING | ({"steps"} if a.training.decay else set())  # the step size follows from how far the end is
+
+    def matters(line: str) -> bool:
+        field = line.partition(":")[0]
+        section, _, name = field.partition(".")
+        return name in moving if section == "training" else field not in OF_DATA
+
+    return [line for line in differences(a, b) if matters(line)]
 
 
 # What was written by earlier versions, and what it is called now.

@@ -17,9 +17,13 @@ def find(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's, of a name or of its own build
-        raise ValueError(f"device is {name!r}: {str(error).splitlines()[0]}") from None
+        device = torch.empty(0, device=name).device
+    except Exception as error:  # torch's are of many types, and some list all that there is
+        fault = str(error).partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"device is {name!r}, expected auto, cpu or a device that torch has here: {fault}") from None
+    if device.type == "meta":
+        raise ValueError("device is 'meta', which holds no numbers, expected auto, cpu or a device that torch has here")
+    return device
 
 
 @contextmanager

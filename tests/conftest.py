@@ -106,3 +106,15 @@ def kernels():
     from lowrank_mvn.factors.dense import triton
 
     return triton
+
+
+@pytest.fixture(params=["features", "blocks"])
+def linear_kernels(request, monkeypatch):
+    """Either way through the features, whatever would be the cheaper one; blocks of few pixels."""
+    from lowrank_mvn.factors.linear import triton
+    from lowrank_mvn.factors.linear.triton import blocks
+
+    monkeypatch.setattr(blocks, "chosen", lambda *sizes: request.param == "blocks")
+    monkeypatch.setattr(blocks, "BLOCK_VALUES", 1)
+    monkeypatch.setattr(blocks, "LEAST_PIXELS", 48)
+    return triton

@@ -28,6 +28,36 @@ def faces(cache) -> Config:
     )
 
 
+def pictures(folder, count=8):
+    """A folder of small images: a gradient each, and a name that says which."""
+    from data_cases import write
+
+    for i in range(count):
+        write(folder / f"{i:02d}.png", 20 * i, size=(16, 16))
+    return folder
+
+
+def small(folder, cache, **training) -> Config:
+    """Four steps of the smallest network on the pictures of a folder."""
+    values = {"steps": 4, "mean_only_steps": 1, "batch": 4, "evaluate_batches": 1, "evaluate_every": 2, "save_every": 2}
+    return faces(cache).replace(
+        data={"source": f"folder:{folder}", "height": 16, "width": 16, "validation": 0.25},
+        model={"rank": 1, "latents": 2},
+        training=values | {"log_every": 1} | training,
+    )
+
+
+def options(config, folder):
+    """The command line of `small`."""
+    data, model = config.data, config.model
+    return [
+        *("--folder", str(folder), "--quiet", f"--data.source={data.source}", f"--data.cache={data.cache}"),
+        *("--data.height=16", "--data.width=16", "--data.validation=0.25", f"--model.width={model.width}"),
+        *("--model.rank=1", "--model.latents=2", "--model.depth=1", "--training.batch=4", "--training.device=cpu"),
+        *("--training.steps=4", "--training.evaluate-batches=1", "--training.no-tensorboard"),
+    ]
+
+
 def set_training(config, **values):
     return config.replace(training=values)
 

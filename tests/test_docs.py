@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
-    path for path in ROOT.rglob("*.md") if not {".venv", "build", "runs", ".pytest_cache"} & set(path.parts)
+    path
+    for path in ROOT.rglob("*.md")
+    if not {".venv", "build", "runs", ".pytest_cache", "node_modules"} & set(path.parts)
 )
 IDS = [path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
 

@@ -8,7 +8,7 @@ from lowrank_cases import gradients, relative
 from lowrank_mvn import LinearFactor, LinearMean, LowRankMultivariateNormal
 from lowrank_mvn.factors.linear.aten import blocks
 from lowrank_mvn.functional import condition
-from sosvae.tools import scale_components
+from sosvae.tools.observation import scale_components
 
 # --- Weights for each item, and rows that are zero -------------------------------------------------------------------
 
@@ -74,7 +74,7 @@ def test_errors_of_weights_and_masks():
         LinearFactor(F, torch.ones(4, 1, 5), mask=torch.ones(5, dtype=torch.bool))
     with pytest.raises(TypeError, match="mask must be a tensor of dtype bool"):
         LinearFactor(F, torch.ones(4, 1, 5), mask=torch.ones(6))
-    with pytest.raises(ValueError, match="mask is on meta, features on cpu"):
+    with pytest.raises(ValueError, match="mask is on meta, the parameters on cpu; expected one device"):
         LinearFactor(F, torch.ones(4, 1, 5), mask=torch.ones(6, dtype=torch.bool, device="meta"))
     with pytest.raises(ValueError, match=r"bias has shape \[4, 1\], expected \[2, 4, 1\]"):
         LinearFactor(F, torch.ones(2, 4, 1, 5), torch.ones(4, 1))

@@ -3,7 +3,9 @@
 import json
 import re
 import runpy
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,8 +177,17 @@ def test_help_of_the_whole(capsys):
         (["train", "imagenet"], 1, "unknown preset 'imagenet'"),
         (["train", "celeba", "--quiet", "--folder", "{tmp}/x"], 1, "celeba is not a folder"),
         (["train", "--resume", "{tmp}/nothing"], 1, "not the folder of a run"),
-        (["train", "--training.device", "nope", "--folder", "{tmp}/x"], 1, "device is 'nope': "),
+        (
+            ["train", "--training.device", "nope", "--folder", "{tmp}/x"],
+            1,
+            "device is 'nope', expected auto, cpu or a device",
+        ),
         (["sample", "{tmp}/nothing"], 1, "not the folder of a run"),
+        (
+            ["compare", "--folder", "{tmp}/x", "--training.device", "meta"],
+            1,
+            "device is 'meta', which holds no numbers",
+        ),
     ],
 )
 def test_errors_are_one_line(args, status, message, tmp_path, capsys):
@@ -184,6 +195,64 @@ def test_errors_are_one_line(args, status, message, tmp_path, capsys):
     shown = capsys.readouterr().err
     assert message in shown
     assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "nope", "", "mps", "meta", "hpu", "cpu:x"])
+@pytest.mark.parametrize("command", ["train", "compare", "sample", "reconstruct"])
+def test_devices_are_checked_alike(run, cache, tmp_path, command, device, monkeypatch, capsys):
+    if device.startswith("cuda") and torch.cuda.is_available():
+        pytest.skip("there is one")
+    monkeypatch.setattr("sosvae.training.loop.train_step", lambda *args: pytest.fail("trained"))
+    name = "device" if command in ("sample", "reconstruct") else "training.device"
+    args = [str(run.folder)] if name == "device" else [*SMALL, *cache, "--folder", str(tmp_path / "x")]
+    assert main([command, *args, f"--{name}={device}"]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"sosvae {command}: device is {device!r}")
+    assert len(shown) < 400
+    assert shown.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("command", ["sample", "reconstruct"])
+def test_auto_is_a_device_of_every_command(run, tmp_path, command):
+    assert main([command, str(run.folder), "--device", "auto", "--out", str(tmp_path / "x.png"), "--samples", "0"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["sample", "x", "--codes", "0"], "codes is 0, expected at least 1"),
+        (["sample", "x", "--samples", "-1"], "samples is -1, expected at least 0"),
+        (["sample", "x", "--seed", "-1"], "seed is -1, expected 0 to"),
+        (["reconstruct", "x", "--images", "0"], "images is 0, expected at least 1"),
+        (["reconstruct", "x", "--samples", "-1"], "samples is -1, expected at least 0"),
+        (["train", "--training.lr", "inf"], "lr is inf, expected a positive step size"),
+        (["train", "--objective.kl-slack", "nan"], "kl_slack is nan, expected at least 0"),
+    ],
+)
+def test_options_out_of_range_are_named(args, named, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 2
+    assert named in " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().err).split())
+
+
+def test_what_is_not_installed_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    for name in [name for name in sys.modules if name.startswith("sosvae.commands.")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert main(["train"]) == 1
+    assert "tyro" in (shown := capsys.readouterr().err)
+    assert "pip install sosvae[train]" in shown
+
+
+def test_the_package_imports_nothing_before_it_is_asked():
+    code = "import sys, sosvae.cli; print('torch' in sys.modules); print(sosvae.Config().model.rank); sosvae.data.cache"
+    code += "; print(hasattr(sosvae, 'nope'), 'train' in dir(sosvae))"
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent
+    )
+    assert shown.stdout.split() == ["False", "25", "False", "True"], shown.stderr
 
 
 def test_values_out_of_range_are_named_with_their_place(capsys):

@@ -7,6 +7,7 @@ import pytest
 
 from sosvae import (
     PRESETS,
+    VAE,
     Config,
     DataConfig,
     ModelConfig,
@@ -80,11 +81,45 @@ def test_all_unknown_keys_are_named_at_once():
         (ModelConfig, {"head": "structural"}, "head is 'structural'"),
         (TrainingConfig, {"accumulate": 0}, "accumulate"),
         (TrainingConfig, {"batch": 8, "accumulate": 3}, "accumulate is 3 and does not divide the batch of 8"),
+        (TrainingConfig, {"seed": -1}, "seed is -1, expected 0 to 2⁶⁴ − 1"),
+        (TrainingConfig, {"seed": 2**64}, "seed is 18446744073709551616, expected 0 to"),
+        (ModelConfig, {"diagonal": 1e-320}, "diagonal is 1e-320, expected a positive variance from 1.2e-38 to 3.4e"),
+        (ModelConfig, {"diagonal": 1e-40}, "diagonal is 1e-40"),
+        (ModelConfig, {"diagonal": 1e39}, "diagonal is 1e"),
+        (ObjectiveConfig, {"kl_slack": -1.0}, "kl_slack is -1.0, expected at least 0, finite"),
+        (ObjectiveConfig, {"beta": 10**400}, "beta is 1000.*expected float"),
     ],
 )
 def test_values_out_of_range_are_named(kind, values, named):
     with pytest.raises(ValueError, match=named):
         kind(**values)
+
+
+FLOATS = [
+    (kind, field.name)
+    for kind in (DataConfig, ModelConfig, ObjectiveConfig, TrainingConfig)
+    for field in dataclasses.fields(kind)
+    if "float" in str(field.type)
+]
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize(("kind", "name"), FLOATS, ids=[name for _, name in FLOATS])
+def test_numbers_that_are_not_finite_are_named(kind, name, value):
+    assert {"lr", "clip", "damping", "multiplier_lr", "diagonal", "kl_slack", "entropy_slack", "beta", "width"} < {
+        name for _, name in FLOATS
+    }
+    with pytest.raises(ValueError, match=rf"^{name} is (inf|-inf|nan), expected .*"):
+        kind(**{name: value})
+
+
+def test_the_ends_of_the_ranges_are_accepted():
+    TrainingConfig(seed=2**64 - 1, lr=1e30)
+    ModelConfig(diagonal=2.0**-126)
+    ObjectiveConfig(kl_slack=0.0, entropy_slack=-1e9, nats_per_rank=-1.0)
+    for diagonal in (2.0**-126, 1e-5, 1000.0, 3e38):
+        config = Config(model=ModelConfig(head="pixelwise", diagonal=diagonal, width=0.1, depth=1))
+        assert math.isfinite(VAE(config).head.variance.bias.item())
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def test_folder_holds_what_it_should(config, tmp_path):
     assert run.config == config
     assert run.steps() == [9, 12]  # the newest two
     names = sorted(path.name for path in (run.checkpoints / "step_00000012").iterdir())
-    assert names == ["state.pt", "weights.safetensors"]
+    assert names == ["checkpoint.json", "state.pt", "weights.safetensors"]
     assert not [path for path in run.folder.rglob("*") if path.name.startswith(".")]
     x = load(config.data).first("validation", 4)
     model = run.model()
@@ -143,9 +143,10 @@ def test_kill_while_saving_leaves_the_last_whole_checkpoint(config, tmp_path, mo
         else:
             patch.setattr(run_module.Path, "rename", killed)
         with pytest.raises(SystemExit):
-            run.save(5, model, {"step": 5}, keep=1)
+            run.save(config, 5, model, {"step": 5})
     assert run.load().step == 3
-    run.save(5, model, {"step": 5}, keep=1)
+    run.save(config, 5, model, {"step": 5})
+    run.discard(1)
     assert run.steps() == [5]
 
 

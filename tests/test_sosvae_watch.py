@@ -1,12 +1,13 @@
 """What is seen of training: metrics, bar, TensorBoard; and that what watches ends nothing. Measures of samples."""
 
 import json
+import math
 
 import pytest
 import torch
 from sosvae_cases import faces, rows, same, set_training
 
-from sosvae import neighbour_correlation, quality, train
+from sosvae import VAE, Config, DataConfig, ModelConfig, PixelwiseNormal, neighbour_correlation, quality, train
 from sosvae.training.watch import Bar, Board, Metrics, Row
 
 
@@ -19,6 +20,7 @@ def test_metrics_drop_what_is_beyond_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 5}\n{"no": 1}\n[]\nnonsense')
     metrics = Metrics(path, last_step=2)
+    assert metrics.torn == [3, 4]
     metrics.measured(Row(3, "train", {"kl": 1.0}))
     metrics.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
@@ -105,6 +107,26 @@ def test_neighbour_correlation_of_known_fields():
     assert neighbour_correlation(smooth) == pytest.approx(1.0)
     assert neighbour_correlation(0.6 * smooth + 0.8 * noise.roll(3, 0)) == pytest.approx(0.36, abs=0.02)
     assert neighbour_correlation(-torch.ones(5, 1, 1, 2, 2) * torch.tensor([1.0, -1.0])) == pytest.approx(-1.0)
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (2, 3, 1, 4, 1), (0, 3, 1, 4, 4)])
+def test_images_without_neighbours_are_an_error(shape):
+    with pytest.raises(ValueError, match=r"images has shape .* expected \[S, B, channels, H, W\]"):
+        neighbour_correlation(torch.zeros(shape))
+
+
+def test_quality_of_what_does_not_vary_is_no_number_and_no_error():
+    vae = VAE(Config(data=DataConfig(height=16, width=16), model=ModelConfig(width=0.07, depth=1, latents=2))).eval()
+    found = quality(vae, 0.0, codes=2, samples=2)
+    assert math.isnan(found.deviation)
+    assert math.isfinite(found.neighbour_correlation)
+    with torch.no_grad():
+        vae.head.mean.bias.fill_(3.0)  # whose square rounds: the variance of samples must not be below 0
+    vae.decode = lambda z: PixelwiseNormal(torch.full((len(z), 256), 3.3), torch.zeros(()))
+    assert quality(vae, 1.0, codes=2, samples=2).deviation == pytest.approx(0, abs=1e-3)
+    for counts in ({"codes": 0}, {"samples": 0}):
+        with pytest.raises(ValueError, match="expected at least 1"):
+            quality(vae, 1.0, **counts)
 
 
 def test_quality_is_that_of_the_predicted_distributions(config, tmp_path):

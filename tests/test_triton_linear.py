@@ -1,23 +1,20 @@
 """The kernels of a linear factor against the closed forms of `aten` in float64.
 
-Runs as `test_triton_kernels.py` does.
+The public functions are in `test_triton_linear_class.py`. Runs as `test_triton_kernels.py` does.
 """
 
 import pytest
 import torch
-from triton_cases import BF16, DEVICE, F16, F32, F64, INTERPRET, MARKS, TOLERANCE, relative, weights
+from triton_cases import BF16, DEVICE, F16, F32, F64, MARKS, TOLERANCE, relative, weights
 
-import lowrank_mvn
-from lowrank_mvn import LinearFactor, LinearMean, LowRankMultivariateNormal
 from lowrank_mvn.capacitance import LOG_DET_TOLERANCE
 from lowrank_mvn.device import launch
-from lowrank_mvn.factors.dense import triton as dense
 from lowrank_mvn.factors.linear import aten, triton
 from lowrank_mvn.factors.linear.triton import blocks
 
 pytestmark = [*MARKS, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # torch's own, in opcheck
 
-# (dtype, S, B, K, R, C, M, layout of F, diagonal, loc, linear mean, W per item), ragged first.
+# (dtype, S, B, K, R, channels, pixels, layout of F, diagonal, loc, linear mean, W per item), ragged first.
 MATRIX = [
     (F32, 1, 1, 1, 1, 1, 1, "BKM", "pixel", True, False, False),
     (F32, 1, 2, 5, 3, 3, 5, "BMK", "item", True, True, False),
@@ -43,36 +40,30 @@ IDS = ["-".join(str(v).removeprefix("torch.") for v in case) for case in MATRIX]
 NAMES = ("grad_x", "grad_F", "grad_W", "grad_m", "grad_d")
 
 
-@pytest.fixture(params=["features", "blocks"])
-def kernels(request, monkeypatch):
-    """Either way through the features, whatever would be the cheaper one; blocks of few pixels."""
-    monkeypatch.setattr(blocks, "chosen", lambda *sizes: request.param == "blocks")
-    monkeypatch.setattr(blocks, "BLOCK_VALUES", 1)
-    monkeypatch.setattr(blocks, "LEAST_PIXELS", 48)
-    return triton
-
-
-def features(dtype, B, K, M, layout):
-    F = torch.randn(B, K, M, dtype=F64, device=DEVICE).to(dtype)
+def features(dtype, B, K, pixels, layout):
+    F = torch.randn(B, K, pixels, dtype=F64, device=DEVICE).to(dtype)
     if layout == "BMK":
         return F.mT.contiguous().mT
     if layout == "strided":
-        holder = F.new_full((B, 2 * K, 2 * M), float("nan"))
+        holder = F.new_full((B, 2 * K, 2 * pixels), float("nan"))
         holder[:, ::2, ::2] = F
         return holder[:, ::2, ::2]
     return F
 
 
-def inputs(dtype, S, B, K, R, C, M, layout, diagonal, with_loc, with_mean, per_item, d=1.0):
+def inputs(dtype, S, B, K, R, channels, pixels, layout, diagonal, with_loc, with_mean, per_item, d=1.0):
     """x, loc, F, W, m and d in canonical shapes; d in float32 beside half precision."""
     options = {"dtype": F64, "device": DEVICE}
-    W = torch.randn(B if per_item else 1, C, R, K + 1, **options) / K**0.5
-    x, loc = torch.randn(S, B, C, M, **options), torch.randn(1 if S != 2 else S, B, C, M, **options)
-    m = torch.randn(C, K + 1, **options)
-    diag = d * (0.5 + torch.rand(B, *((C, M) if diagonal == "pixel" else (1, 1)), **options))
+    W = torch.randn(B if per_item else 1, channels, R, K + 1, **options) / K**0.5
+    x, loc = (
+        torch.randn(S, B, channels, pixels, **options),
+        torch.randn(1 if S != 2 else S, B, channels, pixels, **options),
+    )
+    m = torch.randn(channels, K + 1, **options)
+    diag = d * (0.5 + torch.rand(B, *((channels, pixels) if diagonal == "pixel" else (1, 1)), **options))
     x, loc, W, m = (t.to(dtype) for t in (x, loc, W, m))
     diag = diag.to(F64 if dtype == F64 else F32)
-    return x, loc if with_loc else None, features(dtype, B, K, M, layout), W, m if with_mean else None, diag
+    return x, loc if with_loc else None, features(dtype, B, K, pixels, layout), W, m if with_mean else None, diag
 
 
 def oracle(x, loc, F, W, m, d, a, b):
@@ -81,9 +72,9 @@ def oracle(x, loc, F, W, m, d, a, b):
     return out[:4], grads
 
 
-def both(kernels, args, a, b, needs=(True, True, True)):
-    out = kernels.mahalanobis_and_logdet(*args)
-    return out, kernels.mahalanobis_and_logdet_backward(a, b, *args, *out[2:], list(needs))
+def both(linear_kernels, args, a, b, needs=(True, True, True)):
+    out = linear_kernels.mahalanobis_and_logdet(*args)
+    return out, linear_kernels.mahalanobis_and_logdet_backward(a, b, *args, *out[2:], list(needs))
 
 
 def amplified(x, loc, F, W, m, d):
@@ -96,11 +87,11 @@ def amplified(x, loc, F, W, m, d):
 
 
 @pytest.mark.parametrize("case", MATRIX, ids=IDS)
-def test_density_and_every_gradient(kernels, case):
+def test_density_and_every_gradient(linear_kernels, case):
     dtype, S, B = case[:3]
     args, (a, b) = inputs(*case), weights(S, B)
     expected, expected_grads = oracle(*args, a, b)
-    out, grads = both(kernels, args, a, b)
+    out, grads = both(linear_kernels, args, a, b)
     for name, ours, theirs in zip(("q", "logdet", "C_inv", "v"), out, expected, strict=False):
         assert ours.dtype == F64
         assert ours.shape == theirs.shape
@@ -124,10 +115,10 @@ def test_density_and_every_gradient(kernels, case):
 
 @pytest.mark.parametrize("diagonal", ["pixel", "item"])
 @pytest.mark.parametrize("needs", [(0, 1, 1), (1, 0, 0), (0, 0, 1), (0, 1, 0)])
-def test_only_what_is_asked_for(kernels, needs, diagonal):
+def test_only_what_is_asked_for(linear_kernels, needs, diagonal):
     args, (a, b) = inputs(F32, 1, 2, 5, 3, 3, 20, "BKM", diagonal, True, False, False), weights(1, 2)
-    _, expected = both(kernels, args, a, b)
-    _, grads = both(kernels, args, a, b, [bool(need) for need in needs])
+    _, expected = both(linear_kernels, args, a, b)
+    _, grads = both(linear_kernels, args, a, b, [bool(need) for need in needs])
     assert grads[3].numel() == 0
     assert torch.equal(grads[2], expected[2])
     for i, need in zip((0, 1, 4), needs, strict=True):
@@ -135,30 +126,30 @@ def test_only_what_is_asked_for(kernels, needs, diagonal):
 
 
 @pytest.mark.parametrize("diagonal", ["pixel", "item"])
-def test_more_columns_than_ride_along(kernels, diagonal):
-    """S·C = 10 columns: rounds in the residual, the last of them with fewer; their sums are passes of their own."""
+def test_more_columns_than_ride_along(linear_kernels, diagonal):
+    """10 columns: rounds in the residual, the last of them with fewer; their sums are passes of their own."""
     args, (a, b) = inputs(F32, 5, 2, 5, 3, 2, 37, "BMK", diagonal, True, True, False), weights(5, 2)
     expected, expected_grads = oracle(*args, a, b)
-    out, grads = both(kernels, args, a, b)
+    out, grads = both(linear_kernels, args, a, b)
     for ours, theirs in zip((*out[:4], *grads), (*expected, *expected_grads), strict=True):
         assert relative(ours, theirs) < 2e-6
 
 
 @pytest.mark.parametrize(("diagonal", "S"), [("pixel", 1), ("item", 1), ("pixel", 5)])
-def test_more_features_than_one_tile(kernels, diagonal, S):
+def test_more_features_than_one_tile(linear_kernels, diagonal, S):
     args, (a, b) = inputs(F32, S, 1, 130, 2, 1, 20, "BKM", diagonal, False, True, False), weights(S, 1)
     expected, expected_grads = oracle(*args, a, b)
-    out, grads = both(kernels, args, a, b)
+    out, grads = both(linear_kernels, args, a, b)
     for ours, theirs in zip((*out[:4], *grads), (*expected, *expected_grads), strict=True):
         assert relative(ours, theirs) < 2e-6
 
 
-def test_diagonal_of_any_strides(kernels):
+def test_diagonal_of_any_strides(linear_kernels):
     args, (a, b) = inputs(F32, 1, 3, 5, 3, 1, 40, "BKM", "pixel", True, False, False), weights(1, 3)
     expected, expected_grads = oracle(*args, a, b)
     turned = args[5].permute(2, 1, 0).contiguous().permute(2, 1, 0)
     assert turned.stride() != args[5].stride()
-    out, grads = both(kernels, (*args[:5], turned), a, b)
+    out, grads = both(linear_kernels, (*args[:5], turned), a, b)
     for ours, theirs in zip(
         (*out[:4], *grads[:3], grads[4]), (*expected, *expected_grads[:3], expected_grads[4]), strict=True
     ):
@@ -189,46 +180,46 @@ def test_never_more_of_the_factor_than_a_block(monkeypatch):
     assert max(made) <= 64
 
 
-def test_empty_batch(kernels):
+def test_empty_batch(linear_kernels):
     args, (a, b) = inputs(F32, 2, 0, 5, 3, 2, 20, "BKM", "pixel", True, True, False), weights(2, 0)
-    out, grads = both(kernels, args, a, b)
+    out, grads = both(linear_kernels, args, a, b)
     assert out[0].shape == (2, 0)
     assert [g.shape for g in grads] == [t.shape for t in (args[0], *args[2:])]
     assert not grads[2].any()
 
 
 @pytest.mark.parametrize("case", [MATRIX[i] for i in (0, 2, 3, 5, 8, 9, 14, 16)], ids=str)
-def test_log_determinant_alone(kernels, case):
+def test_log_determinant_alone(linear_kernels, case):
     _, _, F, W, _, d = inputs(*case)
     b, dtype, wide = weights(*case[1:3])[1], case[0], [t.double() for t in (F, W, d)]
-    expected, (found, C_inv, WG, flags) = aten.logdet(*wide), kernels.logdet(F, W, d)
+    expected, (found, C_inv, WG, flags) = aten.logdet(*wide), linear_kernels.logdet(F, W, d)
     tolerance = TOLERANCE[F64] if dtype == F64 else 2e-6
     assert relative(found, expected[0]) < tolerance
     assert relative(C_inv, expected[1]) < tolerance
-    grads = kernels.logdet_backward(b, F, W, d, C_inv, WG, flags, [True, True])
+    grads = linear_kernels.logdet_backward(b, F, W, d, C_inv, WG, flags, [True, True])
     of_wide = aten.logdet_backward(b, *wide, *expected[1:], [True, True])
     scale = max(1, 2.0**-21 * amplified(None, None, F, W, None, d) / tolerance) if case[4] > case[3] + 1 else 1
     for ours, theirs, like in zip(grads, of_wide, (F, W, d), strict=True):
         assert (ours.shape, ours.dtype) == (like.shape, like.dtype)
         assert relative(ours, theirs) < TOLERANCE[like.dtype] * (scale if like is W else 1)
     for needs in ([True, False], [False, True]):
-        again = kernels.logdet_backward(b, F, W, d, C_inv, WG, flags, needs)
+        again = linear_kernels.logdet_backward(b, F, W, d, C_inv, WG, flags, needs)
         assert torch.equal(again[1], grads[1])
         for need, ours, theirs in zip(needs, again[::2], grads[::2], strict=True):
             assert torch.equal(ours, theirs) if need else ours.numel() == 0
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_gram(kernels, masked):
+def test_gram(linear_kernels, masked):
     x, loc, F, W, m, d = inputs(F32, 2, 2, 5, 3, 2, 70, "BKM", "pixel" if masked else "item", True, True, False)
     precision = d.reciprocal() * (torch.rand_like(d) < 0.5 if masked else 1)
-    gram, w = kernels.normal_equations(x, loc, F, W, m, precision)
+    gram, w = linear_kernels.normal_equations(x, loc, F, W, m, precision)
     ones = torch.cat([F, torch.ones_like(F[:, :1])], 1).double()
     P = torch.einsum("crk,bkn->bcnr", W[0].double(), ones)
     delta = x.double() - loc.double() - torch.einsum("ck,bkn->bcn", m.double(), ones)
     scaled = P * precision.double().expand(2, 2, 70)[..., None]
     assert relative(gram, torch.einsum("bcnr,bcns->brs", P, scaled)) < 2e-6
-    assert torch.equal(kernels.gram(F, W, precision), gram)
+    assert torch.equal(linear_kernels.gram(F, W, precision), gram)
     assert relative(w, torch.einsum("sbcn,bcnr->sbr", delta, scaled)) < 1e-12  # made in float64
 
 
@@ -237,10 +228,10 @@ def test_gram(kernels, masked):
 @pytest.mark.parametrize(
     ("collinear", "log_p", "gradient"), [("none", 0.05, 1e-4), ("weights", 1.0, 1e-3), ("features", 1.0, 1e-3)]
 )
-def test_small_diagonal_and_what_is_collinear(kernels, collinear, log_p, gradient, dtype, layout):
-    """The bars of a full factor, at d = 1e-5; in half precision of the features as they were rounded."""
-    S, B, K, R, C, M = 1, 2, 16, 10, 3, 300
-    _, _, F, W, m, d = inputs(F32, S, B, K, R, C, M, layout, "item", False, True, True, d=1e-5)
+def test_small_diagonal_and_what_is_collinear(linear_kernels, collinear, log_p, gradient, dtype, layout):
+    """The bars of a dense factor, at d = 1e-5; in half precision of the features as they were rounded."""
+    S, B, K, R, channels, pixels = 1, 2, 16, 10, 3, 300
+    _, _, F, W, m, d = inputs(F32, S, B, K, R, channels, pixels, layout, "item", False, True, True, d=1e-5)
     W = 0.2 * W
     if collinear == "weights":
         W[1] = W[1, :, :1] + 1e-4 * W[1]
@@ -256,7 +247,7 @@ def test_small_diagonal_and_what_is_collinear(kernels, collinear, log_p, gradien
     a = torch.full((S, B), -0.5, dtype=F64, device=DEVICE)
     b = torch.full((B,), -0.5, dtype=F64, device=DEVICE)
     expected, expected_grads = oracle(x, None, F, W, m, d, a, b)
-    out, grads = both(kernels, (x, None, F, W, m, d), a, b)
+    out, grads = both(linear_kernels, (x, None, F, W, m, d), a, b)
     # Rounding is in G, so that only features can ask for float64; then C is as exact as G, whatever W is. With blocks
     # it is in P.
     rounded = blocks.chosen()
@@ -267,11 +258,11 @@ def test_small_diagonal_and_what_is_collinear(kernels, collinear, log_p, gradien
         assert relative(ours, theirs) < max(gradient, TOLERANCE[ours.dtype]), name
 
 
-def test_one_item_that_is_not_finite(kernels):
+def test_one_item_that_is_not_finite(linear_kernels):
     args, (a, b) = inputs(F32, 1, 3, 5, 3, 2, 40, "BKM", "pixel", True, True, True), weights(1, 3)
-    good, good_grads = both(kernels, args, a, b)
+    good, good_grads = both(linear_kernels, args, a, b)
     args[2][1, 2, 7] = float("nan")
-    out, grads = both(kernels, args, a, b)
+    out, grads = both(linear_kernels, args, a, b)
     assert out[0][0, 1].isnan()
     assert out[1][1].isnan()
     for i, axis in ((0, 1), (1, 0)):
@@ -282,251 +273,30 @@ def test_one_item_that_is_not_finite(kernels):
 
 
 @pytest.mark.parametrize("diagonal", ["pixel", "item"])
-def test_without_tensor_cores(kernels, monkeypatch, diagonal):
+def test_without_tensor_cores(linear_kernels, monkeypatch, diagonal):
     args, (a, b) = inputs(F32, 1, 1, 5, 3, 2, 20, "BKM", diagonal, False, True, False), weights(1, 1)
     expected, expected_grads = oracle(*args, a, b)
     monkeypatch.setattr(launch, "products", lambda *tensors: "float32")
-    out, grads = both(kernels, args, a, b)
+    out, grads = both(linear_kernels, args, a, b)
     for ours, theirs in zip((*out[:4], *grads), (*expected, *expected_grads), strict=True):
         assert relative(ours, theirs) < 2e-6
 
 
-def test_the_same_bits_twice(kernels):
+def test_the_same_bits_twice(linear_kernels):
     args, (a, b) = inputs(F32, 1, 2, 16, 3, 2, 300, "BMK", "pixel", True, True, False), weights(1, 2)
-    (out, grads), (again, grads_again) = both(kernels, args, a, b), both(kernels, args, a, b)
+    (out, grads), (again, grads_again) = both(linear_kernels, args, a, b), both(linear_kernels, args, a, b)
     for ours, theirs in zip((*out, *grads), (*again, *grads_again), strict=True):
         assert torch.equal(ours, theirs)
 
 
-def test_offsets_beyond_int32(kernels):
+def test_offsets_beyond_int32(linear_kernels):
     """A batch stride and a stride of pixels beyond 2³¹ elements in all, of which next to nothing is touched."""
-    B, K, M = 2, 2, 3
+    B, K, pixels = 2, 2, 3
     stride_b, stride_n = 2**31 + 5, 2**30 + 3
-    storage = torch.UntypedStorage(4 * (stride_b + (M - 1) * stride_n + K), device=DEVICE)
-    F = torch.empty(0, device=DEVICE).set_(storage, 0, (B, K, M), (stride_b, 1, stride_n))
-    F.copy_(torch.randn(B, K, M))
-    x, loc, _, W, m, d = inputs(F32, 1, B, K, 2, 2, M, "BKM", "pixel", True, True, False)
-    expected = kernels.mahalanobis_and_logdet(x, loc, F.mT.contiguous().mT, W, m, d)
-    for ours, theirs in zip(kernels.mahalanobis_and_logdet(x, loc, F, W, m, d), expected, strict=True):
+    storage = torch.UntypedStorage(4 * (stride_b + (pixels - 1) * stride_n + K), device=DEVICE)
+    F = torch.empty(0, device=DEVICE).set_(storage, 0, (B, K, pixels), (stride_b, 1, stride_n))
+    F.copy_(torch.randn(B, K, pixels))
+    x, loc, _, W, m, d = inputs(F32, 1, B, K, 2, 2, pixels, "BKM", "pixel", True, True, False)
+    expected = linear_kernels.mahalanobis_and_logdet(x, loc, F.mT.contiguous().mT, W, m, d)
+    for ours, theirs in zip(linear_kernels.mahalanobis_and_logdet(x, loc, F, W, m, d), expected, strict=True):
         assert torch.equal(ours, theirs)
-
-
-# --- Through the public functions -------------------------------------------------------------------------------------
-
-
-def tensors(dtype=F64, B=2, K=5, R=4, C=3, spatial=(3, 3), diagonal="pixel", last=False):
-    options = {"dtype": dtype, "device": DEVICE}
-    F = torch.randn(B, K, *spatial, **options)
-    F = F.to(memory_format=torch.channels_last) if last else F
-    N = C * spatial[0] * spatial[1]
-    d = 0.5 + torch.rand((B, N) if diagonal == "pixel" else (), **options)
-    weight, bias = torch.randn(R, C, K, **options), torch.randn(R, C, **options)
-    return F, weight, bias, torch.randn(C, K, **options), torch.randn(C, **options), d, torch.randn(2, B, N, **options)
-
-
-@pytest.mark.parametrize(("diagonal", "last"), [("pixel", False), ("item", True)])
-def test_the_class_and_every_gradient(diagonal, last):
-    """The functions of the class choose "triton" for a device that it runs on; here it is asked for."""
-    args = tensors(F32, diagonal=diagonal, last=last)
-
-    def loss(impl, dtype):
-        leaves = [t.to(dtype).requires_grad_() for t in args]
-        F, weight, bias, mean_weight, mean_bias, d, x = leaves
-        loc, factor = LinearMean(F, mean_weight, mean_bias), LinearFactor(F, weight, bias)
-        log_prob, entropy = lowrank_mvn.log_prob_and_entropy(x, loc, factor, d, impl=impl)
-        total = log_prob.sum() - 0.7 * entropy.sum()
-        return total, torch.autograd.grad(total, leaves)
-
-    ours, expected = loss("triton", F32), loss("aten", F64)
-    assert relative(ours[0], expected[0]) < 1e-6
-    for a, b in zip(ours[1], expected[1], strict=True):
-        assert a.shape == b.shape
-        assert relative(a, b) < 5e-6
-    if not INTERPRET:
-        assert lowrank_mvn.functional.check_impl(None, LinearFactor(*args[:3])) == "triton"
-    distribution = LowRankMultivariateNormal(LinearMean(args[0], *args[3:5]), LinearFactor(*args[:3]), args[5])
-    torch.testing.assert_close(
-        lowrank_mvn.entropy(LinearFactor(*args[:3]), args[5], impl="triton"), distribution.entropy()
-    )
-
-
-@pytest.mark.parametrize("diagonal", ["pixel", "item"])
-def test_gradcheck(kernels, diagonal):
-    args = [t.requires_grad_() for t in tensors(B=1, K=2, R=2, C=2, spatial=(2, 1), diagonal=diagonal)]
-
-    def joint(F, weight, bias, mean_weight, mean_bias, d, x):
-        loc, factor = LinearMean(F, mean_weight, mean_bias), LinearFactor(F, weight, bias)
-        return lowrank_mvn.log_prob_and_entropy(x, loc, factor, d, impl="triton")
-
-    assert torch.autograd.gradcheck(joint, args, fast_mode=True)
-
-
-SAMPLES = [
-    # dtype, S, B, K, R, C, spatial, diagonal, channels last
-    (F32, 1, 1, 1, 1, 1, (1, 1), "pixel", False, 3e-7),
-    (F32, 3, 2, 16, 4, 3, (7, 9), "pixel", True, 3e-7),
-    (F32, 2, 2, 33, 4, 2, (8, 8), "item", False, 3e-7),
-    (F32, 1, 1, 130, 4, 1, (4, 5), "pixel", False, 1e-6),
-    (F64, 2, 1, 5, 4, 3, (3, 3), "item", True, 1e-13),
-    (BF16, 2, 1, 16, 4, 3, (4, 5), "pixel", False, 8e-3),
-]
-
-
-@pytest.mark.parametrize("joined", [True, False], ids=["linear-mean", "loc"])
-@pytest.mark.parametrize("given", [True, False], ids=["given", "drawn"])
-@pytest.mark.parametrize("case", SAMPLES, ids=lambda case: "-".join(str(v).removeprefix("torch.") for v in case))
-def test_samples_and_gradients(case, given, joined):
-    """Given noise against the formula; drawn noise against the sample that the kernel for a full factor draws."""
-    dtype, S, B, K, R, C, spatial, diagonal, last, tolerance = case
-    F, weight, bias, mean_weight, mean_bias, d, _ = tensors(F64, B, K, R, C, spatial, diagonal, last)
-    weight = weight / K**0.5
-    args = [t.to(dtype) for t in (F, weight, bias, mean_weight / K**0.5, mean_bias, d)]
-    N = C * spatial[0] * spatial[1]
-    noise = [torch.randn(S, B, n, device=DEVICE).to(dtype) for n in (R, N)] if given else None
-    grad_y = torch.randn(S, B, N, device=DEVICE).to(dtype)
-
-    def sampled(exact):
-        leaves = [(t.double() if exact else t).detach().requires_grad_() for t in args]
-        F, weight, bias, mean_weight, mean_bias, d = leaves
-        loc, factor = LinearMean(F, mean_weight, mean_bias), LinearFactor(F, weight, bias)
-        loc = loc if joined and not exact else loc.materialise()
-        factor = factor.materialise() if exact else factor
-        torch.manual_seed(5)
-        drawn = noise and [t.to(loc.dtype) for t in noise]
-        if exact and not given:  # ω_p as it was drawn, and ω_d from the same seed
-            omega_p = torch.randn(S, B, R, dtype=dtype, device=DEVICE)
-            seed = torch.randint(2**62, (B,), device=DEVICE)
-            drawn = [omega_p.double(), dense.noise(seed, S, N, F32).double()]
-        if exact:
-            y = lowrank_mvn.rsample(loc, factor, d, (S,), noise=tuple(drawn), impl="aten")
-        else:
-            y = lowrank_mvn.rsample(loc, factor, d, (S,), noise=drawn and tuple(drawn), impl="triton")
-        return y, torch.autograd.grad(y, leaves, grad_y.to(y.dtype))
-
-    (ours, grads), (expected, expected_grads) = sampled(False), sampled(True)
-    assert ours.dtype == dtype
-    assert relative(ours, expected) < tolerance
-    for name, a, b in zip(("F", "weight", "bias", "mean weight", "mean bias", "d"), grads, expected_grads, strict=True):
-        assert a.shape == b.shape, name
-        assert relative(a, b) < 4 * tolerance, name
-
-
-def test_second_derivative_of_a_sample():
-    F, weight, bias, mean_weight, mean_bias, d, _ = tensors(B=1, K=2, R=2, C=2, spatial=(1, 2))
-    noise = [torch.randn(2, 1, n, dtype=F64, device=DEVICE) for n in (2, 4)]
-
-    def sample(F, weight, bias, mean_weight, d, *noise):
-        loc, factor = LinearMean(F, mean_weight, mean_bias), LinearFactor(F, weight, bias)
-        return lowrank_mvn.rsample(loc, factor, d, (2,), noise=noise, impl="triton")
-
-    args = [t.requires_grad_() for t in (F, weight, bias, mean_weight, d, *noise)]
-    assert torch.autograd.gradgradcheck(sample, args, fast_mode=True)
-
-
-def test_second_derivatives_of_a_density(kernels):
-    """By way of P, in torch's operators, whichever way the first ones are made."""
-    args = [t.requires_grad_() for t in tensors(B=1, K=2, R=2, C=2, spatial=(2, 1))]
-
-    def joint(F, weight, bias, mean_weight, mean_bias, d, x):
-        loc, factor = LinearMean(F, mean_weight, mean_bias), LinearFactor(F, weight, bias)
-        return lowrank_mvn.log_prob_and_entropy(x, loc, factor, d, impl="triton")
-
-    assert torch.autograd.gradgradcheck(joint, args, fast_mode=True)
-
-
-def test_vmap_of_a_density_and_its_gradient(kernels):
-    """Over items, with their own weights or one; and over values alone."""
-    F, weight, bias, _, _, d, x = tensors()
-
-    def loss(F, weight, d, x):
-        factor = LinearFactor(F[None], weight, bias)
-        log_prob, entropy = lowrank_mvn.log_prob_and_entropy(x, torch.zeros_like(x), factor, d, impl="triton")
-        return (log_prob.sin() + entropy).squeeze(0)
-
-    weights_of_items = torch.stack([weight, 2 * weight])
-    cases = [
-        ((0, None, 0, 0), (F, weight, d, x[0])),
-        ((0, 0, None, 0), (F, weights_of_items, d[0], x[0])),
-        ((None, None, None, 0), (F[0], weight, d[0], x[0])),
-    ]
-    gradient = torch.func.grad_and_value(loss, argnums=(0, 1, 2, 3))
-    for dims, args in cases:
-        grads, values = torch.func.vmap(gradient, dims)(*args)
-        for i in range(2):
-            item = [t if dim is None else t[i] for t, dim in zip(args, dims, strict=True)]
-            expected, value = gradient(*item)
-            torch.testing.assert_close(values[i], value)
-            for ours, theirs in zip(grads, expected, strict=True):
-                torch.testing.assert_close(ours[i], theirs)
-
-
-def test_autocast_leaves_the_precision_alone(kernels):
-    """Features and values of half precision, weights and diagonal in float32, as under autocast."""
-    F, *rest, x = tensors(F32)
-    leaves = [t.requires_grad_() for t in (F.bfloat16(), *rest, x.bfloat16())]
-
-    def step(F, weight, bias, mean_weight, mean_bias, d, x):
-        loc, factor = LinearMean(F, mean_weight, mean_bias), LinearFactor(F, weight, bias)
-        log_prob, entropy = lowrank_mvn.log_prob_and_entropy(x, loc, factor, d, impl="triton")
-        return log_prob, entropy, *torch.autograd.grad(log_prob.sum() + entropy.sum(), leaves)
-
-    expected = step(*leaves)
-    with torch.autocast(DEVICE, BF16):
-        found = step(*leaves)
-    assert [t.dtype for t in found] == [F32, F32, BF16, *[F32] * 5, BF16]
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.dtype == theirs.dtype
-        assert torch.equal(ours, theirs)
-
-
-def test_opcheck(kernels):
-    x, loc, F, W, m, d = inputs(F32, 1, 2, 3, 2, 2, 5, "BKM", "pixel", True, True, False)
-    operators = torch.ops.lowrank_mvn
-    leaves = [t.requires_grad_() for t in (x, loc, F, W, m, d)]
-    torch.library.opcheck(operators.linear_mahalanobis_and_logdet.default, (*leaves, "triton"))
-    with torch.no_grad():
-        q, logdet, *kept = operators.linear_mahalanobis_and_logdet(*leaves, "triton")
-    torch.library.opcheck(
-        operators.linear_mahalanobis_and_logdet_backward.default,
-        (q, logdet, *leaves, *kept, [True] * 3, "triton"),
-    )
-    factor = F, W, d
-    torch.library.opcheck(operators.linear_gram.default, (*factor, "triton"))
-    torch.library.opcheck(operators.linear_normal_equations.default, (*leaves, "triton"))
-    torch.library.opcheck(operators.linear_logdet.default, (*factor, "triton"))
-    with torch.no_grad():
-        logdet, *kept = operators.linear_logdet(*factor, "triton")
-    torch.library.opcheck(operators.linear_logdet_backward.default, (logdet, *factor, *kept, [True, True], "triton"))
-    u, seed = torch.randn(2, 2, 2, 4, device=DEVICE, requires_grad=True), torch.tensor([1, 2], device=DEVICE)
-    for shift, noise, drawn in ((loc, None, seed), (None, torch.randn(2, 2, 2, 5, device=DEVICE), None)):
-        arguments = (shift, F, u, d, noise, drawn, "triton")
-        torch.library.opcheck(operators.linear_rsample.default, arguments)
-
-
-def test_compiled_without_a_graph_break(kernels):
-    F, weight, bias, mean_weight, mean_bias, d, x = tensors(F32)
-
-    def loss(F, weight):
-        loc, factor = LinearMean(F, mean_weight, mean_bias), LinearFactor(F, weight, bias)
-        log_prob, entropy = lowrank_mvn.log_prob_and_entropy(x, loc, factor, d, impl="triton")
-        return log_prob.sum() + entropy.sum() + lowrank_mvn.rsample(loc, factor, d, (2,), impl="triton").sum()
-
-    leaves = [F.requires_grad_(), weight.requires_grad_()]
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    torch.manual_seed(0)
-    expected = torch.autograd.grad(loss(*leaves), leaves)
-    torch.manual_seed(0)
-    for ours, theirs in zip(torch.autograd.grad(compiled(*leaves), leaves), expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
-def test_under_a_transform_samples_are_torch_operators():
-    F, weight, bias, mean_weight, mean_bias, d, _ = tensors()
-    noise = torch.randn(3, 2, 4, dtype=F64, device=DEVICE), torch.randn(3, 2, 27, dtype=F64, device=DEVICE)
-
-    def sample(omega_p, omega_d):
-        loc, factor = LinearMean(F, mean_weight, mean_bias), LinearFactor(F, weight, bias)
-        return lowrank_mvn.rsample(loc, factor, d, noise=(omega_p, omega_d), impl="triton")
-
-    mapped = torch.func.vmap(sample)(*noise)
-    torch.testing.assert_close(mapped, torch.stack([sample(*pair) for pair in zip(*noise, strict=True)]))

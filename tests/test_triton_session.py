@@ -14,12 +14,14 @@ FILES = [
     "test_triton_kernels.py",
     "test_lowrank_transforms.py",
     "test_triton_linear.py",
+    "test_triton_linear_class.py",
     "test_triton_paths.py",
     "test_distribution_contract.py",
     "test_triton_operators.py",
     "test_triton_tune.py",
     "test_triton_sampling.py",
     "test_triton_class.py",
+    "test_lowrank_leverage.py",
     "test_stencil.py",
     "test_stencil_operators.py",
     "test_stencil_contract.py",
@@ -27,6 +29,7 @@ FILES = [
 ]
 SELECTION = {
     "test_lowrank_transforms.py": ["-k", "not opcheck"],  # which names its implementation
+    "test_lowrank_leverage.py": ["-k", "kernels"],
     # Conditionals and variances have no kernels of their own.
     "test_stencil.py": ["-k", "not condition and not estimated and not both_ways and not differentiable"],
     "test_global_local.py": ["-k", "densities or gradients or samples or features"],

@@ -1,7 +1,10 @@
 """Launches that were measured: the files they are read from, and which launch is chosen. No kernel runs here."""
 
+import importlib
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -109,6 +112,40 @@ def test_tables_for_tiles_of_the_rank(monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     launch.target.cache_clear()
     assert launch.tiled_block(table, False, device) == table[False, "sm_80"]
+
+
+# --- How kernels are written ----------------------------------------------------------------------------------------
+
+
+def launched_kernels():
+    """Every function that is started on a device."""
+    for module in map(importlib.import_module, MODULES):
+        for name, found in vars(module).items():
+            if name.endswith("_kernel") and found.fn.__module__ == module.__name__:
+                yield pytest.param(found.fn, id=name)
+
+
+ROOM = "lowrank_mvn.factors"
+MODULES = [
+    "lowrank_mvn.device.solve",
+    *(f"{ROOM}.dense.triton.{name}" for name in ("capacitance", "residual", "backward", "sampling")),
+    *(f"{ROOM}.linear.triton.{name}" for name in ("moments", "residual", "backward", "sampling", "product")),
+]
+
+
+@pytest.mark.parametrize("function", [*launched_kernels()])
+def test_a_kernel_can_be_read(function):
+    """At most 20 arguments, and the maths in its docstring."""
+    assert function.__doc__
+    assert len(inspect.signature(function).parameters) <= 20
+
+
+def test_every_kernel_is_among_them():
+    package = ROOT / "kernels" / "lowrank_mvn"
+    written = [
+        name for path in package.rglob("*.py") for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M)
+    ]
+    assert sorted(parameter.id for parameter in launched_kernels()) == sorted(written)
 
 
 # --- Files ----------------------------------------------------------------------------------------------------------

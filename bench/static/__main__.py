@@ -13,8 +13,11 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from sosvae.files import write_atomically
 
 from . import model
 from .children import compile_all
@@ -115,8 +118,26 @@ def main(arguments: list[str] | None = None) -> int:
             "requested": requested,
             "bars": [bar._asdict() for bar in bars],
         }
-        options.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_atomically(options.json, _a_row_a_line(document).encode())
     return int(options.check and not all(bar.reached for bar in bars))
+
+
+def _a_row_a_line(document: dict[str, Any]) -> str:
+    """JSON in which each kernel, each launch and each bar has a line, so that a difference shows what changed."""
+
+    def rows(value: Any, indent: str) -> str:
+        if isinstance(value, list) and value:
+            return "[\n" + ",\n".join(f"{indent} {_json(row)}" for row in value) + f"\n{indent}]"
+        if isinstance(value, dict) and value:
+            inner = (f"{indent} {_json(name)}: {rows(part, indent + ' ')}" for name, part in value.items())
+            return "{\n" + ",\n".join(inner) + f"\n{indent}}}"
+        return _json(value)
+
+    return rows(document, "") + "\n"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 if __name__ == "__main__":

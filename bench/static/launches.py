@@ -203,8 +203,12 @@ def inputs(case: Case, make: Callable[..., torch.Tensor]) -> tuple[torch.Tensor,
 
 
 def step(case: Case, make: Callable[..., torch.Tensor]) -> None:
-    """Log-density and entropy with every gradient, and a sample with its gradients."""
+    """Log-density, entropy and a sample with every gradient; where there are no samples, the entropy alone."""
     x, loc, P, d = inputs(case, make)
+    if not case.S:
+        logdet, *kept = dense.logdet(P, d)
+        dense.logdet_backward(logdet, P, d, *kept, [*case.needs[2:]])
+        return
     q, logdet, *rest = dense.mahalanobis_and_logdet(x, loc, P, d)
     dense.mahalanobis_and_logdet_backward(q, logdet, x, loc, P, d, *rest, [*case.needs])
     seed = None if case.given else torch.zeros(case.B, dtype=torch.int64)
@@ -218,12 +222,17 @@ def step(case: Case, make: Callable[..., torch.Tensor]) -> None:
 
 
 def linear_step(case: LinearCase, make: Callable[..., torch.Tensor]) -> None:
-    """Log-density and entropy with gradients, and a sample; of a mean that is a tensor, conditioning too."""
+    """Log-density and entropy with gradients, and a sample; of a mean that is a tensor, conditioning too; where there
+    are no samples, the entropy alone."""
     (K, R, B, S), others = (case.K, case.R, case.B, case.S), case.others or case.dtype
     channels, pixels = case.channels, case.pixels
     F = make(B, K, pixels).to(case.dtype) if case.layout == "BKM" else make(B, pixels, K).to(case.dtype).mT
     W, m = make(1, channels, R, K + 1).to(others), None if case.loc else make(channels, K + 1).to(others)
     d = ((make(B, channels, pixels) if case.diagonal == "pixel" else make(B, 1, 1)).abs() + 0.5).to(others)
+    if not S:
+        logdet, *kept = linear.logdet(F, W, d)
+        linear.logdet_backward(logdet, F, W, d, *kept, [*case.needs[1:]])
+        return
     x, loc = make(S, B, channels, pixels).to(others), make(1, B, channels, pixels).to(others) if case.loc else None
     problem = x, loc, F, W, m, d
     q, logdet, *kept = linear.mahalanobis_and_logdet(*problem)
@@ -316,6 +325,7 @@ def all_linear_cases(features: list[int], layouts: list[str]) -> Iterator[Linear
                     yield LinearCase(K, layout, dtype, diagonal, R, channels, S=S)
                 yield LinearCase(K, layout, dtype, diagonal, R, loc=True)
             plain = LinearCase(K, layout, diagonal=diagonal, R=R)
+            yield plain._replace(S=0)
             for pixels in (12288, 12293):
                 yield plain._replace(pixels=pixels)
             for dtype in (torch.float32, torch.bfloat16):  # what a step of training asks for, in either precision

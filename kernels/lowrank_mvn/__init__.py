@@ -15,10 +15,12 @@ README.md in this folder derives the formulas; ARCHITECTURE.md at the root says 
 """
 
 from .distributions import GlobalLocalNormal, LowRankMultivariateNormal, StencilMultivariateNormal
+from .distributions.patch import patch_torch
 from .factors.linear.factor import LinearFactor
 from .factors.linear.mean import LinearMean
 from .functional import Conditional, condition, entropy, log_prob, log_prob_and_entropy, rsample
 from .local.stencil.stencil import Stencil
+from .registry import plain_operators
 
 __all__ = [
     "Conditional",
@@ -32,5 +34,7 @@ __all__ = [
     "entropy",
     "log_prob",
     "log_prob_and_entropy",
+    "patch_torch",
+    "plain_operators",
     "rsample",
 ]

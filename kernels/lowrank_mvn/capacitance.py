@@ -105,8 +105,20 @@ def root(C_inv: Tensor) -> Tensor:
     return L.mT
 
 
-def posterior(gram: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """L⁻ᵀ and C⁻¹w of C = I + gram = LLᵀ [B, R, R] and w [B, R, S], differentiable."""
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+def posterior(gram: Tensor, w: Tensor, d: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """L⁻ᵀ and C⁻¹w of C = I + gram = LLᵀ [B, R, R] and w [B, R, S], differentiable.
+
+    Where `d` [B, 1] is one value for all pixels, gram and w are those of `fixed` d, and its gradient is made here: it
+    is what cancellation leaves of much larger terms, and a sum over pixels in float32 would keep nothing of it.
+    """
+    if d is not None and d.shape[1] == 1:
+        ratio = (d.detach() / d.double()).unsqueeze(-1)  # 1, with the gradient of 1/d
+        gram, w = gram * ratio, w * ratio
+    identity = torch.diag_embed(torch.ones_like(gram[..., 0]))
     L = torch.linalg.cholesky_ex(gram + identity)[0]
     return torch.linalg.solve_triangular(L.mT, identity, upper=True), torch.cholesky_solve(w, L)
+
+
+def fixed(d: Tensor) -> Tensor:
+    """d [..., N]; where it is one value, [..., 1], without its gradient, which `posterior` takes care of."""
+    return d.detach() if d.shape[-1] == 1 else d

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import arguments
+from . import arguments, checks
 from .factors.base import result_dtype
 from .factors.linear.factor import LinearFactor
 from .factors.linear.mean import LinearMean
@@ -65,7 +65,7 @@ def entropy(cov_factor: Factor, cov_diag: Tensor | float, *, impl: str | None = 
 
     Raises: as `log_prob`.
     """
-    p = arguments.normal(None, cov_factor, cov_diag)
+    p = arguments.centred(cov_factor, cov_diag)
     logdet, _ = p.local.logdet(p.factor, p.factor.implementation(impl))
     return entropy_of(logdet.expand(p.batch_shape), p.N).to(p.result_dtype)
 
@@ -109,7 +109,7 @@ def rsample(
     """
     p = arguments.normal(loc, cov_factor, cov_diag)
     impl = p.factor.implementation(impl)
-    shape = torch.Size(sample_shape) + p.batch_shape
+    shape = checks.sizes("sample_shape", sample_shape) + p.batch_shape
     return p.local.sample(p.mean, p.factor, shape, arguments.as_noise(noise, p, shape, impl), impl)
 
 
@@ -139,7 +139,7 @@ def condition(
     Raises: as `log_prob`; TypeError where `observed` is not of dtype bool.
     """
     p = arguments.normal(loc, cov_factor, cov_diag)
-    value, observed = arguments.as_value(value, p), arguments.as_observed(observed, p.N)
+    value, observed = arguments.as_value(value, p), arguments.as_observed(observed, p)
     names = "value, observed and the parameters"
     shape = broadcast(value.shape[:-1], observed.shape[:-1], p.batch_shape, names=names)
     mean, factor, local = p.local.condition(value, observed, p.mean, p.factor, shape, p.factor.implementation(impl))

@@ -1,9 +1,12 @@
 """The canonical shapes of the operators: which dimensions of a broadcast shape are items, and which are samples."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from . import sharding
 
 
 class Layout:
@@ -48,9 +51,9 @@ class Layout:
         padded = t[(None,) * (len(self.shape) + 1 - t.dim())]
         return padded.expand(*sizes, t.shape[-1]).permute([*self.order, len(self.shape)])
 
-    def seed(self, device: torch.device) -> Tensor:
-        """One for each item [B], from torch's generator."""
-        return torch.randint(2**62, (self.B,), device=device)
+    def seed(self, P: Tensor) -> Tensor:
+        """One for each item [B], from torch's generator, for samples of a factor that is made of `P`."""
+        return sharding.beside(torch.randint(2**62, (self.B,), device=P.device), P)
 
     def restore(self, t: Tensor) -> Tensor:
         """[S, B, ...] -> the broadcast shape."""
@@ -86,4 +89,9 @@ def broadcasts_to(shape: torch.Size, target: torch.Size) -> bool:
         return False
 
 
-__all__ = ["Layout", "broadcast", "broadcasts_to"]
+def concatenated(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """One part is not copied, nor gathered where it is divided among processes."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+__all__ = ["Layout", "broadcast", "broadcasts_to", "concatenated"]

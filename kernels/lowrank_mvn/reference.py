@@ -17,7 +17,7 @@ from torch import Tensor
 def capacitance(P: Tensor, precision: Tensor) -> Tensor:
     """C = I + Pᵀ diag(precision) P, [..., R, R]."""
     C = (P * precision.unsqueeze(-1)).mT @ P
-    return C + torch.eye(P.shape[-1], dtype=C.dtype, device=C.device)
+    return C + torch.diag_embed(torch.ones_like(C[..., 0]))
 
 
 def mahalanobis_and_logdet(x: Tensor, loc: Tensor, P: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,6 +28,25 @@ def mahalanobis_and_logdet(x: Tensor, loc: Tensor, P: Tensor, d: Tensor) -> tupl
     factor = L.expand(*w.shape[:-1], *L.shape[-2:])
     half = torch.linalg.solve_triangular(factor, w.unsqueeze(-1), upper=False).squeeze(-1)
     return (delta.square() / d).sum(-1) - half.square().sum(-1), _logdet(L, d, P.shape[-2])
+
+
+def by_residual(x: Tensor, loc: Tensor, P: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with q as a sum of squares, of the residual δ − Pv and of v (README.md): not a difference of two large
+    numbers, and the correction of v by a step."""
+    delta = x - loc
+    L = torch.linalg.cholesky(capacitance(P, d.reciprocal()))
+
+    def projected(z: Tensor) -> tuple[Tensor, Tensor]:
+        w = (P.mT @ z.unsqueeze(-1)).squeeze(-1)
+        return w, L.expand(*w.shape[:-1], *L.shape[-2:])
+
+    w, factor = projected(delta / d)
+    v = torch.cholesky_solve(w.unsqueeze(-1), factor).squeeze(-1)
+    r = delta - (P @ v.unsqueeze(-1)).squeeze(-1)
+    g = projected(r / d)[0] - v
+    half = torch.linalg.solve_triangular(factor, g.unsqueeze(-1), upper=False).squeeze(-1)
+    q = (r.square() / d).sum(-1) + v.square().sum(-1) - half.square().sum(-1)
+    return q, _logdet(L, d, P.shape[-2])
 
 
 def logdet(P: Tensor, d: Tensor) -> Tensor:

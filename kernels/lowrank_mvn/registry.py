@@ -11,14 +11,17 @@ An operator of `torch.library` and its derivative do not take part in the transf
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from . import sharding
 
 NAMESPACE = "lowrank_mvn"
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -56,6 +59,8 @@ def chosen(impl: str | None, modules: Mapping[str, Any], device: torch.device, k
         ValueError: it is not available for that `kind` of argument; the error lists what is.
     """
     available = [name for name in (*modules, "reference") if runs_on(name, device)]
+    if _plain.depth and impl in (None, *modules):
+        return "aten"
     if impl is None:
         return "triton" if device.type == "cuda" and "triton" in available else "aten"
     if impl not in available:
@@ -66,6 +71,50 @@ def chosen(impl: str | None, modules: Mapping[str, Any], device: torch.device, k
 def forward_mode() -> bool:
     """Whether forward-mode differentiation is under way: the operators do not take part in it."""
     return forward_ad._current_level >= 0
+
+
+def recorded() -> bool:
+    """Whether a program is recorded, which may be run with other needs for gradients."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    proxy = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    return proxy is not None or torch._C._get_tracing_state() is not None
+
+
+class _Plain(threading.local):
+    depth = 0  # of `plain_operators`, in this thread
+
+
+_plain = _Plain()
+
+
+@contextmanager
+def plain_operators() -> Iterator[None]:
+    """Within it, functions and distributions are composed of torch's own operators.
+
+    A program that is recorded with ours (`torch.export`, AOTInductor, `torch.jit.trace`) needs `import lowrank_mvn` in
+    the process that loads it; one that is recorded within this context needs nothing. It is differentiable and as exact
+    (the residual form of the log-density, in float64), but takes the memory of a copy of P in float64, and time.
+
+    Example:
+        >>> with lowrank_mvn.plain_operators():
+        ...     program = torch.export.export(module, (x,))
+        >>> torch.export.save(program, "program.pt2")
+    """
+    _plain.depth += 1
+    try:
+        yield
+    finally:
+        _plain.depth -= 1
+
+
+def decomposed() -> bool:
+    """Whether torch's own operators are to be used: in forward mode and within `plain_operators`.
+
+    Not what the implementations do: they decide by values which products are made in float64, cut their passes by the
+    memory at hand and write into what they have made, which a recorded program cannot.
+    """
+    return _plain.depth > 0 or forward_mode()
 
 
 def transformed() -> bool:
@@ -121,7 +170,18 @@ def _given_for(grad: Tensor | None, t: Tensor) -> bool:
     return grad is not None and grad.shape == t.shape
 
 
+operators: list["Operator"] = []
+
 # --- Operators ----------------------------------------------------------------------------------------------------
+
+
+def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*inputs: Any) -> Any:
+        device = next(t.device for t in inputs if isinstance(t, Tensor))  # the first argument may be none
+        with without_autocast(device):
+            return kernel(*inputs)
+
+    return call
 
 
 class Operator:
@@ -140,24 +200,24 @@ class Operator:
         self.arguments = [a.name for a in parsed.arguments]
         self.tensors = [a.name for a in parsed.arguments if "Tensor" in str(a.type)]
         self.outputs = [r.name for r in parsed.returns]
-        self.dims, self.kernel = dims, self._without_autocast(kernel)
+        self.dims, self.fake, self.kernel = dims, fake, _without_autocast(kernel)
         library.define(schema)
         library.impl(self.name, self.kernel, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{self.name}", fake, lib=library)
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}", self._shapes, lib=library)
         self._operator = getattr(torch.ops.lowrank_mvn, self.name)
         self._function: Any = None
+        operators.append(self)
+
+    def _shapes(self, *inputs: Any) -> Any:
+        """Empty outputs. Distributed tensors ask for them before they ask how an operator is divided."""
+        if sharding.in_use():
+            sharding.register(operators)
+        return self.fake(*inputs)
 
     def __call__(self, *inputs: Any) -> Any:
+        if _plain.depth:
+            return self.kernel(*inputs)
         return self._function.apply(*inputs) if self._function and transformed() else self._operator(*inputs)
-
-    def _without_autocast(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
-        first = self.arguments.index(self.tensors[0])
-
-        def call(*inputs: Any) -> Any:
-            with without_autocast(inputs[first].device):
-                return kernel(*inputs)
-
-        return call
 
     def register(
         self,
@@ -288,9 +348,12 @@ __all__ = [
     "Dims",
     "Operator",
     "chosen",
+    "decomposed",
     "forward_mode",
     "implementations",
+    "plain_operators",
     "pull_back",
+    "recorded",
     "runs_on",
     "second_derivative",
     "transformed",

@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar
 
+import torch
 import tyro
 
+from .. import devices
 from ..config import Config
 from ..models.vae import VAE
 from ..presets import PRESETS
 from ..training.run import Run
 
-__all__ = ["OfRun", "Settings", "parse", "preset"]
+__all__ = ["OfRun", "Settings", "at_least", "parse", "preset"]
 
 Options = TypeVar("Options")
 Settings = Annotated[Config, tyro.conf.arg(name="")]
@@ -25,16 +27,24 @@ class OfRun:
     run: tyro.conf.Positional[Path]
     """Folder of the run (path)."""
     step: int | None = None
-    """Of the checkpoint; by default the latest (steps)."""
+    """Of the checkpoint; by default the newest whole one (steps)."""
     out: Path | None = None
     """Picture to write; by default one in figures/ in the run (path)."""
     device: str = "cpu"
-    """Any name that torch knows."""
+    """`auto` (a GPU where there is one), or any name that torch knows."""
 
-    def open(self) -> tuple[Run, VAE]:
-        """The run, and its network, ready for inference."""
+    def open(self) -> tuple[Run, VAE, torch.device]:
+        """The run, its network, ready for inference, and where that is."""
+        device = devices.find(self.device)
         run = Run.open(self.run)
-        return run, run.model(self.step, self.device)
+        return run, run.model(self.step, device), device
+
+
+def at_least(bound: int, **values: int) -> None:
+    """Raises: ValueError: an option is below the bound."""
+    for name, value in values.items():
+        if value < bound:
+            raise ValueError(f"{name} is {value}, expected at least {bound}")
 
 
 def preset(args: Sequence[str], name: str = "faces") -> tuple[str, Config, list[str]]:

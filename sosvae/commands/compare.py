@@ -1,5 +1,6 @@
 """SOS-VAE and β-VAE on the same data: figures side by side, and numbers."""
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ..evaluation import samples
 from ..presets import beta_vae
 from ..training.loop import train
 from ..training.run import Run
+from ..training.start import check_resumable
 from .base import Settings, parse, preset
 
 USAGE = "[PRESET] [options]"
@@ -30,6 +32,8 @@ class Options:
     folder: Path | None = None
     """Folder for both runs and the figures; what is complete there is not trained again; by default runs/PRESET (path).
     """
+    accept_data_changes: bool = False
+    """Go on with runs that are there, although images have come, gone or changed."""
     quiet: bool = False
     """No progress bar."""
 
@@ -38,7 +42,7 @@ def main(args: list[str]) -> int:
     name, config, args = preset(args)
     o = parse(Options, "compare", args, Options(config))
     folder = o.folder or Path("runs") / name
-    result = compare(o.config, folder, progress=not o.quiet)
+    result = compare(o.config, folder, accept_data_changes=o.accept_data_changes, progress=not o.quiet)
     if "unfinished" in result:
         print("the same command goes on from there, and with what is left to train")
         return 130  # as a shell counts Ctrl-C
@@ -54,11 +58,13 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def compare(config: Config, folder: str | Path, *, progress: bool = True) -> dict[str, Any]:
+def compare(
+    config: Config, folder: str | Path, *, accept_data_changes: bool = False, progress: bool = True
+) -> dict[str, Any]:
     """Trains `config` in `folder/sos-vae`, then its β-VAE in `folder/beta-vae`, and writes `folder/figures`.
 
     One after the other: two at once on a few cores take many times as long. A run that is there already is
-    gone on with where it stopped, and left alone where it is complete.
+    gone on with where it stopped, and left alone where it is complete. Both hold out the same images.
 
     Returns: what `folder/comparison.json` holds: the numbers of both models, and the expectations they
         missed; only `unfinished`, and the model's name, where Ctrl-C came in between.
@@ -68,13 +74,30 @@ def compare(config: Config, folder: str | Path, *, progress: bool = True) -> dic
     from ..tools import figures
 
     folder = Path(folder)
+    wanted = {"SOS-VAE": (config, Run(folder / "sos-vae")), "β-VAE": (beta_vae(config), Run(folder / "beta-vae"))}
+    for settings, run in wanted.values():  # before hours are spent on the first
+        if run.has_work():
+            check_resumable(run, settings)
+        else:
+            run.check_free()
     runs: dict[str, Run] = {}
-    for name, settings, place in (("SOS-VAE", config, "sos-vae"), ("β-VAE", beta_vae(config), "beta-vae")):
-        resume = (folder / place / "config.json").is_file()
-        runs[name] = train(settings, folder / place, resume=resume, progress=progress)
-        if runs[name].steps()[-1] < settings.training.steps:
+    split = None
+    for name, (settings, run) in wanted.items():
+        resume = run.has_work()
+        runs[name] = train(
+            settings,
+            run.folder,
+            resume=resume,
+            accept_data_changes=accept_data_changes,
+            split=None if resume else split,
+            progress=progress,
+        )
+        split = run.split
+        if run.steps()[-1] < settings.training.steps:
             return {"unfinished": name}
-    images = data.load(config.data)
+    images = runs["SOS-VAE"].images(config.data, accept_changes=accept_data_changes)
+    if split is not None and (changes := data.compare(images.split, split)):
+        warnings.warn(f"the β-VAE was trained on other images: {'; '.join(changes)}", stacklevel=2)
     models = {name: run.model() for name, run in runs.items()}
     qualities = {name: samples.quality(vae, images.deviation()) for name, vae in models.items()}
     predictions = {name: figures.predict(vae, 8) for name, vae in models.items()}

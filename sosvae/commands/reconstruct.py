@@ -1,9 +1,9 @@
 """Pictures of held-out images: means and samples at their codes."""
 
+import dataclasses
 from dataclasses import dataclass
 
-from .. import data
-from .base import OfRun, parse
+from .base import OfRun, at_least, parse
 
 USAGE = "RUN [options]"
 
@@ -16,14 +16,24 @@ class Options(OfRun):
     """Images, spread over the held-out ones (count)."""
     samples: int = 3
     """Samples below each mean (count)."""
+    source: str | None = None
+    """Where the run's images are, if they have moved, like --data.source of `sosvae train`."""
+    accept_data_changes: bool = False
+    """Go on, although images have come, gone or changed since the run was trained."""
+
+    def __post_init__(self) -> None:
+        at_least(1, images=self.images)
+        at_least(0, samples=self.samples)
 
 
 def main(args: list[str]) -> int:
     from ..tools import figures
 
     o = parse(Options, "reconstruct", args)
-    run, vae = o.open()
-    x = data.load(run.config.data).first("validation", o.images)
+    run, vae, _ = o.open()
+    config = run.config.data
+    moved = dataclasses.replace(config, source=config.source if o.source is None else o.source)
+    x = run.images(moved, accept_changes=o.accept_data_changes).first("validation", o.images)
     path = o.out or run.figures / "reconstructions.png"
     print(figures.save_reconstructions({run.config.model.head: vae}, x, path, o.samples))
     return 0

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .base import OfRun, parse
+from ..config import check_seed
+from .base import OfRun, at_least, parse
 
 USAGE = "RUN [options]"
 
@@ -20,15 +21,20 @@ class Options(OfRun):
     seed: int = 0
     """Of codes and samples."""
 
+    def __post_init__(self) -> None:
+        at_least(1, codes=self.codes)
+        at_least(0, samples=self.samples)
+        check_seed(self.seed)
+
 
 @torch.no_grad()
 def main(args: list[str]) -> int:
     from ..tools import figures
 
     o = parse(Options, "sample", args)
-    run, vae = o.open()
+    run, vae, device = o.open()
     torch.manual_seed(o.seed)
-    p = vae.decode(torch.randn(o.codes, vae.latents, device=o.device))
+    p = vae.decode(torch.randn(o.codes, vae.latents, device=device))
     rows = [("mean", vae.unflatten(p.loc).cpu())]
     rows += [("sample", vae.unflatten(p.rsample()).cpu()) for _ in range(o.samples)]
     print(figures.save_images(rows, o.out or run.figures / "samples.png"))

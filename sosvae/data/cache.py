@@ -13,7 +13,6 @@ import os
 import secrets
 import shutil
 import struct
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import DataConfig
-from ..files import publish, write_atomically
+from ..files import FULL, lock, publish, size, write_atomically
 from .decode import VERSION, decode, reason, shown
 from .sources import Source
 
@@ -32,7 +31,6 @@ __all__ = ["Cache", "opened"]
 IMAGES, INDEX = "images.npy", "index.json"
 WRITING = ".writing-"  # in front of a folder's name until it is whole
 HEADER = 128  # bytes before the first pixel
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Cache(NamedTuple):
@@ -141,8 +139,8 @@ def _write(folder: Path, config: DataConfig, source: Source) -> None:
                 raise
             raise OSError(
                 error.errno,
-                f"the decoded images of {shown(config.source)} need {_size(need)} in {folder.parent}, where "
-                f"{_size(free)} are free: make room, or name another folder as data.cache",
+                f"the decoded images of {shown(config.source)} need {size(need)} in {folder.parent}, where "
+                f"{size(free)} are free: make room, or name another folder as data.cache",
             ) from None
         try:
             publish(temporary, folder)
@@ -202,23 +200,19 @@ def _header(shape: tuple[int, ...]) -> bytes:
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", HEADER - 10) + text.ljust(HEADER - 11) + b"\n"
 
 
-def _reserve(file: BinaryIO, size: int, free: int) -> None:
+def _reserve(file: BinaryIO, need: int, free: int) -> None:
     """Fails now rather than after an hour of decoding, if the disk has no room.
 
     Raises:
         OSError: with one of `FULL`.
     """
     try:
-        os.posix_fallocate(file.fileno(), 0, size)
+        os.posix_fallocate(file.fileno(), 0, need)
     except (AttributeError, OSError) as error:  # not on every system, and not for every file system
         if getattr(error, "errno", None) in FULL:
             raise
-        if size > free:
+        if need > free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 @contextmanager
@@ -242,22 +236,12 @@ def _temporary(folder: Path) -> Iterator[Path]:
 @contextmanager
 def _lock(folder: Path, wait: bool = True) -> Iterator[bool]:
     """Whether the folder is locked now, against other processes. The system drops the lock of one that dies."""
-    if sys.platform == "win32":
-        yield False
-        return
-    import fcntl
-
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
         yield False
         return
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            locked = True
-        except OSError:  # another process has it, or the file system has no locks
-            locked = False
-        yield locked
+        yield bool(lock(handle, wait))
     finally:
         os.close(handle)

@@ -28,7 +28,10 @@ class ChangedDataError(ValueError):
     """The images are not those of the split that was given; `changes` says how they differ, a line each."""
 
     def __init__(self, source: str, changes: list[str]) -> None:
-        super().__init__(f"{shown(source)} is not the data that this was trained on: {'; '.join(changes)}")
+        found = "; ".join(changes)
+        super().__init__(
+            f"{shown(source)} is not the data that this was trained on: {found}; --accept-data-changes goes on with it"
+        )
         self.changes = changes
 
 

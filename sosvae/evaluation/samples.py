@@ -28,9 +28,14 @@ def neighbour_correlation(images: Tensor) -> Tensor:
         images: deviations from the mean, [S, B, channels, H, W]. Σ of each of the B items is estimated from its S
             samples, around zero, as the mean is known.
 
+    Raises:
+        ValueError: another shape, or images without neighbours.
+
     Returns:
         cov(yₙ, yₙ₊₁) / (σₙ σₙ₊₁) averaged over items and all pairs of neighbours, a 0-d tensor from −1 to 1.
     """
+    if images.dim() != 5 or 0 in images.shape or images.shape[-1] < 2:
+        raise ValueError(f"images has shape {list(images.shape)}, expected [S, B, channels, H, W] with W of at least 2")
     return _correlation(*_moments(images))
 
 
@@ -52,8 +57,15 @@ def quality(vae: VAE, data_deviation: float, codes: int = 64, samples: int = 64,
         data_deviation: standard deviation of a pixel over the data, root mean square over pixels
             (`Dataset.deviation`); that of samples is taken likewise, over codes and samples.
 
+    Returns: numbers that are NaN where there is none, as the ratio of deviations is if all data are the same.
+
+    Raises:
+        ValueError: no codes or no samples.
+
     The generator of the caller is left as it was.
     """
+    if min(codes, samples) < 1:
+        raise ValueError(f"codes is {codes} and samples is {samples}, expected at least 1")
     device = next(vae.parameters()).device
     correlations, total, squares = [], torch.zeros((), device=device), torch.zeros((), device=device)
     with devices.seeded(device, seed):
@@ -72,5 +84,6 @@ def quality(vae: VAE, data_deviation: float, codes: int = 64, samples: int = 64,
                 of_pairs, of_pixels = of_pairs + more[0], of_pixels + more[1]
             correlations.append(_correlation(of_pairs, of_pixels) * len(z))
     count = codes * samples
-    spread = (squares / count - (total / count).square()).mean().sqrt()
-    return Quality(float(sum(correlations) / codes), float(spread) / data_deviation)
+    # Rounding takes the variance of constant samples below 0.
+    spread = float((squares / count - (total / count).square()).mean().clamp_min(0).sqrt())
+    return Quality(float(sum(correlations) / codes), spread / data_deviation if data_deviation else math.nan)

@@ -38,6 +38,8 @@ class VAE(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
+        if not isinstance(config, Config):
+            raise TypeError(f"config is {config!r}, expected a Config")
         model, training = config.model, config.training
         self.image_shape = config.image_shape
         self.latents = model.latents
@@ -59,8 +61,10 @@ class VAE(nn.Module):
             x: images [B, channels, H, W], intensities from 0 to 1.
 
         Raises:
-            ValueError: `x` is of another shape than the configuration's images.
+            TypeError: `x` is no tensor of floating-point numbers. ValueError: it is of another shape than the
+                configuration's images.
         """
+        _check_floats("x", x, "intensities from 0 to 1")
         if x.dim() != 4 or tuple(x.shape[1:]) != self.image_shape:
             raise ValueError(f"x has shape {list(x.shape)}, expected [B, {', '.join(map(str, self.image_shape))}]")
         x = x.contiguous(memory_format=self.memory_format)
@@ -78,8 +82,9 @@ class VAE(nn.Module):
                 (The authors freeze the covariance head at its start, weights of 1e-5, instead of leaving it out.)
 
         Raises:
-            ValueError: `z` is of another shape.
+            TypeError: `z` is no tensor of floating-point numbers. ValueError: it is of another shape.
         """
+        _check_floats("z", z, "latent codes")
         if z.dim() != 2 or z.shape[1] != self.latents:
             raise ValueError(f"z has shape {list(z.shape)}, expected [B, {self.latents}]")
         return cast(Observation, self.head(self.decoder(z), mean_only))
@@ -87,3 +92,9 @@ class VAE(nn.Module):
     def unflatten(self, y: Tensor) -> Tensor:
         """Events [..., N] as images [..., channels, H, W]; a view."""
         return cast(Tensor, y.unflatten(-1, self.image_shape))
+
+
+def _check_floats(name: str, value: object, meaning: str) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        found = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} is {found}, expected a tensor of floating-point numbers, {meaning}")

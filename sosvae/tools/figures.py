@@ -83,9 +83,10 @@ def panels(vae: VAE, x: Tensor) -> dict[str, Tensor]:
     mean, samples = reconstruct(vae, x, 2)
     prior = predict(vae, len(x))
     spread = prior.variance.sqrt()
+    white = spread.max().clamp_min(torch.finfo(spread.dtype).tiny)
     return {
         "reconstructions: data, mean, two samples": _strip([x, mean, *samples]),
-        "prior: mean, sample, standard deviation": _strip([prior.mean, prior.sample, spread / spread.max()]),
+        "prior: mean, sample, standard deviation": _strip([prior.mean, prior.sample, spread / white]),
     }
 
 

@@ -29,8 +29,9 @@ def interpolate(p: LowRankMultivariateNormal, start: Tensor, end: Tensor, omega_
         [steps, ..., N].
 
     Raises:
-        ValueError: `steps` is below 2.
+        ValueError: `steps` is below 2. TypeError: `start`, `end` or `omega_d` is no tensor.
     """
+    _check_tensors(start=start, end=end, omega_d=omega_d)
     if steps < 2:
         raise ValueError(f"steps is {steps}, expected at least 2: a path has two ends")
     t = torch.linspace(0, 1, steps, dtype=start.dtype, device=start.device)
@@ -67,8 +68,9 @@ def scale_components(p: LowRankMultivariateNormal, factors: Tensor) -> LowRankMu
 
     Raises:
         ValueError: the last dimension of `factors` is not R.
-        TypeError: `p` has independent pixels, and so no components.
+        TypeError: `p` has independent pixels, and so no components; or `factors` is no tensor.
     """
+    _check_tensors(factors=factors)
     if not isinstance(p, LowRankMultivariateNormal):
         raise TypeError(f"expected a LowRankMultivariateNormal, got {type(p).__name__}, which has no components")
     if factors.shape[-1:] != (p.rank(),):
@@ -89,10 +91,17 @@ def condition(p: LowRankMultivariateNormal, edited: Tensor, mask: Tensor) -> Low
         A distribution over all N pixels in which the masked ones have their value and no variance.
 
     Raises:
-        ValueError: an image, or a mask, of another number of values.
+        ValueError: an image, or a mask, of another number of values. TypeError: one of them is no tensor.
     """
+    _check_tensors(edited=edited, mask=mask)
     N = p.event_shape[0]
     return p.condition(_events(edited, N), _events(mask, N))
+
+
+def _check_tensors(**values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is {type(value).__name__}, expected a tensor")
 
 
 def _events(images: Tensor, N: int) -> Tensor:

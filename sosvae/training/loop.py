@@ -4,19 +4,21 @@ run = train(PRESETS["faces"][1], "runs/faces")
 train(run.config, "runs/faces", resume=True)  # goes on bit for bit where the last checkpoint was written
 """
 
-import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .. import data, devices
-from ..config import Config, TrainingConfig, differences
+from ..config import Config, TrainingConfig
+from ..data.decode import shown
 from ..evaluation import samples
 from ..models.vae import VAE
 from ..objective import Constraints, Terms, evaluate_terms, objective
-from .run import Checkpoint, Run
+from .run import Run
+from .start import Start, resumed, started
 from .state import State
 from .stopping import stop_on_signals
 from .watch import Watch
@@ -30,55 +32,128 @@ class NonFiniteError(RuntimeError):
     """Too many steps had a loss or a gradient that is not finite; the last good checkpoint is kept."""
 
 
-def train(config: Config, folder: str | Path, *, resume: bool = False, progress: bool = True) -> Run:
-    """Trains `config` in `folder` and returns the run; after Ctrl-C it does so early, the state saved.
+def train(
+    config: Config,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    step: int | None = None,
+    accept_data_changes: bool = False,
+    split: data.Split | None = None,
+    progress: bool = True,
+) -> Run:
+    """Trains `config` in `folder` and returns the run; after Ctrl-C or SIGTERM it does so early, the state saved.
 
-    Ctrl-C is heeded between two steps, so that what is saved is whole; a second one stops at once, without
-    saving.
+    A signal is heeded between two steps, so that what is saved is whole; a second one stops at once, without saving.
 
     Args:
-        resume: go on from the latest checkpoint there. Data, network and objective have to be the run's own;
-            `steps` may be raised, and everything changed that does not move the weights.
+        resume: go on from a checkpoint there. Network and objective have to be the run's own, and the images those that
+            it was trained on, wherever they are now; `steps` may be raised, and everything changed that does not move
+            the weights.
+        step: go on from this checkpoint; by default from the newest whole one. Later ones are set aside.
+        accept_data_changes: go on, although images have come, gone or changed. Those that the run knows stay training
+            or validation images.
+        split: which images are in which part, of a new run; by default the source decides.
         progress: show a bar with the terms of the objective in nats, images per second and the time left.
 
     Raises:
-        FileExistsError: `folder` holds a run and `resume` is not given.
+        FileExistsError: `folder` holds a run with work in it and `resume` is not given.
         FileNotFoundError: `resume` is given and there is no run or no checkpoint.
-        ValueError: `resume` with a configuration that differs from the run's; the fields are named. Or a device that
-            torch does not know, or has not.
+        InUseError: another process trains in `folder`.
+        ChangedDataError: the images are not those of the run, or of `split`.
+        ValueError: `resume` with a configuration that differs from the run's (the fields are named), or without a whole
+            checkpoint. A batch of more than all images. A device that torch does not know, or has not.
         NonFiniteError: more than `skip_limit` steps were not finite; the term that went first is named.
+        OSError: a checkpoint cannot be written; those before it are kept.
     """
-    t, device = config.training, devices.find(config.training.device)
-    run, checkpoint = _resumed(folder, config, device) if resume else (Run.create(folder, config), None)
-    images = data.load(config.data)
-    if t.batch > len(images.train):
-        raise ValueError(f"a batch of {t.batch} is more than the {len(images.train)} training images")
-    state, first_fault = State(config, device), None
-    if checkpoint is None:
-        run.save(0, state.model, state.state_dict(), t.keep)
+    if not isinstance(config, Config):
+        raise TypeError(f"config is {config!r}, expected a Config")
+    if not resume:
+        if step is not None:
+            raise ValueError(f"step is {step}, which only a run that is resumed has")
+        opened = started(config, folder, split, accept_data_changes)
     else:
-        state.load(checkpoint.weights, checkpoint.state)
+        opened = resumed(config, folder, step, accept_data_changes)
+    with opened as start:
+        stopped = _loop(start, progress)
+        if stopped:
+            where = shown(str(start.run.folder))
+            print(f"stopped at step {start.state.step} and saved; go on with: sosvae train --resume {where}")
+        return start.run
+
+
+def _loop(start: Start, progress: bool) -> bool:
+    """Takes the steps that are left. Returns whether a signal ended that early."""
+    run, config, images, state = start
+    t, first_fault = config.training, None
+    checkpoints = _Checkpoints(run, config, state)
     with stop_on_signals() as stop, Watch(run, config, images, state, progress) as watch:
+
+        def evaluation() -> None:
+            state.optimizer.zero_grad()  # evaluation needs the gradients' bytes
+            checkpoints.evaluated(watch.evaluation(lambda: evaluate(state.model, images, config, state.device)))
+
+        if watch.evaluated is not None:
+            checkpoints.evaluated(watch.evaluated)
+        elif _evaluates(state.step, t):  # a kill came between saving and this
+            evaluation()
         while state.step < t.steps and not stop.requested:
-            x = images.batch(state.step, t.batch, t.seed).to(device)
+            x = images.batch(state.step, t.batch, t.seed).to(state.device)
             terms, fault = train_step(state, x, config)
             state.step += 1
             state.skipped += fault is not None
             first_fault = first_fault or fault
             watch.step(None if fault else terms)
-            if fault and state.skipped > t.skip_limit:
+            if fault is None:
+                checkpoints.proven()
+            elif state.skipped > t.skip_limit:
                 raise NonFiniteError(
                     f"{state.skipped} steps were not finite, allowed are {t.skip_limit}; "
-                    f"the term that went first was {first_fault}. The last good checkpoint is kept."
+                    f"the term that went first was {first_fault}. {checkpoints.good()}"
                 )
-            if state.step % t.evaluate_every == 0 or state.step == t.steps:
-                state.optimizer.zero_grad()  # evaluation needs the gradients' bytes
-                watch.evaluated(evaluate(state.model, images, config, device))
-            if state.step % t.save_every == 0 or state.step == t.steps or stop.requested:
-                run.save(state.step, state.model, state.state_dict(), t.keep)
-    if stop.requested:
-        print(f"stopped at step {state.step} and saved; go on with: sosvae train --resume {run.folder}")
-    return run
+            if state.step % t.save_every == 0 or state.step == t.steps:
+                checkpoints.save()
+            if _evaluates(state.step, t) and not stop.requested:
+                evaluation()
+        checkpoints.save()  # where a signal came between two that were due
+    return state.step < t.steps
+
+
+class _Checkpoints:
+    """Saves checkpoints, and removes old ones once a newer one is known to be good.
+
+    That is when a step, or an evaluation, from its weights is finite: weights can be finite and worth nothing.
+    """
+
+    def __init__(self, run: Run, config: Config, state: State) -> None:
+        self._run, self._config, self._state = run, config, state
+        self._newest, self._good = state.step, -1
+
+    def save(self) -> None:
+        """Once for each step."""
+        if self._newest != self._state.step:
+            self._run.save(self._config, self._state.step, self._state.model, self._state.state_dict())
+            self._newest = self._state.step
+
+    def proven(self) -> None:
+        """A step from the newest checkpoint was finite."""
+        if self._good < self._newest:
+            self._good = self._newest
+            self._run.discard(self._config.training.keep)
+
+    def evaluated(self, values: Mapping[str, float | None]) -> None:
+        """The evaluation of the state has these values; it tells nothing of a checkpoint of another step."""
+        terms = [values.get(name) for name in Terms._fields]
+        if self._newest == self._state.step and all(term is not None and math.isfinite(term) for term in terms):
+            self.proven()
+
+    def good(self) -> str:
+        known = f", of step {self._good}," if self._good >= 0 else ""
+        return f"The last good checkpoint{known} is kept; `--resume {shown(str(self._run.folder))} --step` takes it."
+
+
+def _evaluates(step: int, t: TrainingConfig) -> bool:
+    return step > 0 and (step % t.evaluate_every == 0 or step == t.steps)
 
 
 def train_step(state: State, x: Tensor, config: Config) -> tuple[Terms, str | None]:
@@ -177,22 +252,3 @@ def _fault(terms: Terms, loss: Tensor, norm: Tensor) -> str | None:
         if not bool(torch.isfinite(term).all()):
             return name
     return "the loss" if not bool(torch.isfinite(loss)) else "the gradient"
-
-
-def _resumed(folder: str | Path, config: Config, device: torch.device) -> tuple[Run, Checkpoint]:
-    """The run, under its configuration's data, network and objective and what `config` says of training."""
-    run = Run.open(folder)
-    changed = differences(run.config, config, "data", "model", "objective")
-    moving = {"mean_only_steps", "batch", "lr", "decay", "clip", "seed", "accumulate", "precision", "memory_format"}
-    if config.training.decay:
-        moving.add("steps")  # the step size follows from how far away the end is
-    changed += [
-        line
-        for line in differences(run.config, config, "training")
-        if line.partition(":")[0].removeprefix("training.") in moving
-    ]
-    if changed:
-        raise ValueError(f"{folder} was trained with another configuration (there, now): " + "; ".join(changed))
-    checkpoint = run.load(device=device)  # before anything is written
-    run.write_config(dataclasses.replace(run.config, training=config.training))
-    return run, checkpoint

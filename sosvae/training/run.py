@@ -1,34 +1,36 @@
-"""A run's folder: `config.json`, `checkpoints/`, `metrics.jsonl`, `figures/`, and `tensorboard/`.
+"""A run's folder: `config.json`, `split.json`, `checkpoints/`, `metrics.jsonl`, `figures/`, and `tensorboard/`.
 
-Everything is written to a temporary name and renamed, so that a kill at any moment leaves whole files. A
-checkpoint is a folder `step_NNNNNNNN` with the weights and the state of training at one step; being renamed
-as a whole, weights and state always belong together, and the newest folder is the latest checkpoint.
+Everything is written to a temporary name and renamed, so that a kill at any moment leaves whole files. A checkpoint is
+a folder that is renamed as a whole (see `checkpoint`), so weights and state always belong together. `split.json` says
+which images are held out; version 0.1 wrote none.
 """
 
 import json
+import math
+import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import config as configuration
-from .. import files
-from ..config import Config
+from .. import data, devices, files
+from ..config import Config, DataConfig
+from ..data import Dataset, Split
+from ..data.decode import reason, shown
 from ..models.vae import VAE
+from . import checkpoint
+from .checkpoint import Checkpoint, DamagedError, folder_name, step_of
+from .lock import locked
 
-__all__ = ["Checkpoint", "Run"]
+__all__ = ["Run"]
 
-WEIGHTS, STATE = "weights.safetensors", "state.pt"
-
-
-class Checkpoint(NamedTuple):
-    """What was saved after `step` optimiser steps."""
-
-    step: int
-    weights: dict[str, Tensor]
-    state: dict[str, Any]  # optimiser, multipliers, random generators; see `state.State`
+WRITING, REMOVING = ".writing_", ".removing_"  # in front of the step of a checkpoint that does not count
 
 
 class Run:
@@ -41,18 +43,19 @@ class Run:
         self.metrics = self.folder / "metrics.jsonl"
 
     @classmethod
-    def create(cls, folder: str | Path, config: Config) -> "Run":
-        """A folder for a new run.
+    def create(cls, folder: str | Path, config: Config, split: Split | None = None) -> "Run":
+        """A folder for a new run. A run that was started there and got no further than that makes room.
 
         Raises:
             FileExistsError: there is a run in it already.
         """
         run = cls(folder)
-        if (run.folder / "config.json").exists():
-            raise FileExistsError(
-                f"{run.folder} holds a run already: continue it with --resume, or name another folder"
-            )
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        run.check_free()
+        for step in run.steps():  # of a start, as `check_free` found
+            run._remove(step)
+        files.make_folder(run.checkpoints)
+        if split is not None:
+            split.write(run.folder / "split.json")
         run.write_config(config)
         return run
 
@@ -65,72 +68,234 @@ class Run:
         """
         run = cls(folder)
         if not (run.folder / "config.json").is_file():
-            raise FileNotFoundError(f"{run.folder} is not the folder of a run: it has no config.json")
+            raise FileNotFoundError(f"{shown(str(folder))} is not the folder of a run: it has no config.json")
         return run
+
+    def check_free(self) -> None:
+        """Finds out whether a run can be started here; writes nothing.
+
+        Raises:
+            FileExistsError: there is a run with work in it, or a file of that name, or somebody else's config.json.
+            PermissionError: nothing can be written there.
+        """
+        shown_folder = shown(str(self.folder))
+        above = self.folder.absolute()
+        while not above.exists():
+            above = above.parent
+        if not above.is_dir():
+            raise FileExistsError(f"{shown(str(above))} is a file, expected a folder, for the run {shown_folder}")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise PermissionError(f"{shown(str(above))} cannot be written to, which the run {shown_folder} needs")
+        if self.has_work():
+            raise FileExistsError(
+                f"{shown_folder} holds a run already: continue it with --resume, or name another folder"
+            )
+        if (self.folder / "config.json").exists():
+            try:
+                _ = self.config
+            except ValueError as error:
+                raise FileExistsError(f"{shown_folder} holds something else than a run ({error})") from None
+
+    def has_work(self) -> bool:
+        """Whether steps were taken here: a start alone leaves no checkpoint, or that of step 0."""
+        if not self.checkpoints.is_dir():
+            return False
+        names = set(os.listdir(self.checkpoints)) - {folder_name(0)}
+        return any(not name.startswith((WRITING, REMOVING)) for name in names)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from training here, and clears what one that was killed has left half done.
+
+        Raises:
+            InUseError: another process trains here.
+        """
+        files.make_folder(self.folder)
+        with locked(self.folder / "lock"):
+            remains = [path for kind in (WRITING, REMOVING) for path in self.checkpoints.glob(f"{kind}*")]
+            for path in remains:
+                shutil.rmtree(path, ignore_errors=True)
+            for name in ("config.json", "split.json", self.metrics.name):
+                for path in files.temporaries(self.folder / name):
+                    path.unlink(missing_ok=True)
+            yield
 
     @property
     def config(self) -> Config:
-        return configuration.from_dict(json.loads((self.folder / "config.json").read_text(encoding="utf-8")))
+        """What the run was started with.
+
+        Raises:
+            ValueError: config.json is damaged, or of another version.
+        """
+        path = self.folder / "config.json"
+        try:
+            values = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise DamagedError.of(path, f"is no JSON ({reason(error)})") from None
+        return configuration.of_file(values, path)
+
+    @property
+    def split(self) -> Split | None:
+        """Which images are in which part; none in a run of version 0.1 that has not been gone on with.
+
+        Raises:
+            ValueError: split.json is damaged.
+        """
+        path = self.folder / "split.json"
+        if path.is_file():
+            return Split.read(path)
+        if any((self.checkpoints / folder_name(step) / checkpoint.RECORD).is_file() for step in self.steps()):
+            raise DamagedError.of(path, "is missing, so that nobody knows which images are held out")
+        return None
+
+    def images(self, config: DataConfig | None = None, *, accept_changes: bool = False) -> Dataset:
+        """The images that the run is trained on, and their split.
+
+        Args:
+            config: where they are, if they have moved; by default where the run found them.
+            accept_changes: take others than the run's as well (see `data.load`), and do without a damaged split.json.
+
+        Raises:
+            ChangedDataError: they are others. ValueError: split.json is damaged or missing. Others as of `data.load`.
+        """
+        config = config or self.config.data
+        try:
+            split = self.split
+        except ValueError as error:
+            if not accept_changes:
+                raise ValueError(f"{error}; --accept-data-changes makes another") from None
+            return data.load(config)
+        if split is None:  # it was drawn from the list of images then
+            return data.load(config, rule="drawn")
+        return data.load(config, split=split, accept_changes=accept_changes)
 
     def write_config(self, config: Config) -> None:
         self.write_json("config.json", configuration.to_dict(config))
 
     def write_json(self, name: str, values: Any) -> Path:
-        """`values` as the file `name` in this folder."""
+        """`values` as the file `name` in this folder; null for numbers that JSON does not have."""
         path = self.folder / name
-        files.write_atomically(path, json.dumps(values, indent=2, ensure_ascii=False).encode() + b"\n")
+        values = plain(values)
+        try:
+            text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False).encode()
+        except UnicodeEncodeError:  # a path with bytes that are no UTF-8
+            text = json.dumps(values, indent=2, allow_nan=False).encode()
+        files.write_atomically(path, text + b"\n")
         return path
 
     def steps(self) -> list[int]:
         """Steps there are checkpoints of, ascending."""
-        return sorted(int(path.name.removeprefix("step_")) for path in self.checkpoints.glob("step_*"))
+        names = os.listdir(self.checkpoints) if self.checkpoints.is_dir() else []
+        return sorted(step for step in map(step_of, names) if step is not None)
 
-    def save(self, step: int, model: nn.Module, state: dict[str, Any], keep: int) -> Path:
-        """Writes the checkpoint of `step` and removes all but the newest `keep`."""
-        target = self.checkpoints / f"step_{step:08d}"
-        if not target.exists():  # the same step of the same run is the same checkpoint
-            temporary = self.checkpoints / f".writing_{step:08d}"
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            from safetensors.torch import save_file  # of the extra `train`, like all that is imported where it is used
+    def save(self, config: Config, step: int, model: nn.Module, state: dict[str, Any]) -> Path:
+        """Writes the checkpoint of `step`.
 
-            weights = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
-            save_file(weights, temporary / WEIGHTS)
-            torch.save(state, temporary / STATE)
-            for name in (WEIGHTS, STATE):
-                files.sync(temporary / name)
-            files.publish(temporary, target)
-        for old in self.steps()[:-keep]:
-            # Away from the name that counts first: half a checkpoint must never look like one.
-            away = (self.checkpoints / f"step_{old:08d}").rename(self.checkpoints / f".removing_{old:08d}")
-            shutil.rmtree(away, ignore_errors=True)
-        return target
-
-    def load(self, step: int | None = None, device: torch.device | str = "cpu") -> Checkpoint:
-        """The checkpoint of `step`, or the latest. No code is executed from the files.
+        Args:
+            config: that it was trained with.
 
         Raises:
-            FileNotFoundError: there is none.
+            OSError: it cannot be written, on a full disk for one; nothing of it is left.
         """
-        steps = self.steps()
-        if not steps or (step is not None and step not in steps):
-            which = "no checkpoint" if step is None else f"no checkpoint of step {step}, only of {steps}"
-            raise FileNotFoundError(f"{self.folder} has {which}")
-        from safetensors.torch import load_file
+        target = self.checkpoints / folder_name(step)
+        if target.exists():  # the same step of the same run is the same checkpoint
+            return target
+        weights = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
+        temporary = self.checkpoints / f"{WRITING}{step:08d}"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            checkpoint.write(temporary, Checkpoint(step, weights, state), config)
+            files.publish(temporary, target)
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if not isinstance(error, Exception):
+                raise
+            raise self._unsaved(step, weights, state, error) from error
+        return target
 
-        step = steps[-1] if step is None else step
-        folder = self.checkpoints / f"step_{step:08d}"
-        # Random generators' states live on the CPU, so the state is read there; optimisers move their own.
-        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-        return Checkpoint(step, load_file(folder / WEIGHTS, device=str(device)), state)
+    def _unsaved(self, step: int, weights: Any, state: Any, error: Exception) -> OSError:
+        need, place = 1.01 * (_bytes(weights) + _bytes(state)), shown(str(self.checkpoints))
+        try:
+            room = f", and {files.size(shutil.disk_usage(self.checkpoints).free)} are free"
+        except OSError:
+            room = ""
+        last = f"the last checkpoint is of step {self.steps()[-1]}" if self.steps() else "there is no checkpoint"
+        return OSError(
+            f"the checkpoint of step {step} cannot be written to {place} ({reason(error)}). It takes about "
+            f"{files.size(need)}{room}; {last}"
+        )
+
+    def discard(self, keep: int) -> None:
+        """Removes all checkpoints but the newest `keep`."""
+        for step in self.steps()[:-keep]:
+            self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        files.remove_folder(self.checkpoints / folder_name(step), self.checkpoints / f"{REMOVING}{step:08d}")
+
+    def set_aside(self, last: int) -> list[Path]:
+        """Gives the checkpoints beyond step `last` names that do not count, before a run goes on from there."""
+        moved = []
+        for step in self.steps():
+            if step > last:
+                folder = self.checkpoints / folder_name(step)
+                names = (f"{folder.name}_aside{n or ''}" for n in range(len(os.listdir(self.checkpoints)) + 1))
+                moved.append(next(place for name in names if not (place := self.checkpoints / name).exists()))
+                files.publish(folder, moved[-1])
+        return moved
+
+    def load(self, step: int | None = None, device: torch.device | str = "cpu") -> Checkpoint:
+        """The checkpoint of `step`, or the newest whole one; a warning names what is damaged. No code is executed.
+
+        Raises:
+            FileNotFoundError: there is none. ValueError: all are damaged, or of another configuration; or torch has no
+                such device.
+        """
+        config, found = self.config, devices.find(str(device))
+        faults: list[str] = []
+        steps = self.steps()
+        if not steps:
+            raise FileNotFoundError(f"{shown(str(self.folder))} has no checkpoint: start it anew, without --resume")
+        if step is not None and step not in steps:
+            raise FileNotFoundError(f"{shown(str(self.folder))} has no checkpoint of step {step}, only of {steps}")
+        for each in reversed(steps) if step is None else (step,):
+            try:
+                loaded = checkpoint.read(self.checkpoints / folder_name(each), config)
+            except (DamagedError, FileNotFoundError) as error:
+                if not (self.checkpoints / folder_name(each)).exists():  # removed since by who trains here
+                    return self.load(step, device)
+                faults.append(str(error))
+                continue
+            if faults:
+                warnings.warn(f"{'; '.join(faults)}; the checkpoint of step {each} is used instead", stacklevel=2)
+            return loaded._replace(weights={name: value.to(found) for name, value in loaded.weights.items()})
+        raise DamagedError("; ".join(faults[:3]) + ("; …" if len(faults) > 3 else ""))
 
     def model(self, step: int | None = None, device: torch.device | str = "cpu") -> VAE:
         """The trained network of a checkpoint, ready for inference.
 
-        Raises:
-            FileNotFoundError: there is no such checkpoint.
+        Raises: as `load`.
         """
-        checkpoint = self.load(step, device)
+        loaded = self.load(step, device)
         vae = VAE(self.config)
-        vae.load_state_dict(checkpoint.weights)
-        return vae.to(device).eval()
+        vae.load_state_dict(loaded.weights)
+        return vae.to(devices.find(str(device))).eval()
+
+
+def plain(values: Any) -> Any:
+    """`values` with None for numbers that are not finite, which JSON does not have."""
+    if isinstance(values, dict):
+        return {name: plain(value) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [plain(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def _bytes(values: Any) -> int:
+    """Of all tensors in there."""
+    if isinstance(values, torch.Tensor):
+        return values.nbytes
+    if isinstance(values, dict):
+        values = list(values.values())
+    return sum(map(_bytes, values)) if isinstance(values, list | tuple) else 0

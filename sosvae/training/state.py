@@ -19,6 +19,7 @@ class State:
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
+        self.device = device
         torch.manual_seed(config.training.seed)
         self.step = 0  # optimiser steps taken
         self.skipped = 0  # of them left out for a loss or gradient that was not finite

@@ -1,4 +1,4 @@
-"""Ctrl-C, which is heeded between two steps."""
+"""Ctrl-C, and SIGTERM from schedulers and machines that are taken back: both are heeded between two steps."""
 
 import signal
 import threading
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 __all__ = ["Stop", "stop_on_signals"]
 
-SIGNALS = (signal.SIGINT,)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass
@@ -29,9 +29,10 @@ def stop_on_signals() -> Iterator[Stop]:
         stop.requested = True
 
     in_main_thread = threading.current_thread() is threading.main_thread()  # only there can a signal be handled
-    before = {number: signal.signal(number, heed) for number in SIGNALS if in_main_thread}
+    heeded = [n for n in SIGNALS if in_main_thread and signal.getsignal(n) != signal.SIG_IGN]  # as of a background job
+    before = {number: signal.signal(number, heed) for number in heeded}
     try:
         yield stop
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not from Python

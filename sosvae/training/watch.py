@@ -4,9 +4,10 @@ An observer ends no run: what it raises becomes a warning, once, and training go
 """
 
 import json
+import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +15,10 @@ from typing import Any, NamedTuple
 from .. import files
 from ..config import Config
 from ..data import Dataset
+from ..data.decode import shown
+from ..data.split import listing
 from ..objective import Terms
-from .run import Run
+from .run import Run, plain
 from .state import State
 
 __all__ = ["Bar", "Board", "Metrics", "Observer", "Row", "Watch"]
@@ -26,8 +29,13 @@ class Row(NamedTuple):
 
     step: int
     kind: str  # "train" or "validation"
-    values: dict[str, float]
+    values: dict[str, float | None]  # None for what is no finite number
     rate: float | None = None  # images per second, of training; the same seed does not make it the same
+
+
+def row(step: int, kind: str, values: Mapping[str, float], rate: float | None = None) -> Row:
+    """Numbers, or None where one is not finite."""
+    return Row(step, kind, {name: value if math.isfinite(value) else None for name, value in values.items()}, rate)
 
 
 class Observer:
@@ -52,6 +60,12 @@ class Watch:
         self._failed: set[str] = set()
         self._observers: dict[str, Observer] = {}
         self._open("metrics.jsonl", lambda: Metrics(run.metrics, state.step))
+        metrics = self._observers.get("metrics.jsonl")
+        # What an evaluation of the state has found; nothing is known without metrics, and nothing asked for.
+        self.evaluated = metrics.evaluated if isinstance(metrics, Metrics) else {}
+        if isinstance(metrics, Metrics) and metrics.torn:
+            lines = listing([str(line) for line in metrics.torn])
+            self._warn(shown(str(run.metrics)), f"left out {len(metrics.torn)} damaged rows (lines {lines})")
         if progress:
             self._open("the progress bar", lambda: Bar(config.model.head, state.step, self.t.steps))
         if self.t.tensorboard:
@@ -74,12 +88,21 @@ class Watch:
         self._since = now, step
         values = {name: float(value.detach()) for name, value in terms.mean().items()}
         values |= {f"multiplier_{name}": float(value) for name, value in self.state.constraints.multipliers.items()}
-        row = Row(step, "train", values | {"skipped": self.state.skipped}, rate)
-        self._tell(lambda observer: observer.measured(row))
+        self._measured(row(step, "train", values | {"skipped": self.state.skipped}, rate))
 
-    def evaluated(self, values: dict[str, float]) -> None:
-        """After an evaluation."""
-        self._tell(lambda observer: observer.measured(Row(self.state.step, "validation", values)))
+    def evaluation(self, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Evaluates and tells the values. An evaluation that fails ends no run either: it has none."""
+        values: dict[str, float] = {}
+        with self._guarded("evaluation"):
+            values = evaluate()
+            self._measured(row(self.state.step, "validation", values))
+        return values
+
+    def _measured(self, measured: Row) -> None:
+        for name, value in measured.values.items():
+            if value is None:
+                self._warn(f"{measured.kind} {name}", f"no finite number at step {measured.step}: null in the metrics")
+        self._tell(lambda observer: observer.measured(measured))
 
     def _open(self, name: str, opened: Callable[[], Observer]) -> None:
         with self._guarded(name):
@@ -95,9 +118,12 @@ class Watch:
         try:
             yield
         except Exception as error:
-            if name not in self._failed:
-                self._failed.add(name)
-                warnings.warn(f"{name}: {type(error).__name__}: {error}; training goes on", stacklevel=2)
+            self._warn(name, f"{type(error).__name__}: {error}")
+
+    def _warn(self, name: str, fault: str) -> None:
+        if name not in self._failed:
+            self._failed.add(name)
+            warnings.warn(f"{name}: {fault}; training goes on", stacklevel=2)
 
 
 class Metrics(Observer):
@@ -106,28 +132,42 @@ class Metrics(Observer):
     Args:
         path: the file.
         last_step: rows beyond it are dropped: a run that is resumed makes them again.
+
+    Attributes:
+        evaluated: the row of an evaluation at `last_step`, if there is one.
+        torn: lines that hold no row, which are dropped too; the last may be cut short by a kill, and is not among them.
     """
 
     def __init__(self, path: Path, last_step: int) -> None:
-        rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [row for row in rows if _step(row) <= last_step]
-        files.write_atomically(path, "".join(row + "\n" for row in kept).encode())
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        rows = [(i, _row(line)) for i, line in enumerate(lines[:-1], 1)]  # the last is empty, or cut short by a kill
+        self.torn = [i for i, row in rows if row is None]
+        kept = [row for _, row in rows if row is not None and row["step"] <= last_step]
+        found = [row for row in kept if (row["step"], row.get("kind")) == (last_step, "validation")]
+        self.evaluated = found[-1] if found else None
+        files.write_atomically(path, "".join(map(_line, kept)).encode())
         self._file = path.open("a", encoding="utf-8")
 
     def measured(self, row: Row) -> None:
-        self._file.write(json.dumps({"step": row.step, "kind": row.kind, **row.values}) + "\n")
+        self._file.write(_line({"step": row.step, "kind": row.kind, **row.values}))
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
 
 
-def _step(row: str) -> float:
-    """The step of a row; a last line cut short by a kill counts as beyond every step."""
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(plain(row), allow_nan=False) + "\n"
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A row that was written whole; none of anything else."""
     try:
-        return float(json.loads(row)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        row = json.loads(line)
+        step = row["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return row if isinstance(step, int | float) and isinstance(row, dict) else None
 
 
 class Bar(Observer):
@@ -143,11 +183,15 @@ class Bar(Observer):
 
     def measured(self, row: Row) -> None:
         if row.kind == "train":
-            terms = " ".join(f"{name}={row.values[name]:.0f}" for name in Terms._fields)
+            terms = " ".join(f"{name}={_shown(row.values[name])}" for name in Terms._fields)
             self._bar.set_postfix_str(f"{terms} nats, {row.rate:.0f} images/s")
 
     def close(self) -> None:
         self._bar.close()
+
+
+def _shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0f}"
 
 
 class Board(Observer):
@@ -162,7 +206,8 @@ class Board(Observer):
 
     def measured(self, row: Row) -> None:
         for name, value in row.values.items():
-            self._writer.add_scalar(f"{row.kind}/{name}", value, row.step)
+            if value is not None:
+                self._writer.add_scalar(f"{row.kind}/{name}", value, row.step)
         if row.rate is not None:
             self._writer.add_scalar("train/images_per_second", row.rate, row.step)
         if row.kind == "validation":

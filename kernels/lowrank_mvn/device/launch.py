@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.compiler import max_shared_mem
+from triton.compiler.compiler import max_shared_mem
 
 from . import tuned
 from .tiles import Placed
@@ -44,6 +44,9 @@ class Block(NamedTuple):
     columns: int  # of one tile
     num_stages: int = 1
 
+
+# Whether `tl.dot` takes float64, for NVIDIA's targets: Triton 3.7 does, 3.4 does not, and for AMD's neither does.
+FLOAT64_DOT = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 7)
 
 # Launches by padded rank, whether neighbouring columns are neighbours in memory, and the target where it differs.
 Table = Mapping[tuple[int, bool] | tuple[int, bool, str], Block]
@@ -205,8 +208,8 @@ def products(*tensors: Tensor) -> str:
 
 
 def of_matrices(kind: str, device: torch.device) -> str:
-    """The kind of a product of two loaded matrices: "outer" where `tl.dot` takes no float64 (AMD's, Triton 3.7)."""
-    return "outer" if kind == "float64" and target(device) == "gfx" else kind
+    """The kind of a product of two loaded matrices: "outer" where `tl.dot` takes no float64."""
+    return "outer" if kind == "float64" and (target(device) == "gfx" or not FLOAT64_DOT) else kind
 
 
 def placed(block: Block, rows: int, like: Tensor, made: Tensor, vectors: Sequence[Tensor]) -> Placed:

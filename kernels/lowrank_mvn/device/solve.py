@@ -45,7 +45,9 @@ def _sum_of_splits(gram_ptr, rows, columns, SPLITS, R: tl.constexpr):
 def _pivot(p, log_det, positive):
     """1/√p, and what a pivot p adds to log|C| and to the test of all pivots."""
     positive = tl.where((p > 0) & (p < float("inf")), positive, 0)
-    return tl.rsqrt(p), log_det + tl.log(p), positive
+    log_det += tl.log(p)
+    root = tl.rsqrt(p)
+    return root, log_det, positive
 
 
 @triton.jit
@@ -58,8 +60,28 @@ def _swept(C, c, c_row, root, rows, columns, k):
 
 
 @triton.jit
+def _sweep_in_registers(gram_ptr, SPLITS, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """−C⁻¹, log|C|, whether the pivots are positive, and the diagonal of C."""
+    offs = tl.arange(0, BLOCK_R)
+    rows = offs[:, None]
+    columns = offs[None, :]
+    C = _sum_of_splits(gram_ptr, rows, columns, SPLITS, R) + (rows == columns).to(tl.float64)
+    diagonal = tl.sum(tl.where(rows == columns, C, 0.0), 1)
+    log_det = tl.zeros((), tl.float64)
+    positive = tl.full((), 1, tl.int32)
+    for k in range(R):
+        # The same numbers twice, once for each way a vector can lie across the threads.
+        c = tl.sum(tl.where(columns == k, C, 0.0), 1)
+        c_row = tl.sum(tl.where(rows == k, C, 0.0), 0)
+        p = tl.sum(tl.where(offs == k, c, 0.0), 0)
+        root, log_det, positive = _pivot(p, log_det, positive)
+        C = _swept(C, (c * root)[:, None], (c_row * root)[None, :], root, rows, columns, k)
+    return C, log_det, positive, diagonal
+
+
+@triton.jit
 def _sweep_in_memory(C_ptr, gram_ptr, SPLITS, R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """−C⁻¹ in place of C, which is put there first; log|C|, whether the pivots are positive, and the diagonal of C.
+    """Likewise, but −C⁻¹ takes the place of C, which is put there first.
 
     Some rows at a time; what the threads of a program wrote is visible after a barrier.
     """
@@ -141,17 +163,7 @@ def solve_kernel(
     else:
         rows = offs[:, None]
         columns = offs[None, :]
-        C = _sum_of_splits(gram_ptr, rows, columns, SPLITS, R) + (rows == columns).to(tl.float64)
-        diagonal = tl.sum(tl.where(rows == columns, C, 0.0), 1)
-        log_det = tl.zeros((), tl.float64)
-        positive = tl.full((), 1, tl.int32)
-        for k in range(R):
-            # The same numbers twice, once for each way a vector can lie across the threads.
-            c = tl.sum(tl.where(columns == k, C, 0.0), 1)
-            c_row = tl.sum(tl.where(rows == k, C, 0.0), 0)
-            p = tl.sum(tl.where(offs == k, c, 0.0), 0)
-            root, log_det, positive = _pivot(p, log_det, positive)
-            C = _swept(C, (c * root)[:, None], (c_row * root)[None, :], root, rows, columns, k)
+        C, log_det, positive, diagonal = _sweep_in_registers(gram_ptr, SPLITS, R, BLOCK_R)
         ok = positive > 0
         C = -C
         inverse = tl.sum(tl.where(rows == columns, C, 0.0), 1)

@@ -1,81 +1,77 @@
 """What a distribution keeps from one call to the next, for as long as its parameters are what they were."""
 
 import weakref
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..factors.base import Capacitance
-from ..registry import forward_mode, transformed
+from ..state import state_of
 
 
 class _Entry(NamedTuple):
     state: tuple[Any, ...]  # of the parameters
-    mode: tuple[bool, bool]  # grad mode and inference mode
-    logdet: Tensor | None  # log|Σ| of the node of the last log-density; none once its backward pass has run
+    mode: tuple[Any, ...]
+    logdet: Tensor  # log|Σ| of the node of the last log-density or entropy
+    saved: list[tuple[Tensor, int]]  # what else the node has saved for its backward pass, with its version
     capacitance: Capacitance | None
 
 
 class Cache:
     """The capacitance, and the log-determinant of the joint node, which spares `entropy` a pass after `log_prob`.
 
-    Both are forgotten when a parameter has moved: every tensor counts its in-place changes, views of it included.
-    (Writing through `.data` or a NumPy view hides a change from that count, as it does from autograd.) Nothing is kept
-    inside a transform of `torch.func`, whose tensors must not outlive it, nothing while compiling, and nothing of
-    tensors made in inference mode, which count no changes.
+    Both are forgotten when a parameter has moved (`state` says how that shows), and after a backward pass through what
+    was returned: the node is spent then, and somebody who writes through `.data` does so after it.
     """
 
     def __init__(self) -> None:
         self._entry: _Entry | None = None
 
-    def keep(self, parameters: list[Tensor], logdet: Tensor, capacitance: Capacitance | None) -> None:
-        state = _state(parameters)
+    def keep(
+        self, parameters: list[Tensor], logdet: Tensor, capacitance: Capacitance | None, joint: Iterable[Tensor] = ()
+    ) -> None:
+        """Keeps what was computed from the parameters; `joint` are the other tensors that it shares its node with."""
+        state = state_of(parameters)
         if state is None:
             return
-        self._entry = _Entry(state, _mode(), logdet, capacitance)
-        if logdet.grad_fn is not None:
+        node = logdet.grad_fn
+        saved = [(t, t._version) for t in joint] if node else []
+        self._entry = _Entry(state, _mode(), logdet, saved, capacitance)
+        if node:
             cache = weakref.ref(self)  # the node must not keep the cache that keeps the node
-            logdet.grad_fn.register_hook(lambda *_: _forget_node(cache, logdet_id))
-            logdet_id = id(logdet)
+            node.register_hook(lambda *_: _forget(cache))
 
     def logdet(self, parameters: list[Tensor]) -> Tensor | None:
-        """log|Σ| of the same grad mode, with the graph of the last log-density."""
+        """log|Σ| of the same mode, with the graph of the last log-density."""
         entry = self._valid(parameters)
-        return entry.logdet if entry and entry.mode == _mode() else None
+        usable = entry and entry.mode == _mode() and all(t._version == version for t, version in entry.saved)
+        return entry.logdet if entry and usable else None
 
     def capacitance(self, parameters: list[Tensor]) -> Capacitance | None:
         """Constants to autograd, so that only tensors made in inference mode are tied to the mode."""
         entry = self._valid(parameters)
-        tied = entry is not None and entry.mode == (False, True) != _mode()
+        tied = entry is not None and entry.mode[:2] == (False, True) != _mode()[:2]
         return None if entry is None or tied else entry.capacitance
 
     def _valid(self, parameters: list[Tensor]) -> _Entry | None:
-        state = _state(parameters)
-        if self._entry is None or state is None or self._entry.state != state:
+        if self._entry is None:
             return None
-        return self._entry
+        state = state_of(parameters)
+        return self._entry if state is not None and self._entry.state == state else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_entry": None}  # a copy starts without
 
 
-def _forget_node(cache: "weakref.ref[Cache]", node: int) -> None:
-    """After a backward pass the node is spent; the capacitance is not."""
+def _forget(cache: "weakref.ref[Cache]") -> None:
     found = cache()
-    entry = found._entry if found else None
-    if found and entry and id(entry.logdet) == node:
-        found._entry = entry._replace(logdet=None)
+    if found:
+        found._entry = None
 
 
-def _state(parameters: list[Tensor]) -> tuple[Any, ...] | None:
-    """Changes whenever a parameter does; none where that cannot be known."""
-    if torch.compiler.is_compiling() or transformed() or forward_mode():
-        return None
-    if any(t.is_inference() for t in parameters):
-        return None
-    return tuple((id(t), t._version, t.data_ptr() if not t.is_meta else 0) for t in parameters)
-
-
-def _mode() -> tuple[bool, bool]:
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+def _mode() -> tuple[Any, ...]:
+    """What log|Σ| of one call has to share with the next: whether there are gradients, and the backward pass that they
+    are in, where activations are made again."""
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch._C._current_graph_task_id()

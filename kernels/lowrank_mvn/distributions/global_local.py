@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import arguments
+from .. import arguments, checks
 from ..factors.base import Factor, Mean
 from ..local.precision import Precision
 from .local import LocalDistribution, Temperature
@@ -74,10 +74,10 @@ class GlobalLocalNormal(LocalDistribution):
             noise: ω_p [..., R] and ω_d [..., N] to use in place of fresh noise, for interpolation and editing.
             temperature: t_P of what is global, and t_L of what is local; the distribution itself has (1, 1).
         """
-        p, shape = self._parameters, torch.Size(sample_shape) + self._batch_shape
+        p, shape = self._parameters, checks.sizes("sample_shape", sample_shape) + self._batch_shape
         given = arguments.as_noise(noise, p, shape, "aten")  # ω_d is drawn here
         assert given.omega_d is not None
-        t_P, t_L = temperature
+        t_P, t_L = checks.temperatures(temperature)
         given = given._replace(omega_p=t_P * given.omega_p, omega_d=(t_L * given.omega_d).expand(*shape, p.N))
         return self.stencil.sample(p.mean, p.factor, shape, given, self.stencil.implementation(None))
 

@@ -8,12 +8,16 @@ from torch.distributions import MultivariateNormal as TorchNormal
 from torch.distributions.kl import kl_divergence, register_kl
 
 from ..factors.base import result_dtype
+from ..layout import broadcast
 from .normal import LowRankMultivariateNormal, double
 
 
 def _kl(p: Any, q: Any) -> torch.Tensor:
     means = (d._mean if isinstance(d, LowRankMultivariateNormal) else d.loc for d in (p, q))
     dtype = torch.promote_types(*map(result_dtype, means))
+    if p.event_shape == q.event_shape == (0,):  # where torch's reshape finds no size
+        none: torch.Tensor = p.entropy().new_zeros(broadcast(p.batch_shape, q.batch_shape), dtype=dtype)
+        return none
     return kl_divergence(_double(p), _double(q)).to(dtype)
 
 

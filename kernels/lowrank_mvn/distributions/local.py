@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.distribution import Distribution
 
-from .. import arguments
+from .. import arguments, checks
 from ..layout import broadcast
 from ..local.precision import Precision
 
@@ -24,15 +24,13 @@ class LocalDistribution(Distribution):
     has_rsample = True
 
     _parameters: Any  # arguments.Normal or arguments.LocalNormal
-    stencil: Precision
 
     def _begin(self, parameters: Any, validate_args: bool | None) -> None:
-        self._parameters, self.stencil = parameters, parameters.local
+        self._parameters = parameters
         Distribution.__init__(self, parameters.batch_shape, torch.Size((parameters.N,)), validate_args=False)
         self._validate_args = type(self)._validate_args if validate_args is None else validate_args
-        for name, t in self._tensors().items() if self._validate_args else ():
-            if t.numel() and not torch._is_all_true(torch.isfinite(t.detach())):
-                raise ValueError(f"{name} of shape {list(t.shape)} has values that are not finite")
+        if self._validate_args:
+            checks.finite(self, self._tensors().items())
 
     def _tensors(self) -> dict[str, Tensor]:
         p = self._parameters
@@ -41,8 +39,9 @@ class LocalDistribution(Distribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Self:
         new: Self = self._get_checked_instance(type(self), _instance)  # type: ignore[no-untyped-call]
-        new._parameters, new.stencil = self._parameters, self.stencil
-        Distribution.__init__(new, torch.Size(batch_shape), self.event_shape, validate_args=False)
+        new._parameters = self._parameters
+        shape = checks.expansion(batch_shape, self._batch_shape)
+        Distribution.__init__(new, shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
 
@@ -71,7 +70,7 @@ class LocalDistribution(Distribution):
     def log_prob_and_entropy(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """`log_prob(value)` and `entropy()` from one pass, with one backward pass for both."""
         p = self._parameters._replace(batch_shape=self._batch_shape)
-        value = arguments.as_value(value, p, self._support_check)
+        value = arguments.as_value(value, p, self)
         q, logdet = self._density(value)
         shape = broadcast(value.shape[:-1], self._batch_shape)
         log_prob = -0.5 * (self.stencil.free() * math.log(2 * math.pi) + logdet + q.expand(shape))
@@ -81,26 +80,25 @@ class LocalDistribution(Distribution):
         entropy = 0.5 * (self.stencil.free() * (1 + math.log(2 * math.pi)) + logdet)
         return entropy.to(self._parameters.result_dtype).expand(self._batch_shape)
 
-    def _support_check(self, value: Tensor) -> None:
-        if self._validate_args and value.numel():
-            self._validate_sample(value)
-
     # --- What can be read off ---------------------------------------------------------------------------------
 
     def _observed(self, value: Tensor, observed: Tensor, variance: Tensor | float | None) -> tuple[Any, ...]:
         """value, mask, τ² and the shape of all, checked."""
         p = self._parameters
-        value, observed = arguments.as_value(value, p), arguments.as_observed(observed, p.N)
+        value, observed = arguments.as_value(value, p), arguments.as_observed(observed, p)
         noise = arguments.as_noise_variance(variance, p)
         shapes = [value.shape[:-1], observed.shape[:-1], self._batch_shape]
         shapes += [] if noise is None else [noise.shape[:-1]]
         return value, observed, noise, broadcast(*shapes, names="value, observed, variance and the parameters")
 
     def _index(self, index: int | Tensor) -> int:
-        n, N = int(index), self._event_shape.numel()
-        if not -N <= n < N:
-            raise ValueError(f"index {n} is out of range for event shape [{N}]")
-        return n % N
+        N = self._event_shape.numel()
+        return checks.index("index", index, N, f"event shape [{N}]")
+
+    @property
+    def stencil(self) -> Precision:
+        local: Precision = self._parameters.local
+        return local
 
     @property
     def loc(self) -> Tensor:

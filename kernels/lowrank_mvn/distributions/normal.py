@@ -9,12 +9,12 @@ from torch.distributions import LowRankMultivariateNormal as TorchLowRank  # bou
 from torch.distributions import constraints
 from torch.distributions.distribution import Distribution
 
-from .. import arguments, functional, reference
-from ..factors.base import Capacitance, Mean
+from .. import arguments, checks, functional, reference
+from ..factors.base import Mean
 from ..factors.linear.factor import LinearFactor
 from ..factors.linear.mean import LinearMean
 from ..layout import broadcast, broadcasts_to
-from ..registry import forward_mode, transformed, without_autocast
+from ..registry import forward_mode, recorded, transformed, without_autocast
 from .cache import Cache
 
 __all__ = ["LowRankMultivariateNormal"]
@@ -104,24 +104,16 @@ class LowRankMultivariateNormal(TorchLowRank):
 
     def _validate_parameters(self) -> None:
         p = self._parameters
-        for name, t in {**arguments.named(loc=p.mean, cov_factor=p.factor), **p.local.tensors()}.items():
-            # By way of the extremes, which take no memory: P, or the features, may be most of what there is.
-            if not t.numel():
-                continue
-            extremes = torch.stack(torch.aminmax(t.detach()))
-            if not torch._is_all_true(torch.isfinite(extremes)):
-                raise ValueError(f"{name} of shape {list(t.shape)} has values that are not finite")
-            if name == "cov_diag" and not torch._is_all_true(extremes > 0):
-                raise ValueError(
-                    f"Expected parameter cov_diag (Tensor of shape {tuple(t.shape)}) of distribution {self!r} to satisfy"
-                    f" the constraint {self.arg_constraints['cov_diag']!r}, but found values that are not positive"
-                )
+        tensors = {**arguments.named(loc=p.mean, cov_factor=p.factor), **p.local.tensors()}
+        checks.finite(self, tensors.items(), "cov_diag", self.arg_constraints["cov_diag"])
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "LowRankMultivariateNormal":
-        new = self._get_checked_instance(LowRankMultivariateNormal, _instance)
-        batch_shape, p = torch.Size(batch_shape), self._parameters
-        new._parameters, new._replaced, new._cache = p, self._replaced, self._cache
-        Distribution.__init__(new, batch_shape, self.event_shape, validate_args=False)
+        new: LowRankMultivariateNormal = self._get_checked_instance(  # type: ignore[no-untyped-call]
+            LowRankMultivariateNormal, _instance
+        )
+        shape = checks.expansion(batch_shape, self._batch_shape)
+        new._parameters, new._replaced, new._cache = self._parameters, self._replaced, self._cache
+        Distribution.__init__(new, shape, self.event_shape, validate_args=False)
         new._validate_args = self._validate_args
         return new
 
@@ -137,7 +129,7 @@ class LowRankMultivariateNormal(TorchLowRank):
             found.append(f"{name}: {t.expand(whole) if whole.numel() == 1 and isinstance(t, Tensor) else whole}")
         return f"{type(self).__name__}({', '.join(found)})"
 
-    # --- Parameters, under torch's names: one state, which all of them read and replace --------------------------------
+    # --- Parameters, under torch's names: one state, which all of them read and replace ---------------------------
 
     loc = _Parameter(
         lambda self: self._parameters.mean.materialise().expand(self._batch_shape + self._event_shape),
@@ -190,12 +182,13 @@ class LowRankMultivariateNormal(TorchLowRank):
         return d.expand(d.shape[:-1] + self._event_shape)
 
     def _cholesky(self) -> Tensor:
-        """Cholesky factor of C = I + PᵀD⁻¹P, differentiable, from float64."""
-        p = self._normal
+        """Cholesky factor of C = I + PᵀD⁻¹P, differentiable, from float64; also of parameters that are half moved."""
+        p = self._parameters
         with without_autocast(p.factor.device):
             P = p.factor.materialise(torch.float64).double()
-            C = reference.capacitance(P, p.local.variance().double().reciprocal())
-            return torch.linalg.cholesky(C).to(p.result_dtype)
+            C = reference.capacitance(P, p.local.variance().to(P).reciprocal())
+            L: Tensor = torch.linalg.cholesky(C)
+            return L.to(p.result_dtype)
 
     def _compare_with_capacitance(self, value: Tensor) -> None:
         """It follows from the other parameters: assigned, it has to be what they say, on any device."""
@@ -209,6 +202,15 @@ class LowRankMultivariateNormal(TorchLowRank):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": Cache()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also the state of torch's class: a pickle from before ours took its place."""
+        self.__dict__.update(state)
+        if "_parameters" not in state:
+            parameters = (state[n] for n in ("loc", "_unbroadcasted_cov_factor", "_unbroadcasted_cov_diag"))
+            self._parameters, self._cache = arguments.normal(*parameters), Cache()
+            for name in set(state) & set(dir(TorchLowRank)).union(vars(LowRankMultivariateNormal)):
+                del self.__dict__[name]  # hidden behind what is made of the parameters
 
     # --- Densities ------------------------------------------------------------------------------------------
 
@@ -226,7 +228,7 @@ class LowRankMultivariateNormal(TorchLowRank):
         logdet = self._cache.logdet(self._tensors)
         if logdet is None:
             logdet, capacitance = p.local.logdet(p.factor, p.factor.implementation(None))
-            self._remember(logdet, capacitance)
+            self._cache.keep(self._tensors, logdet, capacitance)
         return self._entropy_of(logdet)
 
     def log_prob_and_entropy(self, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,28 +238,21 @@ class LowRankMultivariateNormal(TorchLowRank):
 
     def _log_prob_and_logdet(self, value: Tensor) -> tuple[Tensor, Tensor]:
         p = self._normal
-        value = arguments.as_value(value, p._replace(batch_shape=self._batch_shape), self._support_check)
+        value = arguments.as_value(value, p._replace(batch_shape=self._batch_shape), self)
         given = self._cache.capacitance(self._tensors)
         q, logdet, capacitance = p.local.density(value, p.mean, p.factor, p.factor.implementation(None), given)
         q = q.expand(broadcast(value.shape[:-1], self._batch_shape))
         log_prob = functional.log_density(q, logdet, p.N).to(p.result_dtype)
         # The joint node also hangs on the value and the mean: without a gradient for P or d the entropy must not.
         learned = p.factor.requires_grad or p.local.requires_grad
-        if not (learned or torch.jit.is_tracing() or transformed() or forward_mode()):
+        if not (learned or recorded() or transformed() or forward_mode()):
             logdet = logdet.detach()
-        self._remember(logdet, capacitance)
+        self._cache.keep(self._tensors, logdet, capacitance, (value, *p.mean.tensors().values()))
         return log_prob, logdet
-
-    def _support_check(self, value: Tensor) -> None:
-        if self._validate_args and value.numel():
-            self._validate_sample(value)
 
     def _entropy_of(self, logdet: Tensor) -> Tensor:
         p = self._parameters
         return functional.entropy_of(logdet, p.N).to(p.result_dtype).expand(self._batch_shape)
-
-    def _remember(self, logdet: Tensor, capacitance: Capacitance | None) -> None:
-        self._cache.keep(self._tensors, logdet, capacitance)
 
     @property
     def _tensors(self) -> list[Tensor]:
@@ -279,7 +274,8 @@ class LowRankMultivariateNormal(TorchLowRank):
             noise: ω_p [..., R] and ω_d [..., N] to use in place of fresh noise, for interpolation and editing.
         """
         p = self._normal
-        impl, shape = p.factor.implementation(None), torch.Size(sample_shape) + self._batch_shape
+        impl = p.factor.implementation(None)
+        shape = checks.sizes("sample_shape", sample_shape) + self._batch_shape
         given = arguments.as_noise(noise, p, shape, impl)
         return p.local.sample(self._mean, p.factor, shape, given, impl)
 
@@ -291,13 +287,14 @@ class LowRankMultivariateNormal(TorchLowRank):
         factor is one too. See `functional.condition`.
         """
         p = self._normal
-        conditional = functional.condition(value, observed, self._mean, p.factor, p.local.variance())
+        conditional = functional.condition(value, observed, self._mean.given, p.factor.given, p.local.variance())
         return LowRankMultivariateNormal(*conditional, validate_args=False)
 
     def mix(self, A: Tensor) -> "LowRankMultivariateNormal":
         """The distribution with the factor PA in place of P, `A` [..., R, Q]; a `LinearFactor` stays one."""
         p = self._normal
-        return LowRankMultivariateNormal(self._mean, p.factor.mix(A), p.local.variance(), validate_args=False)
+        mixed = p.factor.mix(A).given
+        return LowRankMultivariateNormal(self._mean.given, mixed, p.local.variance(), validate_args=False)
 
     def rank(self) -> int:
         """R, the number of columns of the factor."""
@@ -310,9 +307,7 @@ class LowRankMultivariateNormal(TorchLowRank):
     def covariance_row(self, index: int | Tensor) -> Tensor:
         """Row `index` of Σ, P pₙ + dₙ eₙ: the covariance of every pixel with that one, `batch_shape + event_shape`."""
         p = self._normal
-        n = int(index)
-        if not -p.N <= n < p.N:
-            raise ValueError(f"index {n} is out of range for event shape [{p.N}]")
+        n = checks.index("index", index, p.N, f"event shape [{p.N}]")
         row = p.factor.times(p.factor.row(n)).to(p.factor.dtype)
         return (row + p.local.row(n, p.N)).expand(self._batch_shape + self._event_shape)
 
@@ -324,21 +319,24 @@ class LowRankMultivariateNormal(TorchLowRank):
         return self._normal.mean.expands_to(self._batch_shape)
 
     @property
-    def variance(self) -> Tensor:  # type: ignore[override]
+    def variance(self) -> Tensor:
         p = self._normal
         return (p.factor.row_norms() + p.local.variance()).expand(self._batch_shape + self._event_shape)
 
     @property
-    def covariance_matrix(self) -> Tensor:  # type: ignore[override]
+    def covariance_matrix(self) -> Tensor:
         P, d = self._unbroadcasted_cov_factor, self._unbroadcasted_cov_diag
-        return (P @ P.mT + torch.diag_embed(d)).expand(self._matrix_shape)
+        Sigma: Tensor = P @ P.mT + torch.diag_embed(d)
+        return Sigma.expand(self._matrix_shape)
 
     @property
-    def precision_matrix(self) -> Tensor:  # type: ignore[override]
+    def precision_matrix(self) -> Tensor:
         return double(self).precision_matrix.to(self._normal.result_dtype).expand(self._matrix_shape)
 
     @property
-    def scale_tril(self) -> Tensor:  # type: ignore[override]
+    def scale_tril(self) -> Tensor:
+        if not self._normal.N:  # where torch's reshape finds no size
+            return self.covariance_matrix
         return double(self).scale_tril.to(self._normal.result_dtype).expand(self._matrix_shape)
 
     @property

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import arguments
+from .. import arguments, checks
 from ..factors.base import Mean
 from ..local.precision import Precision
 from ..local.stencil.conditioned import fill, known
@@ -71,12 +71,13 @@ class StencilMultivariateNormal(LocalDistribution):
                 has not.
             temperature: t_P, which changes nothing here, and t_L.
         """
-        p, shape = self._parameters, torch.Size(sample_shape) + self._batch_shape
+        p, shape = self._parameters, checks.sizes("sample_shape", sample_shape) + self._batch_shape
+        _, t_L = checks.temperatures(temperature)
         omega = arguments.as_local_noise(noise, p, shape).expand(*shape, p.N)
         with without_autocast(p.mean.device):
             dtype = p.result_dtype
             deviation = self.stencil.colour(omega, self.stencil.implementation(None)).to(dtype)
-            y = torch.add(p.mean.materialise(dtype).to(dtype), deviation, alpha=temperature[1])
+            y = torch.add(p.mean.materialise(dtype).to(dtype), deviation, alpha=t_L)
             return y.to(p.mean.dtype).expand(*shape, p.N)
 
     def condition(

@@ -8,10 +8,14 @@ from .base import Local
 
 
 class Diagonal(Local):
-    """D = diag(d), with d [..., N], or [..., 1] for one variance of all pixels, which is never expanded."""
+    """D = diag(d), with d [..., N], or [..., 1] or 0-d for one variance of all pixels, which is never expanded."""
 
     def __init__(self, d: Tensor) -> None:
-        self.d = d
+        self._given = d  # as it is: a view would stay behind where a module moves its parameters
+
+    @property
+    def d(self) -> Tensor:
+        return self._given.unsqueeze(0) if self._given.dim() == 0 else self._given
 
     @property
     def batch_shape(self) -> torch.Size:  # type: ignore[override]
@@ -26,7 +30,7 @@ class Diagonal(Local):
         return self.d.requires_grad
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"cov_diag": self.d}
+        return {"cov_diag": self._given}
 
     def density(
         self, value: Tensor, mean: Mean, factor: Factor, impl: str, given: Capacitance | None = None
@@ -49,6 +53,6 @@ class Diagonal(Local):
         return self.d
 
     def row(self, n: int, N: int) -> Tensor:
-        pixel = torch.zeros(N, dtype=self.d.dtype, device=self.d.device)
+        pixel = self.d.new_zeros(N)
         pixel[n] = 1
         return self.d.expand(*self.batch_shape, N)[..., n, None] * pixel

@@ -64,7 +64,7 @@ class Variance(Pointwise):
     """d = softplus(·) + 1e-5, [B, N], near `start` at first."""
 
     def __init__(self, features: int, channels: int, start: float) -> None:
-        super().__init__(features, channels, math.log(math.expm1(start)))  # softplus⁻¹
+        super().__init__(features, channels, start + math.log(-math.expm1(-start)))  # softplus⁻¹
 
     def forward(self, features: Tensor) -> Tensor:
         return nn.functional.softplus(super().forward(features).flatten(1)) + MIN_VARIANCE

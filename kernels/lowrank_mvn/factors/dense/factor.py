@@ -5,10 +5,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ... import reference
-from ...capacitance import posterior
+from ... import checks, reference
+from ...capacitance import fixed, posterior
 from ...layout import Layout, broadcast
-from ...registry import forward_mode, without_autocast
+from ...registry import decomposed, without_autocast
 from ..base import Capacitance, Factor, Mean, Noise, Operand, Root, result_dtype
 from . import op, op_sampling
 
@@ -55,7 +55,9 @@ class DenseFactor(_Dense, Factor):
         loc = mean.materialise(result_dtype(P, d))
         if _textbook(impl):
             with without_autocast(P.device):
-                q, logdet = reference.mahalanobis_and_logdet(*self._work(impl, value, loc, P, d))
+                textbook = impl == "reference"
+                formula = reference.mahalanobis_and_logdet if textbook else reference.by_residual
+                q, logdet = formula(*self._work(impl, value, loc, P, d))
             return q, logdet.expand(items), None
         layout = Layout(broadcast(value.shape[:-1], loc.shape[:-1], items), items)
         q, logdet, C_inv, *_, wide = op.mahalanobis_and_logdet(
@@ -82,7 +84,7 @@ class DenseFactor(_Dense, Factor):
         loc, high = mean.materialise(), result_dtype(mean, P, d)
         dtype = torch.promote_types(loc.dtype, P.dtype)
         layout = Layout(shape, self._items(d))
-        seed = layout.seed(P.device) if omega_d is None else None
+        seed = layout.seed(P) if omega_d is None else None
         if _textbook(impl):
             if seed is not None:
                 drawn = op_sampling.noise(seed, layout.S, P.shape[-2], high, impl)
@@ -110,7 +112,7 @@ class DenseFactor(_Dense, Factor):
         loc = mean.materialise(high).to(high)
         value = torch.where(observed, value.to(high), loc)
         items = broadcast(observed.shape[:-1], self._items(d))
-        d = d.to(high).expand(*d.shape[:-1], N)
+        given, d = d, d.to(high).expand(*d.shape[:-1], N)
         with without_autocast(P.device):
             if _textbook(impl):
                 work = high if impl == "reference" else torch.float64
@@ -121,9 +123,10 @@ class DenseFactor(_Dense, Factor):
             # Values of one item share its C and its factor.
             layout = Layout(shape, items)
             P = layout.factors(P)
-            precision = layout.vectors(torch.where(observed, d, d.new_ones(())).reciprocal() * observed)
+            known = torch.where(observed, fixed(given).to(high), d.new_ones(()))
+            precision = layout.vectors(known.reciprocal() * observed)
             gram, w = op.normal_equations(layout.samples(value), layout.means(loc), P, precision, impl)
-            L_inv_t, v = (t.to(high) for t in posterior(gram, w.permute(1, 2, 0)))
+            L_inv_t, v = (t.to(high) for t in posterior(gram, w.permute(1, 2, 0), layout.vectors(given)))
             P = P.to(high)
             deviation = layout.restore(torch.bmm(v.mT, P.mT).transpose(0, 1))
             factor = torch.bmm(P, L_inv_t) if P.stride(-1) <= P.stride(-2) else torch.bmm(L_inv_t.mT, P.mT).mT
@@ -148,7 +151,7 @@ class DenseFactor(_Dense, Factor):
 
     def gram(self) -> Tensor:
         P, items = self.tensor, self.shape[:-2]
-        if forward_mode():
+        if decomposed():
             P = P.double()
             return P.mT @ P
         layout = Layout(items, items)
@@ -157,7 +160,7 @@ class DenseFactor(_Dense, Factor):
         return gram.reshape(*items, *gram.shape[1:])
 
     def mix(self, A: Tensor) -> Self:
-        return type(self)(self.tensor @ A.to(self.dtype))
+        return type(self)(self.tensor @ checks.mixing(A, self.shape, self.device).to(self.dtype))
 
     def _items(self, d: Tensor) -> torch.Size:
         return broadcast(self.shape[:-2], d.shape[:-1])
@@ -169,4 +172,4 @@ class DenseFactor(_Dense, Factor):
 
 
 def _textbook(impl: str) -> bool:
-    return impl == "reference" or forward_mode()
+    return impl == "reference" or decomposed()

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...capacitance import posterior
-from ...layout import Layout, broadcast, broadcasts_to
-from ...registry import forward_mode, transformed, without_autocast
+from ... import checks
+from ...capacitance import fixed, posterior
+from ...layout import Layout, broadcast, broadcasts_to, concatenated
+from ...registry import decomposed, transformed, without_autocast
 from ..base import Capacitance, Factor, Mean, Noise, Root, result_dtype
 from ..dense.factor import DenseFactor
 from ..dense.op_sampling import noise as drawn_noise
 from . import forms, op, op_sampling
-from .features import Linear, factor_bias, factor_weight
+from .features import Linear, of_factor, offset_of_factor
 from .mean import LinearMean
 
 # Pixels of features in half precision that are converted to float32 at once where there is no kernel that reads them;
@@ -61,19 +62,14 @@ class LinearFactor(Linear, Factor):
     implementations = op.IMPLEMENTATIONS
 
     def __post_init__(self) -> None:
-        K = self._checked("bias", "mask")
-        weight = factor_weight(self.weight, self.channels, K)
+        K = self._checked()
+        weight = of_factor(self.weight, self.channels, K)
         object.__setattr__(self, "weight", weight)
         object.__setattr__(self, "channels", weight.shape[-2])
-        object.__setattr__(self, "bias", factor_bias(self.bias, weight))
+        object.__setattr__(self, "bias", offset_of_factor(self.bias, weight))
         N = weight.shape[-2] * math.prod(self.features.shape[2:])
         if self.mask is not None:
-            if self.mask.dtype != torch.bool:
-                raise TypeError(f"mask must be a tensor of dtype bool, got one of dtype {self.mask.dtype}")
-            if self.mask.device != self.device:
-                raise ValueError(f"mask is on {self.mask.device}, features on {self.device}")
-            if self.mask.shape[-1:] != (N,):
-                raise ValueError(f"mask has shape {list(self.mask.shape)}, expected [..., {N}]")
+            checks.mask("mask", self.mask, N, self.device)
         batch = broadcast(
             self.features.shape[:1],
             weight.shape[:-3],
@@ -117,7 +113,7 @@ class LinearFactor(Linear, Factor):
             op.mahalanobis_and_logdet(*tensors, impl)[:2]
             for tensors in self._calls(layout, x, shift, joined, layout.vectors(d))
         ]
-        q, logdet = (torch.cat(part, dim) for part, dim in zip(zip(*parts, strict=True), (1, 0), strict=True))
+        q, logdet = (concatenated(part, dim) for part, dim in zip(zip(*parts, strict=True), (1, 0), strict=True))
         return layout.restore(q), logdet.reshape(items), None
 
     def logdet(self, d: Tensor, impl: str) -> tuple[Tensor, Capacitance | None]:
@@ -126,14 +122,14 @@ class LinearFactor(Linear, Factor):
         items = self._items(d)
         layout = Layout(items, items)
         calls = self._item_calls(layout, layout.vectors(d))
-        return torch.cat([op.logdet(*tensors, impl)[0] for tensors in calls]).reshape(items), None
+        return concatenated([op.logdet(*tensors, impl)[0] for tensors in calls]).reshape(items), None
 
     def sample(self, mean: Mean, d: Tensor, shape: torch.Size, noise: Noise, impl: str) -> Tensor:
         N, high = self.shape[-2], result_dtype(mean, self, d)
         layout = Layout(shape, self._items(d))
         omega_p, omega_d = noise
-        seed = layout.seed(self.device) if omega_d is None else None
-        if impl == "triton" and not forward_mode() and self._has_kernel(d):
+        seed = layout.seed(self.features) if omega_d is None else None
+        if impl == "triton" and not decomposed() and self._has_kernel(d):
             given = None if omega_d is None else layout.samples(omega_d.expand(*shape, N))
             return self._rsample(mean, layout.vectors(d), layout, omega_p, given, seed, impl)
         if omega_d is None:
@@ -152,7 +148,7 @@ class LinearFactor(Linear, Factor):
         self, value: Tensor, observed: Tensor, mean: Mean, d: Tensor, shape: torch.Size, impl: str
     ) -> tuple[Tensor, Factor, Tensor]:
         dtype, high = torch.promote_types(mean.dtype, self.dtype), result_dtype(mean, self, d)
-        if impl == "reference" or forward_mode():
+        if impl == "reference" or decomposed():
             made = DenseFactor(self.materialise(high))
             loc, dense, diag = made.condition(value, observed, mean, d, shape, impl)
             return loc.to(dtype), DenseFactor(dense.tensor.to(dtype)), diag.to(dtype)
@@ -160,17 +156,17 @@ class LinearFactor(Linear, Factor):
         items = broadcast(observed.shape[:-1], self._items(d))
         layout = Layout(shape, items)
         known = observed if self.mask is None else observed & self.mask
-        d = d.to(high).expand(*d.shape[:-1], N)
-        precision = layout.vectors(torch.where(known, d, d.new_ones(())).reciprocal() * known)
-        x = torch.where(observed, value.to(high), torch.zeros((), dtype=high, device=value.device))
+        given, d = d, d.to(high).expand(*d.shape[:-1], N)
+        precision = layout.vectors(torch.where(known, fixed(given).to(high), d.new_ones(())).reciprocal() * known)
+        x = torch.where(observed, value.to(high), value.new_zeros((), dtype=high))
         with without_autocast(self.device):
             shift = self._shift(mean, layout, high)
             parts = [
                 op.normal_equations(*tensors, impl)
                 for tensors in self._calls(layout, layout.samples(x), shift, self._joined(mean), precision)
             ]
-            gram, w = (torch.cat(part, dim) for part, dim in zip(zip(*parts, strict=True), (0, 1), strict=True))
-            L_inv_t, v = posterior(gram, w.permute(1, 2, 0))
+            gram, w = (concatenated(part, dim) for part, dim in zip(zip(*parts, strict=True), (0, 1), strict=True))
+            L_inv_t, v = posterior(gram, w.permute(1, 2, 0), layout.vectors(given))
             factor = self.mix(L_inv_t.reshape(*items, R, R)).masked(~observed)
             deviation = self.times(layout.restore(v.permute(2, 0, 1)).to(high))
             loc = mean.materialise(high).to(high) + deviation.to(high)
@@ -185,10 +181,11 @@ class LinearFactor(Linear, Factor):
         one_each = broadcasts_to(root.batch_shape, self.features.shape[:1])
         if not (root.shared and one_each and self._stays_linear(impl)):
             return DenseFactor(self.materialise(_not_half(self.dtype))).whitened(root, impl)
-        F, W = self.features.flatten(2), self.weight
-        if self.bias is not None:
-            F, W = torch.cat([F, torch.ones_like(F[:, :1])], 1), self.homogeneous().transpose(-3, -2)
-        return LinearFactor(root.whiten(F.flatten(1), impl).unflatten(1, (-1, F.shape[2])), W)
+        F = self.features.flatten(2)
+        ones = F if self.bias is None else torch.cat([F, F.new_ones(1, 1, 1).expand(F.shape[0], 1, F.shape[2])], 1)
+        stencilled = root.whiten(ones.flatten(1), impl).unflatten(1, (-1, F.shape[2]))
+        W = self.weight if self.bias is None else self.homogeneous().transpose(-3, -2)
+        return LinearFactor(stencilled, W)
 
     # --- Products -------------------------------------------------------------------------------------------------
 
@@ -197,6 +194,7 @@ class LinearFactor(Linear, Factor):
 
         In float32 where the features are of half precision.
         """
+        checks.last_size("omega", omega.shape, f"the factor has {self.shape[-1]} columns", self.shape[-1:])
         F, W = self.features.flatten(2), self.weight
         work = _not_half(F.dtype)
         high = torch.promote_types(torch.promote_types(omega.dtype, W.dtype), work)
@@ -211,7 +209,7 @@ class LinearFactor(Linear, Factor):
             rows = u.reshape(shared, B, *u.shape[-2:]).transpose(0, 1).flatten(1, 2)
             parts = (F,) if F.dtype == work else F.split(CONVERTED, 2)
             products = [torch.bmm(rows, part.to(work)) for part in parts]
-            y = products[0] if len(products) == 1 else torch.cat(products, 2)
+            y = concatenated(products, 2)
             y = y.unflatten(1, (shared, W.shape[-2]))  # [B, shared, channels, pixels]
             if self.bias is not None:
                 bias = (omega.to(high).unsqueeze(-2) @ self.bias.to(high)).squeeze(-2)
@@ -232,31 +230,31 @@ class LinearFactor(Linear, Factor):
 
     def row_norms(self) -> Tensor:
         """diag PPᵀ [..., N], differentiable, block by block (in forward mode from P)."""
-        if forward_mode():
+        if decomposed():
             return self.materialise(_not_half(self.dtype)).square().sum(-1).to(self.dtype)
         batch = broadcast(self.features.shape[:1], self.weight.shape[:-3])
         W = self._weights(batch)
         norms = [op.row_norms(F, _of(W, items)) for items, F in self._turns(math.prod(batch))]
-        return self._masked(torch.cat(norms).reshape(*batch, self.shape[-2]).to(self.dtype))
+        return self._masked(concatenated(norms).reshape(*batch, self.shape[-2]).to(self.dtype))
 
     def gram(self) -> Tensor:
         """PᵀP [..., R, R] in float64, differentiable, from products of the features (in forward mode from P)."""
-        if forward_mode():
+        if decomposed():
             P = self.materialise(torch.float64)
             return P.mT @ P
         batch = self.shape[:-2]
         layout = Layout(batch, batch)
-        one = torch.ones((1,), dtype=_not_half(self.dtype), device=self.device)
+        one = self.features.new_ones(1, dtype=_not_half(self.dtype))
         rows = layout.vectors(one if self.mask is None else self.mask.to(one.dtype))
         calls = self._item_calls(layout, rows)
-        gram = torch.cat([op.gram(*tensors, self.implementation(None)) for tensors in calls])
+        gram = concatenated([op.gram(*tensors, self.implementation(None)) for tensors in calls])
         return gram.reshape(*batch, *gram.shape[1:])
 
     def mix(self, A: Tensor) -> "LinearFactor":
         """The factor PA, with `A` [R, Q] or one for each item, [..., R, Q]: only the weight changes."""
-        A = A.to(self.weight.dtype)
+        A = checks.mixing(A, self.shape, self.device).to(self.weight.dtype)
         weight = torch.matmul(A.mT, self.weight.flatten(-2)).unflatten(-1, self.weight.shape[-2:])
-        bias = None if self.bias is None else torch.matmul(A.mT, self.bias)
+        bias = None if self.bias is None else torch.matmul(A.mT.to(self.bias.dtype), self.bias)
         return LinearFactor(self.features, weight, bias, mask=self.mask)
 
     def masked(self, mask: Tensor) -> "LinearFactor":
@@ -272,10 +270,10 @@ class LinearFactor(Linear, Factor):
 
     def _stays_linear(self, impl: str) -> bool:
         """Whether the operators for linear factors apply."""
-        return impl in self.implementations and self.mask is None and not forward_mode()
+        return impl in self.implementations and self.mask is None and not decomposed()
 
     def _made(self, d: Tensor) -> DenseFactor:
-        return DenseFactor(self.materialise(result_dtype(self, d)))
+        return DenseFactor(self.materialise(torch.float64 if decomposed() else result_dtype(self, d)))
 
     def _items(self, d: Tensor) -> torch.Size:
         return broadcast(self.shape[:-2], d.shape[:-1])

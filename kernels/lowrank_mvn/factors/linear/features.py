@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import checks
 from ..base import Operand
 
 
@@ -28,12 +29,12 @@ class Linear(Operand):
         parts: dict[str, Any] = {name: getattr(self, name) for name in ("features", "weight", "bias")}
         return {name: t for name, t in parts.items() if t is not None}
 
-    def _checked(self, *optional: str) -> int:
-        """K; raises where something is no tensor, or the features have no pixels."""
-        for name in ("features", "weight", *optional):
+    def _checked(self) -> int:
+        """K; raises where something is no tensor of numbers, or the features have no pixels."""
+        for name in ("features", "weight", "bias"):
             t = getattr(self, name)
-            if not isinstance(t, Tensor) and not (t is None and name in optional):
-                raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+            if t is not None or name != "bias":
+                checks.floating(name, t)
         if self.features.dim() < 3:
             raise ValueError(
                 f"features has shape {list(self.features.shape)}, expected [B, K, *spatial] with at least one spatial"
@@ -56,12 +57,14 @@ class Linear(Operand):
         return torch.cat([self.weight, bias.unsqueeze(-1)], -1)
 
 
-def factor_weight(weight: Tensor, channels: int | None, K: int) -> Tensor:
-    """[..., R, channels, K] of a weight in any of its forms."""
+def of_factor(weight: Tensor, channels: int | None, K: int) -> Tensor:
+    """The weight of a factor [..., R, channels, K], of one in any of its forms."""
+    if channels is not None:
+        checks.count("channels", channels)
     # With K = 1 it might be one for each item.
     convolution = weight.dim() == 4 and weight.shape[2:] == (1, 1)
     if convolution and (K > 1 or (channels is not None and weight.shape[1] == K)):
-        if channels is None or channels < 1 or weight.shape[0] % channels:
+        if channels is None or weight.shape[0] % channels:
             raise ValueError(
                 f"weight has shape {list(weight.shape)}, the convolution's own; expected `channels` to divide its "
                 f"first dimension, got {channels}"
@@ -79,12 +82,12 @@ def factor_weight(weight: Tensor, channels: int | None, K: int) -> Tensor:
     return weight
 
 
-def factor_bias(bias: Tensor | None, weight: Tensor) -> Tensor | None:
-    """[..., R, channels]."""
+def offset_of_factor(bias: Tensor | None, weight: Tensor) -> Tensor | None:
+    """The bias of a factor [..., R, channels]."""
     if bias is None:
         return None
     R, channels = weight.shape[-3:-1]
     if bias.shape != weight.shape[:-1] and (weight.dim() > 3 or bias.shape != (R * channels,)):
         either = "" if weight.dim() > 3 else f" or [{R * channels}]"
         raise ValueError(f"bias has shape {list(bias.shape)}, expected {list(weight.shape[:-1])}{either}")
-    return bias.reshape(weight.shape[:-1])
+    return bias if bias.shape == weight.shape[:-1] else bias.unflatten(0, (R, channels))

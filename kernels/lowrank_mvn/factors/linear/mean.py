@@ -34,7 +34,7 @@ class LinearMean(Linear, Mean):
     bias: Tensor | None = None
 
     def __post_init__(self) -> None:
-        K = self._checked("bias")
+        K = self._checked()
         if self.weight.dim() == 4 and self.weight.shape[2:] == (1, 1):
             object.__setattr__(self, "weight", self.weight.flatten(1))
         if self.weight.dim() != 2 or self.weight.shape[1] != K:

@@ -1,7 +1,6 @@
 """What is left of a stencil when values are known: the precision TTᵀ + M, in which exactly known pixels are pinned."""
 
-from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from ...capacitance import posterior
 from ...factors.base import Factor, Mean
 from ...factors.dense.factor import DenseFactor
 from ...layout import Layout, broadcast
+from ...state import state_of
 from ..precision import Precision
 from .banded import Banded
 
@@ -33,6 +33,10 @@ class Conditioned(Precision):
         self.channels, self.spatial = stencil.channels, stencil.spatial
         self.batch_shape = broadcast(stencil.batch_shape, weight.shape[:-1], pinned.shape[:-1])
         self.dtype, self.device = stencil.dtype, stencil.device
+        self._kept: tuple[Any, Banded] | None = None  # the factorisation, and of what it is
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
 
     @property
     def requires_grad(self) -> bool:  # type: ignore[override]
@@ -50,13 +54,16 @@ class Conditioned(Precision):
 
     @property
     def _factor(self) -> Banded:
-        """Factorised once where nothing is to be differentiated: a graph serves one backward pass."""
-        return self._factorised() if self.requires_grad and torch.is_grad_enabled() else self._kept
-
-    @cached_property
-    def _kept(self) -> Banded:
-        with torch.no_grad():
+        """Factorised once where nothing is to be differentiated (a graph serves one backward pass), and again when a
+        weight has moved."""
+        if self.requires_grad and torch.is_grad_enabled():
             return self._factorised()
+        state = state_of([*self.tensors().values(), self.weight, self.pinned])
+        now = None if state is None else (state, torch.is_inference_mode_enabled())
+        if self._kept is None or now is None or self._kept[0] != now:
+            with torch.no_grad():
+                self._kept = now, self._factorised()
+        return self._kept[1]
 
     def _factorised(self) -> Banded:
         layout, root = self._layout, self.stencil.banded(self.batch_shape)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 Sizes = tuple[int, ...]
 Slices = tuple[Any, ...]
@@ -47,8 +48,14 @@ class Fronts(NamedTuple):
     earlier: Tensor  # likewise of the pixels that have it as a later neighbour
 
 
-@functools.lru_cache(maxsize=16)
 def fronts(spatial: Sizes, neighbourhood: Sizes, device: torch.device) -> Fronts:
+    """Tensors with values, kept from one call to the next; in a recorded program they are constants."""
+    with _disable_current_modes(), torch.inference_mode(False):
+        return _fronts(spatial, neighbourhood, device)
+
+
+@functools.lru_cache(maxsize=16)
+def _fronts(spatial: Sizes, neighbourhood: Sizes, device: torch.device) -> Fronts:
     axes = torch.meshgrid(*(torch.arange(size, device=device) for size in spatial), indexing="ij")
     front = torch.stack([a * axis for a, axis in zip(steps(neighbourhood), axes, strict=True)]).sum(0).flatten()
     order = front.argsort(stable=True)

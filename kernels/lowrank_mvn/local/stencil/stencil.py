@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import reference
+from ... import checks, reference
 from ...factors.base import Factor, Mean
 from ...layout import Layout, broadcast
 from ...registry import chosen, forward_mode
@@ -54,9 +54,7 @@ class Stencil(Precision):
     channels: int = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        from ...arguments import check_tensors  # which knows of every kind of argument, this one too
-
-        check_tensors(**self.tensors())
+        checks.alike(**self.tensors())
         n = len(self.neighbourhood)
         if not n or any(size < 1 or size % 2 == 0 for size in self.neighbourhood) or not offsets(self.neighbourhood):
             raise ValueError(f"neighbourhood is {self.neighbourhood}, expected odd sizes, not all of them 1")

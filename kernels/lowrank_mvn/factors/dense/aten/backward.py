@@ -3,7 +3,7 @@
     grad_x = 2 grad_q z = −grad_loc        grad_P = 2 grad_logdet D⁻¹PC⁻¹ − 2 grad_q z vᵀ
     grad_d = grad_logdet π − grad_q z²     π = diag Σ⁻¹ = 1/d − diag(PC⁻¹Pᵀ)/d²
 
-with r ← r − PC⁻¹g and z = D⁻¹r.
+with r ← r − PC⁻¹g and z = D⁻¹r. Where π cancels, `leverage` makes grad_d again.
 """
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ....capacitance import product_dtype, runs, sum_of_pi
 from ....device.pages import Scratch, empty_gradient
+from ....leverage import Items, Remainders, doubtful_sums, mend
 from ....registry import kept
 from . import blocks
+from .pixels import Pixels
 
 
 def mahalanobis_and_logdet_backward(
@@ -37,6 +39,7 @@ def mahalanobis_and_logdet_backward(
     grad_P = empty_gradient(P) if need_P else x.new_empty(0)
     grad_q, grad_logdet = grad_mahalanobis.T.double(), grad_logdet.double()  # [B, S], [B]
     grad_d = _of_logdet(grad_logdet, d, N, C_inv, need_d)
+    rest = Remainders(N, C_inv, wide) if need_d and not one_d else None
     v, step = v.transpose(0, 1), step.transpose(0, 1)  # [B, S, R]
     minus_2av = -2 * grad_q.unsqueeze(-1) * v
     for items, products in runs(wide, dtype):
@@ -67,16 +70,28 @@ def mahalanobis_and_logdet_backward(
             az = z * grad_q[b].to(products).unsqueeze(-1)
             if need_d:
                 az2 = z.mul_(az).sum(1)
-                if row_sums is None:
+                if row_sums is None or rest is None:
                     grad_d[b] -= az2.sum(-1, keepdim=True, dtype=torch.float64)
                 else:
-                    pi = torch.add(grad_logdet[b].to(products).unsqueeze(-1) * d_inv, row_sums, alpha=-0.5)
-                    grad_d[b, n] = pi - az2
+                    grad_d[b, n] = _of_pi(grad_logdet[b], d_inv, row_sums, b, rest) - az2
             if need_x:
                 grad_x[:, b, n] = 2 * az.transpose(0, 1)
             if need_loc:
                 az = az if loc.shape[0] == S else az.sum(1, keepdim=True)
                 grad_loc[:, b, n] = az.mul_(-2).transpose(0, 1)
+
+    def pixels(t: Items) -> Pixels:
+        return Pixels((x[:, t], loc[:, t]), P[t])
+
+    def with_d_per_pixel(t: Items) -> Tensor:
+        of_q = grad_mahalanobis[:, t], grad_logdet[t], x[:, t], loc[:, t]
+        kept = C_inv[t], v[t].transpose(0, 1), step[t].transpose(0, 1), residual[:, t], wide[t]
+        each, wanted = d[t].double().expand(-1, N), [False, False, False, True]
+        return mahalanobis_and_logdet_backward(*of_q, P[t], each, *kept, wanted)[3]
+
+    if need_d:
+        doubtful, size = doubtful_sums(N, C_inv) if rest is None else rest.doubtful(), N * (P.shape[2] + 2 * S)
+        mend(grad_d, doubtful, pixels, with_d_per_pixel, d, C_inv, grad_q, grad_logdet, (N, size))
     return grad_x, grad_loc, grad_P, grad_d.to(d.dtype)
 
 
@@ -85,12 +100,12 @@ def logdet_backward(
 ) -> tuple[Tensor, Tensor]:
     """grad_P = 2 grad_logdet D⁻¹PC⁻¹ and grad_d = grad_logdet π; empty where `needs` says no."""
     need_P, need_d = needs
-    one_d, dtype = d.shape[1] == 1, product_dtype(P, d)
+    (B, N, R), one_d, dtype = P.shape, d.shape[1] == 1, product_dtype(P, d)
     grad_P = empty_gradient(P) if need_P else P.new_empty(0)
     grad_logdet = grad_logdet.double()
-    grad_d = _of_logdet(grad_logdet, d, P.shape[1], C_inv, need_d)
-    row_sums = need_d and not one_d
-    for items, products in runs(wide, dtype) if need_P or row_sums else ():
+    grad_d = _of_logdet(grad_logdet, d, N, C_inv, need_d)
+    rest = Remainders(N, C_inv, wide) if need_d and not one_d else None
+    for items, products in runs(wide, dtype) if need_P or rest else ():
         PC_scratch, Q_scratch = Scratch(products, P.device), Scratch(products, P.device)
         weight = 2 * grad_logdet[:, None, None] * C_inv
         weight = (weight / d.double().unsqueeze(-1) if one_d else weight).to(products)
@@ -100,9 +115,19 @@ def logdet_backward(
             PC = blocks.times(Q, weight[b], PC_scratch.like(p))
             if need_P:
                 grad_P[b, n] = PC
-            if row_sums:
-                pi = grad_logdet[b].to(products).unsqueeze(-1) * d_inv
-                grad_d[b, n] = pi.add_(Q.mul_(PC).sum(-1), alpha=-0.5)
+            if rest is not None:
+                grad_d[b, n] = _of_pi(grad_logdet[b], d_inv, Q.mul_(PC).sum(-1), b, rest)
+
+    def pixels(t: Items) -> Pixels:
+        return Pixels(None, P[t])
+
+    def with_d_per_pixel(t: Items) -> Tensor:
+        each = d[t].double().expand(-1, N)
+        return logdet_backward(grad_logdet[t], P[t], each, C_inv[t], wide[t], [False, True])[1]
+
+    if need_d:
+        doubtful, no_q = doubtful_sums(N, C_inv) if rest is None else rest.doubtful(), grad_logdet.new_empty(B, 0)
+        mend(grad_d, doubtful, pixels, with_d_per_pixel, d, C_inv, no_q, grad_logdet, (N, N * R))
     return grad_P, grad_d.to(d.dtype)
 
 
@@ -115,3 +140,11 @@ def _of_logdet(grad_logdet: Tensor, d: Tensor, N: int, C_inv: Tensor, need: bool
     if not need or d.shape[1] > 1:
         return kept(torch.zeros_like(d, memory_format=torch.contiguous_format), need)
     return (grad_logdet * sum_of_pi(d[:, 0], N, C_inv)).unsqueeze(1)
+
+
+def _of_pi(grad_logdet: Tensor, d_inv: Tensor, row_sums: Tensor, b: slice, rest: Remainders) -> Tensor:
+    """grad_logdet π of a block [b, n], with 2 grad_logdet diag(PC⁻¹Pᵀ)/d² in `row_sums`."""
+    of_d = grad_logdet.to(d_inv.dtype).unsqueeze(-1) * d_inv
+    pi = torch.add(of_d, row_sums, alpha=-0.5)
+    rest.add(b, torch.div(pi, of_d, out=of_d))
+    return pi

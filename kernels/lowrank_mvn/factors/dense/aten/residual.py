@@ -86,7 +86,7 @@ def _at_once(x: Tensor, loc: Tensor, P: Tensor, d: Tensor, C_inv: Tensor | None,
     Q = P / d.mT
     if C_inv is None or logdet is None:
         C_inv, logdet = algebra.factorise(with_identity(Q.mT @ P))
-        logdet = logdet + d.log().sum((1, 2)) * (N // d.shape[2])
+        logdet = logdet + d.log().sum((1, 2)) * (N if d.shape[2] == 1 else 1)
     else:
         C_inv, logdet = C_inv.clone(), logdet.clone()
     v = delta @ Q @ C_inv

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ....device import launch
+from ....device.heaviest import without_heaviest
 from ....device.launch import Block, Table, TiledTable
 from ....device.math import narrow, product, split
 from ....device.tiles import (
@@ -108,7 +109,7 @@ def backward_kernel(
     d_at,  # [B, N], or [B, 1] if ONE_D
     C_inv_ptr,  # [B, R, R]
     v_ptr,  # [S, B, R], if there are samples
-    wide_ptr,  # [B]: items that products of KIND are for; or none, for all of them
+    marks,  # [B], items that products of KIND are for, none: all; [B, 1 + 2R], where pixels of large h go, or none
     grad_x_ptr,  # [S, B, N]; as the others, none where it is not needed
     grad_loc_ptr,  # [S, B, N], or [CHUNKS, B, N] if SHARED_LOC
     grad_P_at,  # [B, CHUNKS, R, N]
@@ -137,6 +138,7 @@ def backward_kernel(
     pid_s = pid % SPLITS
     chunk = tl.program_id(1) % CHUNKS
     own = tl.full((), 1, tl.int64) * chunk
+    wide_ptr, heaviest_ptr = marks
     if wide_ptr is not None:  # noqa: SIM102  (decided when compiling)
         if (tl.load(wide_ptr + item) != 0) != WIDE:
             return
@@ -249,6 +251,10 @@ def backward_kernel(
             if NEED_P:
                 store_result(grad_P_item, narrow(grad_P, grad_P_at[0]), tile, n, N, R, TILE)
         if NEED_PI:
+            if heaviest_ptr is not None:
+                own_n = ordered(offs_n, TILE)
+                found = heaviest_ptr + item * (1 + 2 * R)
+                pi = without_heaviest(pi, d_inv, own_n, (own_n < N) & (chunk == 0), found, 2 * R)
             grad_d = narrow(in_memory(b * pi - az2_tile, TILE), grad_d_ptr)
             tl.store(grad_d_ptr + (own * B + item) * N + columns, grad_d, mask=mask_n)
     if grad_d_ptr is not None and ONE_D:
@@ -271,6 +277,7 @@ class Gradients(NamedTuple):
     loc: Tensor | None  # [S, B, N], or [chunks, B, N] where the samples share one
     P: Tensor | None  # [chunks, B, N, R]
     d: Tensor | None  # [chunks, B, N]; where d is one value per item it only says that −Σ az² is wanted
+    heaviest: Tensor | None = None  # [B, 1 + 2R], the pixels whose π is left out
 
 
 def gradients(
@@ -318,7 +325,7 @@ def gradients(
         d_at=launch.at(d),
         C_inv_ptr=C_inv,
         v_ptr=None if samples is None else samples.v,
-        wide_ptr=None if wide is None else wide.view(torch.uint8),
+        marks=(None if wide is None else wide.view(torch.uint8), grads.heaviest),
         grad_x_ptr=grads.x,
         grad_loc_ptr=grads.loc,
         grad_P_at=None if grads.P is None else launch.at(grads.P.permute(1, 0, 3, 2)),

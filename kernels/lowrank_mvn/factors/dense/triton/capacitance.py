@@ -50,6 +50,7 @@ BLOCKS: Table = {
 # With float64 products; rarely run. At most 32 rows: from 64 on, Triton 3.7 takes a float64 product for sm_100 to that
 # target's tensor memory, which has none, and fails to compile.
 WIDE_BLOCK, WIDE_ROWS = Block(num_warps=4, columns=16), 32
+WIDE_ALONE = Block(num_warps=8, columns=16)  # without w, where four warps spill on sm_90
 
 
 @triton.jit
@@ -83,6 +84,7 @@ def capacitance_kernel(
     TILE: tl.constexpr,
 ):
     """Σ pₙpₙᵀ/dₙ (its lower triangle), Σ pₙδₙ/dₙ and Σ log dₙ over one split of the columns n of an item."""
+    # One loop, and longer than a function should be: a tile of P in registers serves every sum.
     BLOCK_R: tl.constexpr = TILE.ROWS
     BLOCK_N: tl.constexpr = TILE.COLUMNS
     TILES: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
@@ -185,7 +187,10 @@ def partial_sums(
         block_r = min(block_r, WIDE_ROWS)
     elif R > launch.FUSED_R:
         block_r = launch.TILED_R
-    block = WIDE_BLOCK if wide else launch.block("capacitance", BLOCKS, block_r, by_column, P.device)
+    if wide:
+        block = WIDE_BLOCK if vectors else WIDE_ALONE
+    else:
+        block = launch.block("capacitance", BLOCKS, block_r, by_column, P.device)
     columns = launch.split_columns(N, R, block.columns)
     splits = max(1, launch.ceil_div(N, columns))
     work = torch.float64 if wide else torch.float32

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ....capacitance import sum_of_pi
-from ....device import launch, solve
+from ....device import heaviest, launch, solve
+from ....leverage import add_pi, sum_of_few
 from . import backward, capacitance, residual
 from .backward import Gradients, Samples
 
@@ -143,11 +144,13 @@ def _gradients(
 ) -> tuple[Tensor, Tensor]:
     """grad_P and grad_d; fills grad_x and grad_loc, where there are any."""
     need_P, need_d = needs
+    (B, N, R), one_d = P.shape, d.shape[1] == 1
     work = torch.float64 if kind == "float64" else torch.float32
     grad_P = launch.empty_chunks(chunks, P, work) if need_P else None
     grad_d = launch.empty_chunks(chunks, d, work) if need_d else None
     b, C_inv = grad_logdet.double(), C_inv.contiguous()
-    grads = Gradients(grad_x, grad_loc, grad_P, grad_d)
+    listed = heaviest.empty(P, B, R) if need_d and not one_d else None
+    grads = Gradients(grad_x, grad_loc, grad_P, grad_d, listed)
     if kind == "float64":
         sums = backward.gradients(samples, b, P, d, C_inv, None, grads, kind, chunks)
     else:
@@ -158,9 +161,20 @@ def _gradients(
     if grad_d is None:
         return total_P, d.new_empty(0)
     total_d = launch.sum_chunks(grad_d, d)
-    if d.shape[1] == 1:
-        total_d.copy_((b * sum_of_pi(d[:, 0], P.shape[1], C_inv) + sums).unsqueeze(1))
+    if listed is not None:
+        items = torch.arange(B, device=P.device).unsqueeze(1)
+        add_pi(total_d, listed, d, b, lambda H: P[items, H].double(), lambda *of: _gram_of_flagged(P, *of))
+    else:
+        total_pi = sum_of_few(P.double(), d[:, 0]) if N <= R else sum_of_pi(d[:, 0], N, C_inv)
+        total_d.copy_((b * total_pi + sums).unsqueeze(1))
     return total_P, total_d
+
+
+def _gram_of_flagged(P: Tensor, precision: Tensor, flags: Tensor) -> Tensor:
+    """Pᵀ diag(precision) P [B, R, R] from products in float64 where a flag [B] is set, elsewhere zeros."""
+    gram = P.new_zeros(P.shape[0], P.shape[2], P.shape[2], dtype=torch.float64)
+    solve.whole(capacitance.partial_sums(None, P, precision, "float64", inverted=True, flags=flags)[0], gram, flags)
+    return gram
 
 
 __all__ = [

@@ -35,29 +35,29 @@ BLOCKS: Table = {
 
 
 class Lanes(NamedTuple):
-    """The tiles of this kernel: L rows and Q times J columns of one lie beside each other in a warp's lanes."""
+    """The tiles of this kernel: LANES rows and GROUPS times NEAR columns lie beside each other in a warp's lanes."""
 
     ROWS: int
     COLUMNS: int
     ALIGN: int  # as in `tiles.Tile`
     NARROW: bool
-    J: int
-    Q: int
-    L: int
+    NEAR: int
+    GROUPS: int
+    LANES: int
 
 
 @triton.jit
 def _places(TILE: tl.constexpr):
-    """Row and column of each value of a tile [I, H, J, Q, L], which go to the lanes from the last dimension on."""
-    J: tl.constexpr = TILE.J
-    Q: tl.constexpr = TILE.Q
-    L: tl.constexpr = TILE.L
-    i = tl.arange(0, TILE.ROWS // L)[:, None, None, None, None]
-    h = tl.arange(0, TILE.COLUMNS // (J * Q))[None, :, None, None, None]
-    j = tl.arange(0, J)[None, None, :, None, None]
-    q = tl.arange(0, Q)[None, None, None, :, None]
-    p = tl.arange(0, L)[None, None, None, None, :]
-    return i * L + p, (h * Q + q) * J + j
+    """Row and column of each value of a tile [., ., NEAR, GROUPS, LANES], dealt to the lanes from the last on."""
+    NEAR: tl.constexpr = TILE.NEAR
+    GROUPS: tl.constexpr = TILE.GROUPS
+    LANES: tl.constexpr = TILE.LANES
+    i = tl.arange(0, TILE.ROWS // LANES)[:, None, None, None, None]
+    h = tl.arange(0, TILE.COLUMNS // (NEAR * GROUPS))[None, :, None, None, None]
+    j = tl.arange(0, NEAR)[None, None, :, None, None]
+    q = tl.arange(0, GROUPS)[None, None, None, :, None]
+    p = tl.arange(0, LANES)[None, None, None, None, :]
+    return i * LANES + p, (h * GROUPS + q) * NEAR + j
 
 
 @triton.jit
@@ -69,10 +69,10 @@ def _coefficients(v_ptr, first, rows, R: tl.constexpr):
 
 @triton.jit
 def _placed(a, TILE: tl.constexpr):
-    """Values of the columns as [H, J, Q]."""
-    J: tl.constexpr = TILE.J
-    Q: tl.constexpr = TILE.Q
-    return tl.permute(tl.reshape(a, (TILE.COLUMNS // (J * Q), Q, J)), (0, 2, 1))
+    """Values of the columns as [H, NEAR, GROUPS]."""
+    NEAR: tl.constexpr = TILE.NEAR
+    GROUPS: tl.constexpr = TILE.GROUPS
+    return tl.permute(tl.reshape(a, (TILE.COLUMNS // (NEAR * GROUPS), GROUPS, NEAR)), (0, 2, 1))
 
 
 @triton.jit
@@ -95,9 +95,9 @@ def residual_kernel(
     BLOCK_R: tl.constexpr = TILE.ROWS
     BLOCK_N: tl.constexpr = TILE.COLUMNS
     TILES: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
-    J: tl.constexpr = TILE.J
-    Q: tl.constexpr = TILE.Q
-    L: tl.constexpr = TILE.L
+    NEAR: tl.constexpr = TILE.NEAR
+    GROUPS: tl.constexpr = TILE.GROUPS
+    LANES: tl.constexpr = TILE.LANES
     S, B, N = sizes
     SPLITS, length = cut
     pid = tl.program_id(0)
@@ -117,8 +117,8 @@ def residual_kernel(
     if ONE_D:
         d_one = tl.load(d_item[0]).to(tl.float64)
         d_inv_one = d_one if INVERTED else 1.0 / d_one
-    g = tl.zeros((BLOCK_R // L, Q, L), tl.float64)
-    q = tl.zeros((BLOCK_N // (J * Q), J, Q), tl.float64)
+    g = tl.zeros((BLOCK_R // LANES, GROUPS, LANES), tl.float64)
+    q = tl.zeros((BLOCK_N // (NEAR * GROUPS), NEAR, GROUPS), tl.float64)
     start = pid_s * length
     for n in range(start, min(start + length, N), BLOCK_N):
         offs_n = n + tl.arange(0, BLOCK_N)
@@ -144,7 +144,7 @@ def residual_kernel(
             q += r * z
         g += tl.sum(tl.sum(P * z[None, :, :, :, None], 1), 1)
     out = (s * B + b) * SPLITS + pid_s
-    rows_g = pid_g * BLOCK_R + tl.reshape(rows, (BLOCK_R // L, L))
+    rows_g = pid_g * BLOCK_R + tl.reshape(rows, (BLOCK_R // LANES, LANES))
     tl.store(g_ptr + out * R + rows_g, tl.sum(g, 1), mask=rows_g < R)
     if v_ptr is not None and pid_g == 0:
         tl.store(q_ptr + out, tl.sum(tl.sum(tl.sum(q, 0), 0), 0))
@@ -153,10 +153,10 @@ def residual_kernel(
 def _tile(x: Tensor, loc: Tensor, P: Tensor, d: Tensor, block: Block, block_r: int) -> Lanes:
     """Four values of 4 bytes to a lane where it can be."""
     by_column = P.stride(1) == 1
-    J, Q = (4, min(8, block.columns // 4)) if by_column else (1, 4)
-    L = 32 // Q if by_column else 8 if block_r <= 32 else 32
+    NEAR, GROUPS = (4, min(8, block.columns // 4)) if by_column else (1, 4)
+    LANES = 32 // GROUPS if by_column else 8 if block_r <= 32 else 32
     narrow = launch.narrow_offsets(P, block.columns)
-    return Lanes(block_r, block.columns, launch.alignment(P, x, loc, d), narrow, J, Q, L)
+    return Lanes(block_r, block.columns, launch.alignment(P, x, loc, d), narrow, NEAR, GROUPS, LANES)
 
 
 def partial_sums(

@@ -4,6 +4,8 @@ Rows made of a block, [tile; z], and matrices back to the features give grad_F:
 
     from tiles          [A; −u_step]F̃ with A = L⁻¹W;  grad_F = AᵀA-part · y/d + (−2 grad_q u)ᵀ z
     from the features   z alone;  grad_F = 2 grad_logdet Σ_c M_cf̃ₙ/d_c + (−2 grad_q u)ᵀ z, one product with one d
+
+Where π = 1/d − diag(PC⁻¹Pᵀ)/d² cancels, `leverage` makes grad_d again.
 """
 
 from typing import NamedTuple
@@ -13,8 +15,10 @@ from torch import Tensor
 
 from ....capacitance import product_dtype, root, runs, sum_of_pi
 from ....device.pages import Scratch, empty_gradient
+from ....leverage import Items, Remainders, doubtful_sums, mend
 from .. import forms
 from . import blocks
+from .pixels import Pixels, Samples
 
 
 class Scores(NamedTuple):
@@ -32,6 +36,7 @@ class Grads(NamedTuple):
     x: Tensor  # [S, B, channels, pixels]
     F: Tensor  # [B, K, pixels]
     d: Tensor  # as d; in float64 where that is one value
+    rest: Remainders | None  # of a d per pixel
 
 
 class Needs(NamedTuple):
@@ -69,6 +74,20 @@ def mahalanobis_and_logdet_backward(
     grads = _gradients(grad_logdet, F, W64, d, C_inv, wide, Needs(*needs), residual.dtype, scores, grad_x)
     grad_W = forms.grad_weight(grad_q, grad_logdet, C_inv, v, WG, zF, shared=W.shape[0] == 1)
     grad_m = F.new_empty(0) if m is None else forms.grad_mean(grad_q, zF).to(m.dtype)
+
+    def pixels(t: Items) -> Pixels:
+        return Pixels(Samples(x[:, t], None if loc is None else loc[:, t], m), F[t], _own(W64, t))
+
+    def with_d_per_pixel(t: Items) -> Tensor:
+        of_q = grad_mahalanobis[:, t], grad_logdet[t], x[:, t], None if loc is None else loc[:, t]
+        kept = C_inv[t], v[t].transpose(0, 1), step[t].transpose(0, 1), WG[t], zF[t], residual[:, t], wide[t]
+        each, wanted = _per_pixel(d[t], F, W), [False, False, True]
+        return mahalanobis_and_logdet_backward(*of_q, F[t], _own(W, t), m, each, *kept, wanted)[4].flatten(1)
+
+    if needs[2]:
+        N, of = W.shape[1] * F.shape[2], (d.flatten(1), C_inv, grad_q, grad_logdet)
+        sizes = N, F.shape[1] * F.shape[2] + 2 * N * len(x)
+        mend(grads.d.flatten(1), _doubtful(grads, N, C_inv), pixels, with_d_per_pixel, *of, sizes)
     return grads.x, grads.F, grad_W.to(W.dtype), grad_m, grads.d.to(d.dtype)
 
 
@@ -89,7 +108,31 @@ def logdet_backward(
     grads = _gradients(grad_logdet, F, W64, d, C_inv, wide, Needs(False, need_F, need_d), dtype, None, empty)
     grad_W = forms.weighted(2 * grad_logdet[:, None, None] * C_inv, WG)
     grad_W = grad_W.sum(0, keepdim=True) if W.shape[0] == 1 else grad_W
+
+    def pixels(t: Items) -> Pixels:
+        return Pixels(None, F[t], _own(W64, t))
+
+    def with_d_per_pixel(t: Items) -> Tensor:
+        given = F[t], _own(W, t), _per_pixel(d[t], F, W), C_inv[t], WG[t], wide[t]
+        return logdet_backward(grad_logdet[t], *given, [False, True])[2].flatten(1)
+
+    if need_d:
+        N, of = W.shape[1] * F.shape[2], (d.flatten(1), C_inv, grad_logdet.new_empty(len(F), 0), grad_logdet)
+        sizes = N, F.shape[1] * F.shape[2]
+        mend(grads.d.flatten(1), _doubtful(grads, N, C_inv), pixels, with_d_per_pixel, *of, sizes)
     return grads.F, grad_W.to(W.dtype), grads.d.to(d.dtype)
+
+
+def _own(W: Tensor, items: Items) -> Tensor:
+    return W if W.shape[0] == 1 else W[items]
+
+
+def _per_pixel(d: Tensor, F: Tensor, W: Tensor) -> Tensor:
+    return d.double().expand(-1, W.shape[1], F.shape[2])
+
+
+def _doubtful(grads: "Grads", N: int, C_inv: Tensor) -> Tensor:
+    return doubtful_sums(N, C_inv) if grads.rest is None else grads.rest.doubtful()
 
 
 def _gradients(
@@ -107,10 +150,11 @@ def _gradients(
     """The pass; products of items that are not `wide` in `dtype`."""
     one = forms.one_d(d)
     grad_d = d.new_zeros(d.shape if needs.d else 0, dtype=torch.float64 if one else d.dtype)
+    N = W.shape[1] * F.shape[2]
     if needs.d and one:
-        N = W.shape[1] * F.shape[2]
         grad_d += (grad_logdet * sum_of_pi(d[:, 0, 0], N, C_inv))[:, None, None]
-    grads = Grads(grad_x, empty_gradient(F) if needs.F else F.new_empty(0), grad_d)
+    rest = Remainders(N, C_inv, wide) if needs.d and not one else None
+    grads = Grads(grad_x, empty_gradient(F) if needs.F else F.new_empty(0), grad_d, rest)
     if scores is None and not needs.F and (one or not needs.d):
         return grads
     operands = _Operands(grad_logdet, W, d, C_inv, needs, scores)
@@ -162,11 +206,12 @@ class _Operands:
                 continue
             grad_f = spare[: count * K * pixels].view(count, K, pixels)
             if self.tile:
-                if self.needs.d and not self.one:
+                if grads.rest is not None:
                     squares = torch.mul(y, y, out=spare[: y.numel()].view(y.shape))
                     leverage = squares.unflatten(1, (-1, self.channels)).sum(1)
-                    pi = precision - leverage * precision.square()
-                    grads.d[b, :, n] = 0.5 * two_b[b] * pi - az2
+                    rest = 1 - leverage * precision
+                    grads.rest.add(b, rest)
+                    grads.d[b, :, n] = 0.5 * two_b[b] * (rest * precision) - az2
                 if not self.one:
                     blocks.scale(y, precision)
                 torch.bmm(back[b], made, out=grad_f)
@@ -178,9 +223,11 @@ class _Operands:
                 for c in range(self.channels):
                     p = precision[:, c]
                     blocks.rows_from(back[b, c], f, out=Mf)
-                    if self.needs.d:
-                        pi = p - ((Mf[:, :K] * f).sum(1) + Mf[:, K]) * p.square()
-                        grads.d[b, c, n] = 0.5 * two_b[b, 0] * pi - (az2 if scores is None else az2[:, c])
+                    if grads.rest is not None:
+                        rest = 1 - ((Mf[:, :K] * f).sum(1) + Mf[:, K]) * p
+                        grads.rest.add(b, rest)
+                        of_q = az2 if scores is None else az2[:, c]
+                        grads.d[b, c, n] = 0.5 * two_b[b, 0] * (rest * p) - of_q
                     grad_f.addcmul_(Mf[:, :K], two_b[b] * p.unsqueeze(1))
             if self.needs.F:
                 grads.F[b, :, n] = grad_f

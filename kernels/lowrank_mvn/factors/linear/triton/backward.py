@@ -82,7 +82,7 @@ def linear_backward_kernel(
     A_ptr,  # [B, 1, rows + 1, LD] (`placed`): A if ONE_D; else M_c, for each channel
     step_ptr,  # [B, S, channels, LD] (`placed`)
     u_ptr,  # [B, S, channels, LD] (`placed`): −2au
-    wide_ptr,  # [B]: items that products of KIND are for; or none, for all of them
+    marks,  # [B], items that products of KIND are for, none: all; [B, 1 + ROOM], where pixels of large h go, or none
     grad_x_ptr,  # [S, B, channels, pixels]; as the others, none where it is not needed
     grad_F_at,  # [B, K, pixels]
     grad_d_ptr,  # [B, channels, pixels], or [B, SPLITS] of −Σ az² if ONE_D
@@ -91,6 +91,7 @@ def linear_backward_kernel(
     K: tl.constexpr,
     CHANNELS: tl.constexpr,
     ONE_D: tl.constexpr,
+    ROOM: tl.constexpr,
     KIND: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -108,6 +109,7 @@ def linear_backward_kernel(
     pid = tl.program_id(0)
     item = (pid // SPLITS).to(tl.int64)
     pid_s = pid % SPLITS
+    wide_ptr, heaviest_ptr = marks
     if wide_ptr is not None:  # noqa: SIM102  (decided when compiling)
         if (tl.load(wide_ptr + item) != 0) != WIDE:
             return
@@ -126,18 +128,18 @@ def linear_backward_kernel(
     b = tl.load(b_ptr + item).to(dtype)
     kept = None
     if NEED_F and ONE_D and KIND == "tf32" and TILES == 1:
-        HALF: tl.constexpr = max(16, BLOCK_K // 2)
+        HALF: tl.constexpr = BLOCK_K // 2 if BLOCK_K > 16 else 16
         half_ptr = A_ptr + tl.arange(0, HALF)[:, None] + tl.arange(0, BLOCK_K)[None, :] * LD
         kept = split(tl.load(half_ptr))
         if BLOCK_K > 16:
             kept = kept + split(tl.load(half_ptr + HALF))
     az2_sum = tl.zeros((BLOCK_N,), tl.float64)
     if ONE_D:
-        diagonal = (1.0 / tl.load(d_item[0]).to(dtype), grad_d_ptr, b)
+        diagonal = (1.0 / tl.load(d_item[0]).to(dtype), grad_d_ptr, b, None)
     elif grad_d_ptr is None:
-        diagonal = (d_item, None, b)
+        diagonal = (d_item, None, b, None)
     else:
-        diagonal = (d_item, grad_d_ptr + item * CHANNELS * pixels, b)
+        diagonal = (d_item, grad_d_ptr + item * CHANNELS * pixels, b, heaviest_ptr + item * (1 + ROOM))
     start = pid_s * length
     for n in range(start, min(start + length, pixels), BLOCK_N):
         features = (F_item, n, pixels, rows, columns)
@@ -153,13 +155,13 @@ def linear_backward_kernel(
                 for c in tl.static_range(CHANNELS):
                     grad_F, az2 = channel(
                         grad_F, az2, c, all_sizes, A_ptr, vectors, diagonal, F_tile, features, tile,
-                        K, NEED_F, ONE_D, KIND, TILE,
+                        K, NEED_F, ONE_D, ROOM, KIND, TILE,
                     )  # fmt: skip
             else:
                 for c in range(CHANNELS):
                     grad_F, az2 = channel(
                         grad_F, az2, c, all_sizes, A_ptr, vectors, diagonal, F_tile, features, tile,
-                        K, NEED_F, ONE_D, KIND, TILE,
+                        K, NEED_F, ONE_D, ROOM, KIND, TILE,
                     )  # fmt: skip
             if ONE_D and tile == 0:
                 az2_sum += az2.to(tl.float64)
@@ -184,6 +186,7 @@ class Gradients(NamedTuple):
     x: Tensor | None  # [S, B, channels, pixels]
     F: Tensor | None  # [B, K, pixels]
     d: Tensor | None  # [B, channels, pixels]; where d is one value per item it only says that −Σ az² is wanted
+    heaviest: Tensor | None  # [B, 1 + ROOM], where d is not one value per item: the pixels whose π is left out
 
 
 def gradients(
@@ -226,7 +229,7 @@ def gradients(
             A_ptr=A,
             step_ptr=step,
             u_ptr=minus_2au,
-            wide_ptr=None if kind == "float64" else wide.view(torch.uint8),
+            marks=(None if kind == "float64" else wide.view(torch.uint8), grads.heaviest),
             grad_x_ptr=grads.x,
             grad_F_at=None if grads.F is None else launch.at(grads.F),
             grad_d_ptr=sums if grads.d is not None and one else grads.d,
@@ -235,6 +238,7 @@ def gradients(
             K=K,
             CHANNELS=channels,
             ONE_D=one,
+            ROOM=0 if grads.heaviest is None else grads.heaviest.shape[1] - 1,
             KIND=products,
             TILE=_tile(block, block_k, F, made, vectors),
         )

@@ -22,12 +22,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ....capacitance import sum_of_pi, too_rough
-from ....device import launch, solve
+from ....capacitance import too_rough
+from ....device import heaviest, launch, solve
 from ...dense.triton import backward, capacitance
 from ...dense.triton.backward import Gradients, Samples
 from .. import forms
 from ..forms import one_d
+from .heaviest import add_pi, total_pi
 from .product import product, summed
 
 # Up to so many features a tile of most kernels of a linear factor holds them all, and memory is what they wait for, or
@@ -157,6 +158,7 @@ def gradients(
     weights = {k: _weight(W64 if k == "float64" else W.to(work), B) for k in (kind, "float64")}
     sums = F.new_zeros(B, dtype=torch.float64)
     grad_rows = F.new_zeros(B, CR + SC, K + 1, dtype=torch.float64)
+    listed = heaviest.empty(F, B, R) if need_d and not one else None
     for n in _blocks(F, CR + SC):
         f, pixels, d_n, samples, grad_r = F[:, :, n], n.stop - n.start, _of(d, n), None, None
         made = F.new_empty(B, CR + SC, pixels, dtype=work)  # grad_P, and below it grad_x
@@ -164,9 +166,9 @@ def gradients(
             r = kept.residual[..., n].flatten(2)
             samples, grad_r = Samples(kept.a, r, None, kept.step), r.new_empty(r.shape)
         grad_d_n = d_n.new_empty(d_n.shape) if need_d else None
-        grads = Gradients(
-            grad_r, None, _factor(made[:, :CR], R)[None], None if grad_d_n is None else grad_d_n.unsqueeze(0)
-        )
+        of_d = None if grad_d_n is None else grad_d_n.unsqueeze(0)
+        before = None if listed is None else listed[:, :1].clone()
+        grads = Gradients(grad_r, None, _factor(made[:, :CR], R)[None], of_d, listed)
         for products, weight in weights.items():
             P = torch.empty_like(made, dtype=weight.dtype)[:, :CR]  # laid out as grad_P is
             flags = wide.view(torch.uint8) if products != kind else None
@@ -178,14 +180,17 @@ def gradients(
             made[:, CR:] = z.transpose(0, 1).flatten(1, 2)
             if grad_x is not None and need_x:
                 grad_x[..., n] = z
-        if grad_d_n is not None and not one:
+        if listed is not None and before is not None and grad_d_n is not None:
             grad_d[:, :, n] = grad_d_n.unflatten(1, (channels, pixels))
+            _renumber(listed, before, n, F.shape[2])
         grad_rows[..., :K] += summed(made, f, kind)
         grad_rows[..., K] += made.sum(2, dtype=torch.float64)
         if need_F:
             product(back, made, grad_F[:, :, n].unsqueeze(1), kind)
-    if one and need_d:
-        grad_d.copy_((b * sum_of_pi(d[:, 0, 0], channels * F.shape[2], C_inv) + sums)[:, None, None])
+    if listed is not None:
+        add_pi(grad_d, listed, F, W64, d, b)
+    elif need_d:
+        grad_d.copy_((b * total_pi(F, W64, d, C_inv) + sums)[:, None, None])
     of_P, of_x = grad_rows.split([CR, SC], 1)
     grad_W, grad_m = of_P.unflatten(1, (R, channels)).transpose(1, 2), None
     if kept is not None:
@@ -194,6 +199,14 @@ def gradients(
         grad_m = None if kept.m is None else -of_x.sum((0, 1)).to(kept.m.dtype)
     grad_W = grad_W.sum(0, keepdim=True) if W.shape[0] == 1 else grad_W.contiguous()
     return grad_x, grad_F, grad_W.to(W.dtype), grad_m, grad_d
+
+
+def _renumber(listed: Tensor, before: Tensor, n: slice, pixels: int) -> None:
+    """Pixels of a block that have joined the lists since there were so many get their numbers in the image."""
+    H, width = listed[:, 1:], n.stop - n.start
+    place = torch.arange(H.shape[1], device=H.device)
+    new = (place >= before) & (place < listed[:, :1])
+    H.copy_(torch.where(new, H // width * pixels + n.start + H % width, H))
 
 
 __all__ = ["Kept", "chosen", "factorised", "gradients"]

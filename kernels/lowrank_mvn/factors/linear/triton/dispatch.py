@@ -5,12 +5,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ....capacitance import last_step, product_dtype, sum_of_pi
-from ....device import launch, solve
+from ....capacitance import last_step, product_dtype
+from ....device import heaviest, launch, solve
 from .. import forms
 from ..forms import one_d
 from . import backward, blocks, moments, residual
 from .backward import Gradients, Samples
+from .heaviest import add_pi, total_pi
 
 
 def keeps_products(channels: int, R: int, K1: int, per_pixel: bool) -> bool:
@@ -205,7 +206,10 @@ def _gradients(
         A = forms.quadratic(C_inv, W)  # M_c
     grad_F = torch.empty_like(F) if need_F else None
     grad_d = torch.empty_like(d, memory_format=torch.contiguous_format) if need_d else None
-    sums = backward.gradients(samples, b, F, d, A, channels, wide, Gradients(grad_x, grad_F, grad_d), kind)
-    if grad_d is not None and one:
-        grad_d.copy_((b * sum_of_pi(d[:, 0, 0], channels * F.shape[2], C_inv) + sums)[:, None, None])
+    listed = heaviest.empty(F, len(F), W.shape[2]) if need_d and not one else None
+    sums = backward.gradients(samples, b, F, d, A, channels, wide, Gradients(grad_x, grad_F, grad_d, listed), kind)
+    if grad_d is not None and listed is not None:
+        add_pi(grad_d, listed, F, W, d, b)
+    elif grad_d is not None:
+        grad_d.copy_((b * total_pi(F, W, d, C_inv) + sums)[:, None, None])
     return F.new_empty(0) if grad_F is None else grad_F, d.new_empty(0) if grad_d is None else grad_d

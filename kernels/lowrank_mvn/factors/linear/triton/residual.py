@@ -125,7 +125,10 @@ def linear_residual_kernel(
             if loc_at is not None:
                 r -= load_row(of_item(of_item(loc_item, c, 1), s, 1), columns, mask).to(tl.float64)
             if u_ptr is not None:
-                r -= tl.load(u_ptr + j * KT + K, mask=column < count, other=0.0)
+                if RAGGED:
+                    r -= tl.load(u_ptr + j * KT + K, mask=column < count, other=0.0)
+                else:  # without the mask, which would take the registers that are just enough
+                    r -= tl.load(u_ptr + j * KT + K)
                 if TILES == 1:
                     Fu = F[0] * u[j * PIECES][:, None]
                     for p in tl.static_range(1, PIECES):

@@ -13,6 +13,7 @@ after tile.
 import triton
 import triton.language as tl
 
+from ....device.heaviest import without_heaviest
 from ....device.math import narrow, product, split
 from ....device.tiles import halves, in_memory, load_placed, load_row, operand, operand_rows, ordered, result
 
@@ -138,13 +139,14 @@ def channel(
     sizes,  # S, channels, B and the item
     A_ptr,  # M_0
     vectors,  # as `score` has it
-    diagonal,  # d of the item, or 1/d if ONE_D; grad_d's pointer for it, or none; and b
+    diagonal,  # d of the item, or 1/d if ONE_D; grad_d's pointer for it, or none; b; `device.heaviest`'s list, or none
     F_tile,
     features,
     tile: tl.constexpr,
     K: tl.constexpr,
     NEED_F: tl.constexpr,
     ONE_D: tl.constexpr,
+    ROOM: tl.constexpr,
     KIND: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -153,7 +155,7 @@ def channel(
     BLOCK_K: tl.constexpr = TILE.ROWS
     LD: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K * BLOCK_K + 4
     S, channels, _, _ = sizes
-    d, grad_d_ptr, b = diagonal
+    d, grad_d_ptr, b, heaviest_ptr = diagonal
     _, n, pixels, _, _ = features
     NEED_PI: tl.constexpr = grad_d_ptr is not None and not ONE_D and tile == 0
     F = result(F_tile).to(grad_F.dtype)
@@ -178,6 +180,9 @@ def channel(
                 u = tl.load(vectors[3] + (s * channels + c) * LD + tile * BLOCK_K + tl.arange(0, BLOCK_K))
                 grad_F += z[:, None] * u[None, :]
     if NEED_PI:
+        if heaviest_ptr is not None:
+            own_n = ordered(offs_n, TILE)
+            pi = without_heaviest(pi, d_inv, c * pixels + own_n, own_n < pixels, heaviest_ptr, ROOM)
         grad_d = narrow(in_memory(b * pi - az2, TILE), grad_d_ptr)
         tl.store(grad_d_ptr + at * pixels + offs_n, grad_d, mask=mask_n)
     return grad_F, az2

@@ -1,0 +1,58 @@
+/** log p(x) under N(μ, B diag(a²) Bᵀ + D), in float64 by the residual form: never a difference of two large numbers. */
+import type { Parameters } from "./parameters";
+import { capacitance, cholesky, logDeterminant, solve } from "./symmetric";
+
+const grams = new WeakMap<Parameters, Float64Array>();
+
+/** BᵀD⁻¹B (lower triangle): once for each code. */
+function gram(p: Parameters): Float64Array {
+  let S = grams.get(p);
+  if (S) return S;
+  const { R, N, B } = p;
+  S = new Float64Array(R * R);
+  const weighted = new Float64Array(N);
+  for (let i = 0; i < R; i++) {
+    for (let n = 0; n < N; n++) weighted[n] = B[i * N + n]! / p.variance(n);
+    for (let j = 0; j <= i; j++) {
+      let sum = 0;
+      const o = j * N;
+      for (let n = 0; n < N; n++) sum += weighted[n]! * B[o + n]!;
+      S[i * R + j] = sum;
+    }
+  }
+  grams.set(p, S);
+  return S;
+}
+
+export function logDensity(p: Parameters, x: Float32Array, a: ArrayLike<number>): number {
+  const { R, N, B } = p;
+  const L = cholesky(capacitance(gram(p), a, R), R);
+  const residual = new Float64Array(N);
+  for (let n = 0; n < N; n++) residual[n] = x[n]! - p.loc[n]!;
+  const project = (): Float64Array => {
+    const w = new Float64Array(R);
+    for (let k = 0; k < R; k++) {
+      let sum = 0;
+      for (let n = 0; n < N; n++) sum += (B[k * N + n]! * residual[n]!) / p.variance(n);
+      w[k] = sum * a[k]!;
+    }
+    return w;
+  };
+  const v = solve(L, project(), R);
+  for (let k = 0; k < R; k++) {
+    const c = v[k]! * a[k]!;
+    for (let n = 0; n < N; n++) residual[n] = residual[n]! - c * B[k * N + n]!;
+  }
+  // g is zero at the exact v: what rounding left in v is taken out without another pass.
+  const g = project().map((value, k) => value - v[k]!);
+  const correction = solve(L, g, R);
+  let q = 0;
+  let logD = 0;
+  for (let n = 0; n < N; n++) {
+    const d = p.variance(n);
+    q += residual[n]! ** 2 / d;
+    logD += Math.log(d);
+  }
+  for (let k = 0; k < R; k++) q += v[k]! ** 2 - g[k]! * correction[k]!;
+  return -0.5 * (N * Math.log(2 * Math.PI) + logDeterminant(L, R) + logD + q);
+}

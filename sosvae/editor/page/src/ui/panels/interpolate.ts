@@ -1,0 +1,172 @@
+/** Interpolate: four samples at the corners and what lies between (paper, fig. 4), as a grid and as a film. */
+import type { Picture } from "../../engine/engine";
+import { normals } from "../../maths/random";
+import { grid, slerp } from "../../maths/slerp";
+import type { App } from "../app";
+import { button, choice, el, note, section, slider } from "../dom";
+import { download, enlarged, gifOf, pngOf, sheetOf, webmOf } from "../pictures";
+import { drawInto, Thumbs, type ThumbWanted } from "./thumbs";
+
+const SIDE = 5;
+const PER_EDGE = 12;
+const DELAY = 80; // ms between two pictures of a film
+const EDGES: [string, [number, number]][] = [
+  ["Top", [0, 1]],
+  ["Right", [1, 3]],
+  ["Bottom", [3, 2]],
+  ["Left", [2, 0]],
+];
+
+export function interpolatePanel(app: App): HTMLElement {
+  const seeds = [11, 22, 33, 44];
+  const thumbs = new Thumbs(app, "The grid between four samples", SIDE);
+  const moving = el("canvas", { class: "film", role: "img", "aria-label": "Image on the way along an edge" });
+  let edge = 0;
+  let t = 0;
+  let playing = 0;
+
+  const corners = (): Float32Array[] => seeds.map((seed) => normals(seed, app.loaded?.R ?? 0));
+  const fields = seeds.map((seed, i) => {
+    const label = `Seed of the ${["top left", "top right", "bottom left", "bottom right"][i]} corner`;
+    const input = el("input", { type: "number", min: 0, step: 1, value: seed, "aria-label": label, title: label });
+    input.addEventListener("change", () => {
+      const value = Number(input.value);
+      if (!Number.isInteger(value) || value < 0) return;
+      seeds[i] = value;
+      fill();
+    });
+    return input;
+  });
+  const request = (epsilon: Float32Array): ThumbWanted["request"] => ({
+    type: "thumbnail",
+    slot: "main",
+    view: { ...app.doc.view, mode: "sample" },
+    epsilon: Array.from(epsilon),
+    pinned: true,
+    show: "image",
+  });
+  const fill = (): void => {
+    if (app.prefs.panel !== "interpolate" || !app.loaded) return;
+    void thumbs.show(
+      grid(corners(), SIDE, SIDE).map((epsilon, i) => ({
+        label: `Row ${Math.floor(i / SIDE) + 1}, column ${(i % SIDE) + 1}`,
+        request: request(epsilon),
+      })),
+    );
+    void step();
+  };
+  const between = (place: number): Float32Array => {
+    const all = corners();
+    const [from, to] = EDGES[edge]![1];
+    return slerp(all[from]!, all[to]!, place);
+  };
+  const step = async (): Promise<void> => {
+    try {
+      drawInto(moving, await app.engine.ask<Picture>(request(between(t)), true));
+    } catch {
+      // overtaken by a newer state
+    }
+  };
+  const along = slider({
+    label: "Along the edge",
+    min: 0,
+    max: 1,
+    step: 0.01,
+    value: 0,
+    onInput: (value) => {
+      t = value;
+      void step();
+    },
+  });
+  const which = choice(
+    "Edge",
+    EDGES.map(([name], i) => [String(i), name]),
+    (value) => {
+      edge = Number(value);
+      which.set(value);
+      void step();
+    },
+  );
+  which.set("0");
+  const play = button(
+    "Play",
+    () => {
+      if (playing) {
+        clearInterval(playing);
+        playing = 0;
+      } else {
+        playing = window.setInterval(() => {
+          t += 0.04;
+          if (t > 1) {
+            t = 0;
+            edge = (edge + 1) % EDGES.length;
+            which.set(String(edge));
+          }
+          along.set(t);
+          void step();
+        }, DELAY);
+      }
+      play.textContent = playing ? "Stop" : "Play";
+      play.setAttribute("aria-pressed", String(!!playing));
+    },
+    { "aria-pressed": "false" },
+  );
+
+  /** All four edges, once around. */
+  const film = async (): Promise<Picture[]> => {
+    const pictures: Picture[] = [];
+    const all = corners();
+    for (const [, [from, to]] of EDGES) {
+      for (let i = 0; i < PER_EDGE; i++) {
+        pictures.push(await app.engine.ask<Picture>(request(slerp(all[from]!, all[to]!, i / PER_EDGE))));
+      }
+    }
+    return pictures;
+  };
+  const save = (name: string, make: () => Promise<Blob>): HTMLElement =>
+    button(name, () => {
+      make().then(
+        (blob) => download(blob, `interpolation.${name.toLowerCase()}`),
+        (error) => app.fail(error),
+      );
+    });
+  app.onRest(fill);
+  return el(
+    "div",
+    {},
+    section(
+      "Between four samples",
+      thumbs.element,
+      el("div", { class: "corners", role: "group", "aria-label": "Seeds of the corners" }, ...fields),
+      button("Other corners", () => {
+        seeds.forEach((_, i) => {
+          seeds[i] = Math.floor(Math.random() * 1e6);
+          fields[i]!.value = String(seeds[i]);
+        });
+        fill();
+      }),
+      note(
+        "The corners are samples; in between, ω turns from one to the other at constant speed (eq. 4), and the grain is held. What is pinned stays pinned.",
+      ),
+    ),
+    section("Along an edge", moving, which.element, along.element, play),
+    section(
+      "Save",
+      el(
+        "div",
+        { class: "row" },
+        save("PNG", async () =>
+          pngOf(sheetOf(thumbs.pictures, SIDE, Math.max(1, Math.round(enlarged(thumbs.pictures[0]!) / 4)))),
+        ),
+        save("GIF", async () => {
+          const pictures = await film();
+          return gifOf(pictures, enlarged(pictures[0]!), DELAY);
+        }),
+        save("WebM", async () => {
+          const pictures = await film();
+          return webmOf(pictures, enlarged(pictures[0]!), DELAY);
+        }),
+      ),
+    ),
+  );
+}
