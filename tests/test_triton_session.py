@@ -22,6 +22,7 @@ FILES = [
     "test_triton_sampling.py",
     "test_triton_class.py",
     "test_lowrank_leverage.py",
+    "test_student_t.py",
 ]
 SELECTION = {
     "test_lowrank_transforms.py": ["-k", "not opcheck"],  # which names its implementation
