@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from lowrank_mvn import Stencil
 from lowrank_mvn.device import native
 from lowrank_mvn.factors.base import Factor
 
@@ -31,6 +32,8 @@ def backend(monkeypatch):
         return "aten" if native.missing() else "cpu"
     choose = Factor.implementation
     monkeypatch.setattr(Factor, "implementation", lambda factor, impl: choose(factor, impl or "triton"))
+    choose_local = Stencil.implementation
+    monkeypatch.setattr(Stencil, "implementation", lambda local, impl: choose_local(local, impl or "triton"))
     return "triton"
 
 

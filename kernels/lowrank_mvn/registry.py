@@ -45,7 +45,7 @@ def implementations(room: str) -> dict[str, Any]:
     found: dict[str, Any] = {"aten": importlib.import_module(f"{room}.aten")}
     # A room without compiled passes takes torch's operators on the CPU, so that rooms can be used together.
     found["cpu"] = WhenUsed(f"{room}.cpu") if importlib.util.find_spec(f"{room}.cpu") else found["aten"]
-    if importlib.util.find_spec("triton") and importlib.util.find_spec(f"{room}.triton"):
+    if importlib.util.find_spec("triton") is not None:
         found["triton"] = WhenUsed(f"{room}.triton")
     return found
 
