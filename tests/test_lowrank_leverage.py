@@ -178,7 +178,7 @@ def test_nothing_is_made_again_where_no_leverage_is_near_one(monkeypatch, layout
     def never(*_):
         raise AssertionError
 
-    monkeypatch.setattr(leverage, "at_heaviest", never)
+    monkeypatch.setattr(leverage, "Heaviest", never)
     P = torch.randn(3, 500, 10)
     P = P.mT.contiguous().mT if layout == "BRN" else P
     for kind in KINDS:

@@ -212,8 +212,8 @@ def test_opcheck(layout, dtype, diagonal):
     torch.library.opcheck(op, (*arguments, None, None, None, "aten"))
     with torch.no_grad():
         _, logdet, *kept = op(*arguments, None, None, None, "aten")
-        C_inv, *_, wide = kept
-    torch.library.opcheck(op, (*arguments, C_inv, logdet, wide, "aten"))
+        L_inv, *_, wide = kept
+    torch.library.opcheck(op, (*arguments, L_inv, logdet, wide, "aten"))
     a, b = torch.randn(4, 2, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
     for needs in ([True] * 4, [True, False, False, True]):
         torch.library.opcheck(

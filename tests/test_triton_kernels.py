@@ -47,7 +47,7 @@ def test_density_and_every_gradient(kernels, case):
     a, b = weights(*case[1:3])
     expected, expected_grads = oracle(*args, a=a, b=b)
     out = kernels.mahalanobis_and_logdet(*args)
-    for name, ours, theirs in zip(("q", "logdet", "C_inv", "v"), out, expected, strict=False):
+    for name, ours, theirs in zip(("q", "logdet", "L_inv", "v"), out, expected, strict=False):
         assert ours.dtype == F64
         assert relative(ours, theirs) < max(2e-6 if case[0] != F64 else 0, TOLERANCE[F64]), name
     grads = kernels.mahalanobis_and_logdet_backward(a, b, *args, *out[2:], [True] * 4)
@@ -119,16 +119,16 @@ ALONE = (0, 3, 4, 6, 11, 13, 15)
 def test_log_determinant_alone(kernels, case):
     _, _, P, d = inputs(*case)
     b, wide = weights(*case[1:3])[1], (P.double(), d.double())
-    expected, (found, C_inv, flags) = aten.logdet(*wide), kernels.logdet(P, d)
+    expected, (found, L_inv, flags) = aten.logdet(*wide), kernels.logdet(P, d)
     assert relative(found, expected[0]) < 2e-6
-    assert relative(C_inv, expected[1]) < 2e-6
-    grads = kernels.logdet_backward(b, P, d, C_inv, flags, [True, True])
+    assert relative(L_inv, expected[1]) < 2e-6
+    grads = kernels.logdet_backward(b, P, d, L_inv, flags, [True, True])
     of_wide = aten.logdet_backward(b, *wide, *expected[1:], [True, True])
     for ours, theirs, like in zip(grads, of_wide, (P, d), strict=True):
         assert (ours.shape, ours.dtype) == (like.shape, like.dtype)
         assert relative(ours, theirs) < TOLERANCE[case[0]]
     for needs in ([True, False], [False, True]):
-        for need, ours, theirs in zip(needs, kernels.logdet_backward(b, P, d, C_inv, flags, needs), grads, strict=True):
+        for need, ours, theirs in zip(needs, kernels.logdet_backward(b, P, d, L_inv, flags, needs), grads, strict=True):
             assert torch.equal(ours, theirs) if need else ours.numel() == 0
 
 
@@ -167,8 +167,8 @@ def test_condition_of_1e9_is_made_again_in_float64(kernels):
     x, loc, P, d = inputs(F32, 1, 2, 200, 4, "BRN", "item", True)
     P, d = P.contiguous(), torch.full_like(d, 1e-7)
     P[1, :, 1] = P[1, :, 0] + 1e-5 * P[1, :, 1]
-    q, logdet, C_inv, *_, wide = kernels.mahalanobis_and_logdet(x, loc, P, d)
-    assert torch.linalg.cond(C_inv)[1] > 1e9
+    q, logdet, L_inv, *_, wide = kernels.mahalanobis_and_logdet(x, loc, P, d)
+    assert torch.linalg.cond(L_inv)[1] ** 2 > 1e9
     assert wide.tolist() == [False, True]
     expected, _ = oracle(x, loc, P, d)
     assert relative(logdet, expected[1]) < 1e-6

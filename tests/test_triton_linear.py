@@ -92,7 +92,7 @@ def test_density_and_every_gradient(linear_kernels, case):
     args, (a, b) = inputs(*case), weights(S, B)
     expected, expected_grads = oracle(*args, a, b)
     out, grads = both(linear_kernels, args, a, b)
-    for name, ours, theirs in zip(("q", "logdet", "C_inv", "v"), out, expected, strict=False):
+    for name, ours, theirs in zip(("q", "logdet", "L_inv", "v"), out, expected, strict=False):
         assert ours.dtype == F64
         assert ours.shape == theirs.shape
         assert relative(ours, theirs) < (TOLERANCE[F64] if dtype == F64 else 2e-6), name
@@ -192,18 +192,18 @@ def test_empty_batch(linear_kernels):
 def test_log_determinant_alone(linear_kernels, case):
     _, _, F, W, _, d = inputs(*case)
     b, dtype, wide = weights(*case[1:3])[1], case[0], [t.double() for t in (F, W, d)]
-    expected, (found, C_inv, WG, flags) = aten.logdet(*wide), linear_kernels.logdet(F, W, d)
+    expected, (found, L_inv, WG, flags) = aten.logdet(*wide), linear_kernels.logdet(F, W, d)
     tolerance = TOLERANCE[F64] if dtype == F64 else 2e-6
     assert relative(found, expected[0]) < tolerance
-    assert relative(C_inv, expected[1]) < tolerance
-    grads = linear_kernels.logdet_backward(b, F, W, d, C_inv, WG, flags, [True, True])
+    assert relative(L_inv, expected[1]) < tolerance
+    grads = linear_kernels.logdet_backward(b, F, W, d, L_inv, WG, flags, [True, True])
     of_wide = aten.logdet_backward(b, *wide, *expected[1:], [True, True])
     scale = max(1, 2.0**-21 * amplified(None, None, F, W, None, d) / tolerance) if case[4] > case[3] + 1 else 1
     for ours, theirs, like in zip(grads, of_wide, (F, W, d), strict=True):
         assert (ours.shape, ours.dtype) == (like.shape, like.dtype)
         assert relative(ours, theirs) < TOLERANCE[like.dtype] * (scale if like is W else 1)
     for needs in ([True, False], [False, True]):
-        again = linear_kernels.logdet_backward(b, F, W, d, C_inv, WG, flags, needs)
+        again = linear_kernels.logdet_backward(b, F, W, d, L_inv, WG, flags, needs)
         assert torch.equal(again[1], grads[1])
         for need, ours, theirs in zip(needs, again[::2], grads[::2], strict=True):
             assert torch.equal(ours, theirs) if need else ours.numel() == 0

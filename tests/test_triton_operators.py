@@ -79,8 +79,8 @@ def sample_operator(given):
 
 @pytest.mark.parametrize("given", [False, True], ids=["", "capacitance"])
 def test_opcheck_of_the_density(given):
-    inputs, logdet, (C_inv, *_, wide) = density_operator()
-    capacitance = (C_inv, logdet, wide) if given else (None, None, None)
+    inputs, logdet, (L_inv, *_, wide) = density_operator()
+    capacitance = (L_inv, logdet, wide) if given else (None, None, None)
     operator = OPERATORS.mahalanobis_and_logdet.default
     torch.library.opcheck(operator, (*inputs, *capacitance, "triton"))
 

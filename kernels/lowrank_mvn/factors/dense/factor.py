@@ -60,7 +60,7 @@ class DenseFactor(_Dense, Factor):
                 q, logdet = formula(*self._work(impl, value, loc, P, d))
             return q, logdet.expand(items), None
         layout = Layout(broadcast(value.shape[:-1], loc.shape[:-1], items), items)
-        q, logdet, C_inv, *_, wide = op.mahalanobis_and_logdet(
+        q, logdet, L_inv, *_, wide = op.mahalanobis_and_logdet(
             layout.samples(value),
             layout.means(loc),
             layout.factors(P),
@@ -68,7 +68,7 @@ class DenseFactor(_Dense, Factor):
             *(given or (None, None, None)),
             impl,
         )
-        return layout.restore(q), logdet.reshape(items), Capacitance(C_inv, logdet.detach(), wide)
+        return layout.restore(q), logdet.reshape(items), Capacitance(L_inv, logdet.detach(), wide)
 
     def logdet(self, d: Tensor, impl: str) -> tuple[Tensor, Capacitance | None]:
         P, items = self.tensor, self._items(d)
@@ -76,8 +76,8 @@ class DenseFactor(_Dense, Factor):
             with without_autocast(P.device):
                 return reference.logdet(*self._work(impl, P, d)).expand(items), None
         layout = Layout(items, items)
-        logdet, C_inv, wide = op.logdet(layout.factors(P), layout.vectors(d), impl)
-        return logdet.reshape(items), Capacitance(C_inv, logdet.detach(), wide)
+        logdet, L_inv, wide = op.logdet(layout.factors(P), layout.vectors(d), impl)
+        return logdet.reshape(items), Capacitance(L_inv, logdet.detach(), wide)
 
     def sample(self, mean: Mean, d: Tensor, shape: torch.Size, noise: Noise, impl: str) -> Tensor:
         P, omega_d = self.tensor, noise.omega_d

@@ -32,7 +32,7 @@ DIMS = {
     **dict.fromkeys(("W", "grad_W"), "B..."),
     **dict.fromkeys(("m", "grad_m"), ".."),
     **dict.fromkeys(("d", "precision", "grad_d", "grad_precision", "norms", "grad_norms"), "B.."),
-    **dict.fromkeys(("gram", "grad_gram", "C_inv"), "B.."),
+    **dict.fromkeys(("gram", "grad_gram", "L_inv"), "B.."),
     **dict.fromkeys(("v", "step", "w", "grad_w"), "SB."),
     **dict.fromkeys(("mahalanobis", "grad_mahalanobis"), "SB"),
     **dict.fromkeys(("logdet", "grad_logdet", "wide"), "B"),
@@ -117,7 +117,7 @@ def _forward(x, loc, F, W, m, d, impl):  # type: ignore[no-untyped-def]
 
 mahalanobis_and_logdet = Operator(
     "linear_mahalanobis_and_logdet(Tensor x, Tensor? loc, Tensor F, Tensor W, Tensor? m, Tensor d, str impl)"
-    " -> (Tensor mahalanobis, Tensor logdet, Tensor C_inv, Tensor v, Tensor step, Tensor WG, Tensor zF,"
+    " -> (Tensor mahalanobis, Tensor logdet, Tensor L_inv, Tensor v, Tensor step, Tensor WG, Tensor zF,"
     " Tensor residual, Tensor wide)",
     _forward,
     _forward_fake,
@@ -138,7 +138,7 @@ def _backward_fake(*inputs: Any) -> tuple[Tensor, ...]:
 
 mahalanobis_and_logdet_backward = Operator(
     "linear_mahalanobis_and_logdet_backward(Tensor grad_mahalanobis, Tensor grad_logdet, Tensor x, Tensor? loc,"
-    " Tensor F, Tensor W, Tensor? m, Tensor d, Tensor C_inv, Tensor v, Tensor step, Tensor WG, Tensor zF,"
+    " Tensor F, Tensor W, Tensor? m, Tensor d, Tensor L_inv, Tensor v, Tensor step, Tensor WG, Tensor zF,"
     " Tensor residual, Tensor wide, bool[3] needs, str impl)"
     " -> (Tensor grad_x, Tensor grad_F, Tensor grad_W, Tensor grad_m, Tensor grad_d)",
     lambda *inputs: IMPLEMENTATIONS[inputs[-1]].mahalanobis_and_logdet_backward(*inputs[:-1]),
@@ -146,7 +146,7 @@ mahalanobis_and_logdet_backward = Operator(
     DIMS,
 )
 PARAMETERS = "x", "loc", "F", "W", "m", "d"
-KEPT = "C_inv", "v", "step", "WG", "zF", "residual", "wide"
+KEPT = "L_inv", "v", "step", "WG", "zF", "residual", "wide"
 
 
 def _derivative(saved: Any, needs: Any, grads: Any) -> dict[str, Tensor]:
@@ -217,19 +217,19 @@ def _logdet_fake(F, W, d, impl):  # type: ignore[no-untyped-def]
 
 
 logdet = Operator(
-    "linear_logdet(Tensor F, Tensor W, Tensor d, str impl) -> (Tensor logdet, Tensor C_inv, Tensor WG, Tensor wide)",
+    "linear_logdet(Tensor F, Tensor W, Tensor d, str impl) -> (Tensor logdet, Tensor L_inv, Tensor WG, Tensor wide)",
     lambda F, W, d, impl: IMPLEMENTATIONS[impl].logdet(F, W, d),
     _logdet_fake,
     DIMS,
 )
 
 
-def _logdet_backward_fake(grad_logdet, F, W, d, C_inv, WG, wide, needs, impl):  # type: ignore[no-untyped-def]
+def _logdet_backward_fake(grad_logdet, F, W, d, L_inv, WG, wide, needs, impl):  # type: ignore[no-untyped-def]
     return kept(torch.empty_like(F), needs[0]), _like(W), kept(_like(d), needs[1])
 
 
 logdet_backward = Operator(
-    "linear_logdet_backward(Tensor grad_logdet, Tensor F, Tensor W, Tensor d, Tensor C_inv, Tensor WG, Tensor wide,"
+    "linear_logdet_backward(Tensor grad_logdet, Tensor F, Tensor W, Tensor d, Tensor L_inv, Tensor WG, Tensor wide,"
     " bool[2] needs, str impl) -> (Tensor grad_F, Tensor grad_W, Tensor grad_d)",
     lambda *inputs: IMPLEMENTATIONS[inputs[-1]].logdet_backward(*inputs[:-1]),
     _logdet_backward_fake,
@@ -238,14 +238,14 @@ logdet_backward = Operator(
 
 
 def _derivative_of_logdet(saved: Any, needs: Any, grads: Any) -> dict[str, Tensor]:
-    given = saved.F, saved.W, saved.d, saved.C_inv, saved.WG, saved.wide
+    given = saved.F, saved.W, saved.d, saved.L_inv, saved.WG, saved.wide
     made = logdet_backward(grads.logdet, *given, [needs.F, needs.d], saved.impl)
     return dict(zip(("F", "W", "d"), made, strict=True))
 
 
 FACTOR = "F", "W", "d"
 logdet.register(
-    _derivative_of_logdet, (*FACTOR, "C_inv", "WG", "wide", "impl"), _batched, constants=("C_inv", "WG", "wide")
+    _derivative_of_logdet, (*FACTOR, "L_inv", "WG", "wide", "impl"), _batched, constants=("L_inv", "WG", "wide")
 )
 logdet_backward.register(
     second_derivative(_textbook_logdet, ("grad_logdet",), FACTOR), ("grad_logdet", *FACTOR), _batched

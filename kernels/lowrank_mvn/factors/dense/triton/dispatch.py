@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ....capacitance import sum_of_pi
+from ....capacitance import inverse, sum_of_pi
 from ....device import heaviest, launch, solve
 from ....leverage import add_pi, sum_of_few
 from . import backward, capacitance, residual
@@ -21,16 +21,16 @@ def _factorised(
     vectors: tuple[Tensor, Tensor] | None = None,
     gram: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """C⁻¹ [B, R, R], v [1, B, R] of `vectors` x and loc [B, N], if given, log|Σ| [B] and `wide` [B].
+    """L⁻¹ [B, R, R], v [1, B, R] of `vectors` x and loc [B, N], if given, log|Σ| [B] and `wide` [B].
 
     `gram` [B, R, R] is filled with PᵀD⁻¹P, if given.
     """
     B, N, R = P.shape
-    C_inv = P.new_empty(B, R, R, dtype=torch.float64)
+    L_inv = P.new_empty(B, R, R, dtype=torch.float64)
     v = None if vectors is None else P.new_empty(1, B, R, dtype=torch.float64)
     logdet = P.new_empty(B, dtype=torch.float64)
     wide = torch.ones(B, dtype=torch.bool, device=P.device)
-    out = (C_inv, v, logdet, wide)
+    out = (L_inv, v, logdet, wide)
     flags = None
     if kind != "float64":
         parts = capacitance.partial_sums(vectors, P, d, kind, inverted)
@@ -58,17 +58,17 @@ def normal_equations(x: Tensor, loc: Tensor, P: Tensor, precision: Tensor) -> tu
 
 
 def logdet(P: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log|Σ| [B], C⁻¹ [B, R, R] (float64) and `wide` [B]."""
-    C_inv, _, log_det, wide = _factorised(P, d, launch.products(P, d))
-    return log_det, C_inv, wide
+    """log|Σ| [B], L⁻¹ [B, R, R] (float64) and `wide` [B]."""
+    L_inv, _, log_det, wide = _factorised(P, d, launch.products(P, d))
+    return log_det, L_inv, wide
 
 
 def logdet_backward(
-    grad_logdet: Tensor, P: Tensor, d: Tensor, C_inv: Tensor, wide: Tensor, needs: list[bool]
+    grad_logdet: Tensor, P: Tensor, d: Tensor, L_inv: Tensor, wide: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
     """grad_P = 2b D⁻¹PC⁻¹ and grad_d = bπ, each in its input's shape and dtype; empty where `needs` says no."""
     kind = launch.products(P, d)
-    return _gradients(None, grad_logdet, P, d, C_inv, wide, None, None, needs, kind)
+    return _gradients(None, grad_logdet, P, d, L_inv, wide, None, None, needs, kind)
 
 
 def mahalanobis_and_logdet(
@@ -76,27 +76,27 @@ def mahalanobis_and_logdet(
     loc: Tensor,
     P: Tensor,
     d: Tensor,
-    C_inv: Tensor | None = None,
+    L_inv: Tensor | None = None,
     logdet: Tensor | None = None,
     wide: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """q = δᵀΣ⁻¹δ [S, B], log|Σ| [B], C⁻¹ [B, R, R], v [S, B, R] (all float64), two empty tensors and `wide` [B].
+    """q = δᵀΣ⁻¹δ [S, B], log|Σ| [B], L⁻¹ [B, R, R], v [S, B, R] (all float64), two empty tensors and `wide` [B].
 
     As `aten`'s, but that v is the last one and r is made again in the backward pass.
     """
     S, (B, _, R) = x.shape[0], P.shape
     q = P.new_empty(S, B, dtype=torch.float64)
     v = None
-    if C_inv is None or logdet is None or wide is None:
+    if L_inv is None or logdet is None or wide is None:
         vectors = (x[0], loc[0]) if S == 1 else None
-        C_inv, v, logdet, wide = _factorised(P, d, launch.products(P, x, loc, d), vectors=vectors)
+        L_inv, v, logdet, wide = _factorised(P, d, launch.products(P, x, loc, d), vectors=vectors)
     else:
-        C_inv, logdet, wide = (t.clone(memory_format=torch.contiguous_format) for t in (C_inv, logdet, wide))
+        L_inv, logdet, wide = (t.clone(memory_format=torch.contiguous_format) for t in (L_inv, logdet, wide))
     if v is None:
         v = P.new_empty(S, B, R, dtype=torch.float64)
-        solve.refine(*residual.partial_sums(x, loc, P, d, None), C_inv, v, q, first=True)
-    solve.refine(*residual.partial_sums(x, loc, P, d, v), C_inv, v, q, first=False)
-    return q, logdet, C_inv, v, v.new_empty(S, B, 0), v.new_empty(S, B, 0), wide
+        solve.refine(*residual.partial_sums(x, loc, P, d, None), L_inv, v, q, first=True)
+    solve.refine(*residual.partial_sums(x, loc, P, d, v), L_inv, v, q, first=False)
+    return q, logdet, L_inv, v, v.new_empty(S, B, 0), v.new_empty(S, B, 0), wide
 
 
 def mahalanobis_and_logdet_backward(
@@ -106,7 +106,7 @@ def mahalanobis_and_logdet_backward(
     loc: Tensor,
     P: Tensor,
     d: Tensor,
-    C_inv: Tensor,
+    L_inv: Tensor,
     v: Tensor,
     step: Tensor,
     residual: Tensor,
@@ -122,7 +122,7 @@ def mahalanobis_and_logdet_backward(
     if need_loc and shared:
         grad_loc = launch.empty_chunks(chunks, loc[0], torch.float64 if kind == "float64" else torch.float32)
     samples = Samples(grad_mahalanobis.double(), x, loc, v.contiguous())
-    grad_P, grad_d = _gradients(samples, grad_logdet, P, d, C_inv, wide, grad_x, grad_loc, others, kind, chunks)
+    grad_P, grad_d = _gradients(samples, grad_logdet, P, d, L_inv, wide, grad_x, grad_loc, others, kind, chunks)
     if grad_loc is not None and shared:
         grad_loc = launch.sum_chunks(grad_loc, loc[0])[None]
     empty = x.new_empty(0)
@@ -134,7 +134,7 @@ def _gradients(
     grad_logdet: Tensor,
     P: Tensor,
     d: Tensor,
-    C_inv: Tensor,
+    L_inv: Tensor,
     wide: Tensor,
     grad_x: Tensor | None,
     grad_loc: Tensor | None,
@@ -148,7 +148,8 @@ def _gradients(
     work = torch.float64 if kind == "float64" else torch.float32
     grad_P = launch.empty_chunks(chunks, P, work) if need_P else None
     grad_d = launch.empty_chunks(chunks, d, work) if need_d else None
-    b, C_inv = grad_logdet.double(), C_inv.contiguous()
+    b, L_inv = grad_logdet.double(), L_inv.contiguous()
+    C_inv = inverse(L_inv)
     listed = heaviest.empty(P, B, R) if need_d and not one_d else None
     grads = Gradients(grad_x, grad_loc, grad_P, grad_d, listed)
     if kind == "float64":
@@ -163,9 +164,9 @@ def _gradients(
     total_d = launch.sum_chunks(grad_d, d)
     if listed is not None:
         items = torch.arange(B, device=P.device).unsqueeze(1)
-        add_pi(total_d, listed, d, b, lambda H: P[items, H].double(), lambda *of: _gram_of_flagged(P, *of))
+        add_pi(total_d, listed, d, L_inv, b, lambda H: P[items, H].double(), lambda *of: _gram_of_flagged(P, *of))
     else:
-        total_pi = sum_of_few(P.double(), d[:, 0]) if N <= R else sum_of_pi(d[:, 0], N, C_inv)
+        total_pi = sum_of_few(P.double(), d[:, 0], L_inv) if N <= R else sum_of_pi(d[:, 0], N, L_inv)
         total_d.copy_((b * total_pi + sums).unsqueeze(1))
     return total_P, total_d
 

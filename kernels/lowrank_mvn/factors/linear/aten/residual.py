@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ....capacitance import last_step, product_dtype, runs
+from ....capacitance import applied, last_step, product_dtype, runs
 from ....device.pages import Scratch, mapped
 from .. import forms
 from . import blocks
@@ -13,7 +13,7 @@ from .moments import factorised
 def mahalanobis_and_logdet(
     x: Tensor, loc: Tensor | None, F: Tensor, W: Tensor, m: Tensor | None, d: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """q [S, B], log|Σ| [B], and for the backward pass C⁻¹, v [S, B, R], its last step, W_cG_c [B, channels, R, K+1],
+    """q [S, B], log|Σ| [B], and for the backward pass L⁻¹, v [S, B, R], its last step, W_cG_c [B, channels, R, K+1],
     F̃z_c [B, S, channels, K+1], the residual and `wide` [B].
 
     All float64 but the residual r = δ − F̃ᵀ(u + m) [S, B, channels, pixels], made in float64 and rounded once, at v
@@ -22,9 +22,9 @@ def mahalanobis_and_logdet(
     (S, B, channels, pixels), K = x.shape, F.shape[1]
     rows = S * channels
     dtype, W64, m64 = product_dtype(x, F, W, d), W.double(), None if m is None else m.double()
-    WG, wF, _, C_inv, logdet, wide = factorised((x, loc), F, W, d, inverted=False)
+    WG, wF, _, L_inv, logdet, wide = factorised((x, loc), F, W, d, inverted=False)
     logdet = logdet + forms.logdet_D(d, channels * pixels)
-    v = forms.projection(wF, WG, W64, m64) @ C_inv
+    v = applied(L_inv, forms.projection(wF, WG, W64, m64))
     q, g = v.square().sum(-1), -v
     u = forms.coefficients(v, W64)
     minus_u = -(u if m64 is None else u + m64).flatten(1, 2)
@@ -46,6 +46,6 @@ def mahalanobis_and_logdet(
             rz[b] += z.mul_(r).sum(2, dtype=torch.float64)
     q, zF = q + rz.unflatten(1, (S, channels)).sum(2), zF.unflatten(1, (S, channels))
     g = g + forms.projection(zF, WG, W64, None)
-    q, v, step = last_step(q, g, v, C_inv)
+    q, v, step = last_step(q, g, v, L_inv)
     zF = forms.of_scores(zF, WG, step)
-    return q.T.contiguous(), logdet, C_inv, v.transpose(0, 1), step.transpose(0, 1), WG, zF, residual, wide
+    return q.T.contiguous(), logdet, L_inv, v.transpose(0, 1), step.transpose(0, 1), WG, zF, residual, wide

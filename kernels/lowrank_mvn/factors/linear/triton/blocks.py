@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ....capacitance import too_rough
+from ....capacitance import inverse, too_rough
 from ....device import heaviest, launch, solve
 from ...dense.triton import backward, capacitance
 from ...dense.triton.backward import Gradients, Samples
@@ -78,9 +78,9 @@ def _of(d: Tensor, n: slice) -> Tensor:
 def factorised(
     F: Tensor, W: Tensor, d: Tensor, kind: str, inverted: bool = False, gram: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """C⁻¹ [B, R, R], log|Σ| [B] and `wide` [B]; `gram` [B, R, R] is filled with PᵀD⁻¹P, if given."""
+    """L⁻¹ [B, R, R], log|Σ| [B] and `wide` [B]; `gram` [B, R, R] is filled with PᵀD⁻¹P, if given."""
     (B, _, pixels), (channels, R) = F.shape, W.shape[1:3]
-    C_inv, logdet = F.new_empty(B, R, R, dtype=torch.float64), F.new_empty(B, dtype=torch.float64)
+    L_inv, logdet = F.new_empty(B, R, R, dtype=torch.float64), F.new_empty(B, dtype=torch.float64)
     wide = torch.ones(B, dtype=torch.bool, device=F.device)
 
     def add_up(kind: str, final: bool, flags: Tensor | None, rounding: float = 0.0) -> None:
@@ -92,7 +92,7 @@ def factorised(
             part = capacitance.partial_sums(None, _factor(P[:, 0], R), _of(d, n), kind, inverted, flags)
             total += part[0].sum(1, keepdim=True, dtype=torch.float64)
             log_D += part[2].sum(1, keepdim=True)
-        parts, out, flagged = (total, None, log_D), (C_inv, None, logdet, wide), flags is not None
+        parts, out, flagged = (total, None, log_D), (L_inv, None, logdet, wide), flags is not None
         solve.solve(parts, d.flatten(1), channels * pixels, out, final, flagged, rounding)
         if gram is not None:
             solve.whole(total, gram, flags)
@@ -101,12 +101,12 @@ def factorised(
         add_up(kind, final=True, flags=None)
     else:
         add_up(kind, final=False, flags=None, rounding=launch.ROUNDING[kind])
-        wide |= _too_rough(F, W, d, C_inv, inverted, launch.ROUNDING[kind])
+        wide |= _too_rough(F, W, d, L_inv, inverted, launch.ROUNDING[kind])
         add_up("float64", final=True, flags=wide.view(torch.uint8))
-    return C_inv, logdet, wide
+    return L_inv, logdet, wide
 
 
-def _too_rough(F: Tensor, W: Tensor, d: Tensor, C_inv: Tensor, inverted: bool, rounding: float) -> Tensor:
+def _too_rough(F: Tensor, W: Tensor, d: Tensor, L_inv: Tensor, inverted: bool, rounding: float) -> Tensor:
     """Whether rounding in P may have moved log|C| by more than its tolerance, [B].
 
     |ΔP_nr| ≤ ε|W_cr||f̃ₙ|, so that aᵣ² = Σ_c |W_cr|² Σₙ |f̃ₙ|²/dₙ, which takes less of F than the diagonal of G does.
@@ -115,7 +115,7 @@ def _too_rough(F: Tensor, W: Tensor, d: Tensor, C_inv: Tensor, inverted: bool, r
     precision = d.to(squares.dtype)
     precision = precision if inverted else precision.reciprocal()
     trace = (precision * squares.unsqueeze(1)).sum(2, dtype=torch.float64)  # [B, channels or 1]
-    return too_rough((W.double().square().sum(-1) * trace.unsqueeze(-1)).sum(1), C_inv, rounding)
+    return too_rough((W.double().square().sum(-1) * trace.unsqueeze(-1)).sum(1), L_inv, rounding)
 
 
 class Kept(NamedTuple):
@@ -134,7 +134,7 @@ def gradients(
     F: Tensor,
     W: Tensor,
     d: Tensor,
-    C_inv: Tensor,
+    L_inv: Tensor,
     wide: Tensor,
     needs: list[bool],
     kind: str,
@@ -158,6 +158,7 @@ def gradients(
     weights = {k: _weight(W64 if k == "float64" else W.to(work), B) for k in (kind, "float64")}
     sums = F.new_zeros(B, dtype=torch.float64)
     grad_rows = F.new_zeros(B, CR + SC, K + 1, dtype=torch.float64)
+    whole = inverse(L_inv)
     listed = heaviest.empty(F, B, R) if need_d and not one else None
     for n in _blocks(F, CR + SC):
         f, pixels, d_n, samples, grad_r = F[:, :, n], n.stop - n.start, _of(d, n), None, None
@@ -174,7 +175,7 @@ def gradients(
             flags = wide.view(torch.uint8) if products != kind else None
             product(weight, f, P.unsqueeze(1), products, ones=True, flags=flags)
             flagged = None if kind == "float64" else wide
-            sums += backward.gradients(samples, b, _factor(P, R), d_n, C_inv, flagged, grads, products)
+            sums += backward.gradients(samples, b, _factor(P, R), d_n, whole, flagged, grads, products)
         if grad_r is not None:
             z = grad_r.unflatten(2, (channels, pixels))
             made[:, CR:] = z.transpose(0, 1).flatten(1, 2)
@@ -188,9 +189,9 @@ def gradients(
         if need_F:
             product(back, made, grad_F[:, :, n].unsqueeze(1), kind)
     if listed is not None:
-        add_pi(grad_d, listed, F, W64, d, b)
+        add_pi(grad_d, listed, F, W64, d, L_inv, b)
     elif need_d:
-        grad_d.copy_((b * total_pi(F, W64, d, C_inv) + sums)[:, None, None])
+        grad_d.copy_((b * total_pi(F, W64, d, L_inv) + sums)[:, None, None])
     of_P, of_x = grad_rows.split([CR, SC], 1)
     grad_W, grad_m = of_P.unflatten(1, (R, channels)).transpose(1, 2), None
     if kept is not None:
