@@ -6,6 +6,7 @@ The folder ``kernels/`` is a source root, not a package (kernels/README.md says 
 
 import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -83,16 +84,21 @@ class BuildVariants(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if self.compiler.compiler_type == "msvc":
             raise CompileError("the CPU backend is written for GCC's and Clang's vector types")
-        common = {"extra_postargs": FLAGS, "depends": ext.depends, "debug": False}
-        temp, macros = Path(self.build_temp), [("HAS_X86_VARIANTS", "1")] if X86 else []
-        objects = self.compiler.compile(list(map(str, ONCE)), output_dir=str(temp), macros=macros, **common)
+        path, sources = Path(self.get_ext_fullpath(ext.name)), [*ext.sources, *ext.depends, "setup.py"]
+        if not self.force and path.exists() and path.stat().st_mtime > max(Path(s).stat().st_mtime for s in sources):
+            return
+
+        def compiled(job: tuple[Path, str, list[tuple[str, str]], list[str]]) -> list[str]:
+            source, folder, macros, flags = job
+            temp = Path(self.build_temp) / folder
+            return self.compiler.compile([str(source)], str(temp), macros, extra_postargs=FLAGS + flags)
+
+        jobs = [(source, "", [("HAS_X86_VARIANTS", "1")] if X86 else [], []) for source in ONCE]
         for name, flags in VARIANTS.items():
-            options = common | {"extra_postargs": FLAGS + flags}
-            objects += self.compiler.compile(
-                list(map(str, FOR_EACH)), output_dir=str(temp / name), macros=[("VARIANT", name)], **options
-            )
-        path = self.get_ext_fullpath(ext.name)
-        self.compiler.link_shared_object(objects, path, extra_postargs=["-pthread"], target_lang="c++")
+            jobs += [(source, name, [("VARIANT", name)], flags) for source in FOR_EACH]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [o for found in pool.map(compiled, jobs) for o in found]
+        self.compiler.link_shared_object(objects, str(path), extra_postargs=["-pthread"], target_lang="c++")
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
         return []  # no module of Python's: it is loaded with ctypes

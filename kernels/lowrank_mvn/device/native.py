@@ -26,7 +26,9 @@ def _load() -> ctypes.CDLL | str:
     package = Path(__file__).parent.parent
     found = [package / name for name in FILES if (package / name).exists()]
     if not found:
-        return "it was not built when lowrank_mvn was installed, which needs a C++17 compiler (GCC 12, Clang 15 or newer)"
+        return (
+            "it was not built when lowrank_mvn was installed, which needs a C++17 compiler (GCC 12, Clang 15 or newer)"
+        )
     try:
         library = ctypes.CDLL(str(found[0]))
     except OSError as error:
@@ -65,18 +67,21 @@ def use_variant(name: str) -> None:
         raise ValueError(f"the variant {name!r} does not run here")
 
 
-def function(name: str, numbers: int) -> Callable[..., None]:
-    """A function of the library that takes one call of so many numbers: sizes, addresses and strides."""
+def function(name: str, numbers: int) -> Callable[..., int]:
+    """A function of the library that takes one call of so many numbers: sizes, addresses and strides. It returns how
+    many items it is not sure of."""
     pack = struct.Struct(f"={numbers}q").pack
     called: Callable[[bytes], int] | None = None
 
-    def call(*values: int) -> None:
+    def call(*values: int) -> int:
         nonlocal called
         if called is None:
             called = getattr(library(), name)
-            called.argtypes = [ctypes.c_char_p]  # type: ignore[attr-defined]
-        if called(pack(*values)):
+            called.argtypes, called.restype = [ctypes.c_char_p], ctypes.c_int64  # type: ignore[attr-defined]
+        unsure = called(pack(*values))
+        if unsure < 0:
             raise MemoryError(f"no memory for {name}")
+        return unsure
 
     return call
 

@@ -5,8 +5,8 @@
 
 namespace VARIANT {
 
-template <class Call, void (*function)(const Call &)> static void pass(const void *call) {
-    function(*static_cast<const Call *>(call));
+template <class Call, int64_t (*function)(const Call &)> static int64_t pass(const void *call) {
+    return function(*static_cast<const Call *>(call));
 }
 
 extern const Passes passes = {

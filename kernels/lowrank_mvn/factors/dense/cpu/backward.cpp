@@ -3,7 +3,7 @@
 //     grad_x = 2az = −grad_loc        grad_P = 2b D⁻¹PC⁻¹ − 2a z vᵀ        grad_d = bπ − az²
 //
 // with z = D⁻¹(r − PC⁻¹g), π = (1 − h)/d and the leverages h = diag(PC⁻¹Pᵀ)/d. 1 − h cancels where h is near one: what is
-// least of it, and its sum, tell the caller whether to make grad_d again.
+// least of it, and its sum, tell whether the item has to be made with more care.
 #include <cmath>
 
 #include "dense.h"
@@ -18,14 +18,15 @@ INLINE bool wanted(const Tensor &t) { return t.data != nullptr; }
 
 template <class T> class Pass {
   public:
-    Pass(const Backward &call, int64_t b, Remainder &remainder) : call(call), b(b), remainder(remainder) {
+    Pass(const Backward &call, const double *whole, int64_t b, Remainder &remainder)
+        : call(call), b(b), remainder(remainder) {
         const int64_t rows = 2 * R + group + 5;
         scratch.reserve(Scratch::bytes<T>(rows * width) + Scratch::bytes<T>(R * R) + 2 * Scratch::bytes<T>(group * R));
         P = scratch.take<T>(rows * width);
         out = P + R * width, z = out + R * width, d_inv = z + group * width;
         h = d_inv + width, az = h + width, az_squared = az + width, row = az_squared + width;
         C_inv = scratch.take<T>(R * R), step = scratch.take<T>(group * R), v = scratch.take<T>(group * R);
-        for (int64_t i = 0; i < R * R; i++) C_inv[i] = T(call.C_inv[b * R * R + i]);
+        for (int64_t i = 0; i < R * R; i++) C_inv[i] = T(whole[i]);
     }
 
     // Pixels n0 to n0 + n.
@@ -129,14 +130,15 @@ template <class T> class Pass {
 
 } // namespace
 
-template <class T> Remainder go_back(const Backward &call, int64_t b, int64_t from, int64_t to) {
+template <class T>
+Remainder go_back(const Backward &call, const double *C_inv, int64_t b, int64_t from, int64_t to) {
     Remainder remainder{1, 0, 0};
-    Pass<T> pass(call, b, remainder);
+    Pass<T> pass(call, C_inv, b, remainder);
     for_blocks<T>(from, to, 1, [&](int64_t n0, int64_t n, int64_t padded) { pass.block(n0, n, padded); });
     return remainder;
 }
 
-template Remainder go_back<float>(const Backward &, int64_t, int64_t, int64_t);
-template Remainder go_back<double>(const Backward &, int64_t, int64_t, int64_t);
+template Remainder go_back<float>(const Backward &, const double *, int64_t, int64_t, int64_t);
+template Remainder go_back<double>(const Backward &, const double *, int64_t, int64_t, int64_t);
 
 } // namespace VARIANT

@@ -17,10 +17,10 @@ struct Forward {
     int64_t one_d;    // d has one value for all pixels of an item
     int64_t inverted; // d is the diagonal of D⁻¹
     int64_t in_double; // products in float64 for every item; else for those that float32 is too rough for
-    int64_t given;    // C_inv, logdet and wide are known
-    double *gram, *w;      // [B, R, R], [S, B, R]; not wanted where null, and nothing else is where given
-    double *C_inv, *logdet; // [B, R, R], [B]
-    uint8_t *wide;         // [B]
+    int64_t given;     // L_inv, logdet and wide are known
+    double *gram, *w;       // [B, R, R], [S, B, R]; outputs are not wanted where null
+    double *L_inv, *logdet; // [B, R, R], [B]
+    uint8_t *wide, *rough;  // [B]: made with products in float64; and not even these are good enough
     double *q, *v, *step;  // [S, B], [S, B, R], [S, B, R]
     char *residual;        // [S, B, N], float64 if in_double, else float32
 };
@@ -30,11 +30,11 @@ struct Backward {
     Tensor x, loc, P, d; // x and loc for their dtypes alone
     int64_t one_d, in_double, loc_samples;
     const double *a, *b; // gradients of q [S, B] and of log|Σ| [B]
-    const double *C_inv, *v, *step;
+    const double *L_inv, *v, *step;
     const uint8_t *wide;
     Tensor residual;
-    Tensor grad_x, grad_loc, grad_P, grad_d; // not wanted where null; grad_d float64 where d is one value
-    double *least, *rest;                    // [B]: the least 1 − hₙ, and their sum, where grad_d is wanted per pixel
+    Tensor grad_x, grad_loc, grad_P, grad_d; // not wanted where null
+    uint8_t *doubtful;                       // [B]: an item whose gradients are to be made with more care
 };
 
 struct Samples {
@@ -48,8 +48,12 @@ struct SamplesBackward {
     int64_t S, B, N, R, threads;
     Tensor grad_y, P, d, omega_p, omega_d;
     int64_t one_d, in_double;
-    Tensor grad_P, grad_d, grad_omega_d; // not wanted where null; grad_d float64 where d is one value
+    Tensor grad_P, grad_d, grad_omega_d; // not wanted where null
 };
+
+constexpr double EPS = 0x1p-52;
+// As `capacitance.GOOD_ENOUGH`: the largest ε Cⱼⱼ C⁻¹ⱼⱼ of a C that is made of P itself, for results in the dtype.
+INLINE double good_enough(bool in_double) { return in_double ? 1e-7 : 1e-4; }
 
 // Up to so many columns the sums of a block stay vectors, which are added up once a chunk; beyond, they would leave the
 // cache, and blocks are larger so that adding up lanes is a small part.
@@ -94,13 +98,14 @@ struct Remainder {
     double least, sum; // of 1 − h
     double grad_d;     // what q contributes, where d is one value
 };
-template <class T> Remainder go_back(const Backward &call, int64_t b, int64_t from, int64_t to);
+template <class T>
+Remainder go_back(const Backward &call, const double *C_inv, int64_t b, int64_t from, int64_t to);
 
-// What the library offers: forward.cpp, passes.cpp.
-void forward(const Forward &call);
-void backward(const Backward &call);
-void samples(const Samples &call);
-void samples_backward(const SamplesBackward &call);
+// What the library offers: forward.cpp, passes.cpp. The first two return how many items are rough, or doubtful.
+int64_t forward(const Forward &call);
+int64_t backward(const Backward &call);
+int64_t samples(const Samples &call);
+int64_t samples_backward(const SamplesBackward &call);
 
 // sampling.cpp
 template <class T> void sample(const Samples &call, int64_t b, int64_t from, int64_t to, int64_t s0, int64_t s1);
