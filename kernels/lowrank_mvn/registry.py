@@ -63,12 +63,12 @@ def chosen(impl: str | None, modules: Mapping[str, Any], device: torch.device, k
     Raises:
         ValueError: it is not available for that `kind` of argument; the error lists what is.
     """
-    available = [name for name in (*modules, "reference") if runs_on(name, device)]
     if _plain.depth and impl in (None, *modules):
         return "aten"
     if impl is None:
         own = "triton" if device.type == "cuda" else "cpu"
-        return own if own in available else "aten"
+        return own if own in modules and runs_on(own, device) else "aten"
+    available = [name for name in (*modules, "reference") if runs_on(name, device)]
     if impl not in available:
         why = f": {native.missing()}" if impl == "cpu" and device.type == "cpu" and native.missing() else ""
         raise ValueError(f"impl={impl!r} is not available for {kind} on {device}, expected one of {available}{why}")
@@ -131,7 +131,9 @@ def transformed() -> bool:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """The operators choose their own precision. Tensors without values have no autocast."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    if device.type == "meta" or not (torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type)):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def pull_back(function: Callable[..., Any], inputs: Sequence[Tensor], cotangents: Any) -> tuple[Tensor, ...]:
@@ -191,6 +193,19 @@ def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+PLAIN_TENSORS = Tensor, torch.nn.Parameter
+
+
+def _only_autograd(inputs: Sequence[Any]) -> bool:
+    """Whether nobody but autograd looks at what is done with these tensors, on the CPU: no compiler, trace, transform or
+    mode, and no other kind of tensor."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return False
+    return all(type(t) in PLAIN_TENSORS and t.is_cpu and not t.is_neg() for t in inputs if isinstance(t, Tensor))
+
+
 class Operator:
     """An operator of this package: call it with the arguments of its schema.
 
@@ -212,7 +227,8 @@ class Operator:
         library.impl(self.name, self.kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", self._shapes, lib=library)
         self._operator = getattr(torch.ops.lowrank_mvn, self.name)
-        self._function: Any = None
+        self._function: Any = None  # as an `autograd.Function`, for transforms
+        self._direct: Any = None  # and for autograd alone, without the dispatcher
         operators.append(self)
 
     def _shapes(self, *inputs: Any) -> Any:
@@ -224,6 +240,9 @@ class Operator:
     def __call__(self, *inputs: Any) -> Any:
         if _plain.depth:
             return self.kernel(*inputs)
+        if self._direct and _only_autograd(inputs):
+            recorded = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
+            return self._direct.apply(*inputs) if recorded else self.kernel(*inputs)
         return self._function.apply(*inputs) if self._function and transformed() else self._operator(*inputs)
 
     def register(
@@ -274,6 +293,13 @@ class Operator:
         qualname = f"{NAMESPACE}::{self.name}"
         torch.library.register_autograd(qualname, backward, setup_context=setup_context, lib=library)
         torch.library.register_vmap(qualname, vmap, lib=library)
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = self.kernel(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        direct = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._direct = type(self.name, (torch.autograd.Function,), direct)
         members = {
             "forward": staticmethod(lambda *inputs: self._operator(*inputs)),
             "setup_context": staticmethod(setup_context),

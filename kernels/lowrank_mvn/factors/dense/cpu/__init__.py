@@ -9,6 +9,7 @@ A pass is a C++ file of the name that it has in `aten`:
     backward        read P, write grad_P, and every other gradient
     sampling        samples from given noise, and their gradients
     sums, products  tiles of sums over pixels, and over columns
+    few             all of it for items of few pixels, one in each lane of a vector
     passes          how those without a second step are shared out
 
 Items for which even float64 needs care (rows of P that outweigh others, leverages near one) are made by `aten`.

@@ -205,6 +205,9 @@ class Run {
 
 } // namespace
 
-int64_t forward(const Forward &call) { return Run(call).run(); }
+int64_t forward(const Forward &call) {
+    const bool density = !call.given && !call.inverted && !call.gram;
+    return density && of_few(call) ? forward_of_few(call) : Run(call).run();
+}
 
 } // namespace VARIANT

@@ -9,10 +9,6 @@ namespace VARIANT {
 // Pixels of a unit. Fewer than of a chunk: what it leaves is no more than three numbers.
 constexpr int64_t UNIT = 1024;
 
-// As in leverage.py: below the first, 1 − h is made again; the error of a sum of leverages that float64 may leave; and
-// where every C⁻¹ⱼⱼ is below the third, P says much in all directions.
-constexpr double SMALL = 0.1, TOLERANCE = 1e-7, INFORMED = 1e-4;
-
 // Whether a product with C⁻¹ is not good enough; `work` has R * R + 2R places.
 static bool doubtful_rows(const double *L_inv, int64_t R, bool in_double, double *work) {
     double *inverse = work + R * R, *diagonal = inverse + R, largest = 0;
@@ -26,6 +22,7 @@ static bool doubtful_rows(const double *L_inv, int64_t R, bool in_double, double
 }
 
 int64_t backward(const Backward &call) {
+    if (of_few(call)) return backward_of_few(call);
     const int64_t B = call.B, N = call.N, R = call.R, units = parts(N, UNIT);
     const bool of_one_d = call.grad_d.data && call.one_d, of_each_d = call.grad_d.data && !call.one_d;
     Scratch room;
