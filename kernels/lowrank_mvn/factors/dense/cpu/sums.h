@@ -11,9 +11,7 @@ namespace VARIANT {
 
 template <class T, int M, int K>
 static void tile(const T *a, const T *b, int64_t width, int64_t n, Vec<T> *kept) {
-    Vec<T> sums[M][K];
-    for (int m = 0; m < M; m++)
-        for (int k = 0; k < K; k++) sums[m][k] = kept[m * K + k];
+    Vec<T> sums[M][K] = {};
     for (int64_t i = 0; i < n; i += LANES<T>) {
         Vec<T> left[M];
         for (int m = 0; m < M; m++) left[m] = load(a + m * width + i);
@@ -23,7 +21,7 @@ static void tile(const T *a, const T *b, int64_t width, int64_t n, Vec<T> *kept)
         }
     }
     for (int m = 0; m < M; m++)
-        for (int k = 0; k < K; k++) kept[m * K + k] = sums[m][k];
+        for (int k = 0; k < K; k++) kept[m * K + k] += sums[m][k];
 }
 
 template <class T> using Tile = void (*)(const T *, const T *, int64_t, int64_t, Vec<T> *);
