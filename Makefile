@@ -7,11 +7,12 @@ FOLDER ?= runs/faces
 
 PAGE := sosvae/editor/page
 
-.PHONY: help train test check page page-check bench bench-compare clean
+.PHONY: help train test sanitize check page page-check bench bench-compare clean
 
 help:
 	@echo "make train   train the default SOS-VAE and a β-VAE, write the figures ($(FOLDER))"
 	@echo "make test    run the tests (COVERAGE=1: and say which lines they reach)"
+	@echo "make sanitize  the compiled CPU backend under sanitizers (needs GCC)"
 	@echo "make check   lint and type-check; changes nothing"
 	@echo "make page    build the editor's page from its sources (needs Node 20)"
 	@echo "make bench   measure against torch, linear_operator and NumPyro; write tables and plots"
@@ -24,6 +25,9 @@ train: $(VENV)/.train
 # interpreter is traced too.
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(if $(COVERAGE),--cov --cov-report=term)
+
+sanitize:
+	.ci/sanitize
 
 check: $(VENV)/.test page-check
 	$(BIN)/ruff check .
