@@ -197,8 +197,8 @@ PLAIN_TENSORS = Tensor, torch.nn.Parameter
 
 
 def _only_autograd(inputs: Sequence[Any]) -> bool:
-    """Whether nobody but autograd looks at what is done with these tensors, on the CPU: no compiler, trace, transform or
-    mode, and no other kind of tensor."""
+    """Whether nobody but autograd looks at what is done with these tensors, on the CPU: no compiler, trace, transform
+    or mode, and no other kind of tensor."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
@@ -293,6 +293,7 @@ class Operator:
         qualname = f"{NAMESPACE}::{self.name}"
         torch.library.register_autograd(qualname, backward, setup_context=setup_context, lib=library)
         torch.library.register_vmap(qualname, vmap, lib=library)
+
         def forward(ctx: Any, *inputs: Any) -> Any:
             output = self.kernel(*inputs)
             setup_context(ctx, inputs, output)

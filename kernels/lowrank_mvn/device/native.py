@@ -1,7 +1,7 @@
 """The compiled CPU backend: its library, how a call is packed for it, and why there may be none.
 
-The sources are plain C++ (`csrc/` here, and `cpu/` in the folder of each kind of factor) with a C interface, so that one
-build serves every version of Python and torch. Work is shared out to a small pool of its own, as many threads as
+The sources are plain C++ (`csrc/` here, and `cpu/` in the folder of each kind of factor) with a C interface, so that
+one build serves every version of Python and torch. Work is shared out to a small pool of its own, as many threads as
 `torch.get_num_threads()`, and cut the same way whatever their number: 1 thread and 16 give the same bits.
 """
 
