@@ -86,6 +86,11 @@ def function(name: str, numbers: int) -> Callable[..., int]:
     return call
 
 
+def view_of(t: Tensor, i: int, j: int, k: int) -> View:
+    """A tensor with these strides."""
+    return t.data_ptr(), KINDS[t.dtype], i, j, k
+
+
 def view(t: Tensor, samples: int = 0) -> View:
     """A tensor [S, B, N] or [B, N, R]; one that has fewer than `samples` has one for all."""
     i, j, k = t.stride()

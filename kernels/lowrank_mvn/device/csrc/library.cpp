@@ -63,3 +63,4 @@ EXPORT int64_t lowrank_dense_samples(const void *call) { return guarded(chosen->
 EXPORT int64_t lowrank_dense_samples_backward(const void *call) {
     return guarded(chosen->passes.dense_samples_backward, call);
 }
+EXPORT int64_t lowrank_linear_residual(const void *call) { return guarded(chosen->passes.linear_residual, call); }

@@ -2,6 +2,7 @@
 #include "variants.h"
 
 #include "../../factors/dense/cpu/dense.h"
+#include "../../factors/linear/cpu/linear.h"
 
 namespace VARIANT {
 
@@ -14,6 +15,7 @@ extern const Passes passes = {
     pass<Backward, backward>,
     pass<Samples, samples>,
     pass<SamplesBackward, samples_backward>,
+    pass<LinearResidual, linear_residual>,
 };
 
 } // namespace VARIANT

@@ -7,7 +7,7 @@
 using Pass = int64_t (*)(const void *call);
 
 struct Passes {
-    Pass dense_forward, dense_backward, dense_samples, dense_samples_backward;
+    Pass dense_forward, dense_backward, dense_samples, dense_samples_backward, linear_residual;
 };
 
 namespace baseline { extern const Passes passes; }

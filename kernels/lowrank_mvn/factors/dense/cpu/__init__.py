@@ -2,13 +2,12 @@
 
 A pass is a C++ file of the name that it has in `aten`:
 
-    dense.h         the calls, and how they are cut into units, chunks and blocks
+    dense.h         the calls; how they are cut into units, chunks and blocks: `device/csrc/blocks.h`
     capacitance     read P: C, w, log|D|
     residual        read P: r = δ − Pv in float64, q(v), PᵀD⁻¹r
     forward         these two, with the R×R algebra between them and after
     backward        read P, write grad_P, and every other gradient
     sampling        samples from given noise, and their gradients
-    sums, products  tiles of sums over pixels, and over columns
     few             all of it for items of few pixels, one in each lane of a vector
     passes          how those without a second step are shared out
 

@@ -6,8 +6,8 @@
 // least of it, and its sum, tell whether the item has to be made with more care.
 #include <cmath>
 
+#include "../../../device/csrc/products.h"
 #include "dense.h"
-#include "products.h"
 
 namespace VARIANT {
 namespace {

@@ -4,8 +4,8 @@
 #include <cmath>
 
 #include "../../../device/csrc/logarithm.h"
+#include "../../../device/csrc/sums.h"
 #include "dense.h"
-#include "sums.h"
 
 namespace VARIANT {
 namespace {
@@ -27,13 +27,12 @@ template <class T> void multiply_rows(T *rows, int64_t count, int64_t width, con
 
 template <class T>
 void sums(const Forward &call, int64_t b, int64_t from, int64_t to, int64_t s0, int64_t s1, bool triangle, double *out) {
-    const int64_t R = call.R, S = s1 - s0, width = row_width<T>(R), places = Sums<T>::places(R, S);
+    const int64_t R = call.R, S = s1 - s0, width = row_width<T>(R), places = Sums<T>::places(R, S, triangle);
     scratch.reserve(Scratch::bytes<T>((R + S) * width) + 2 * Scratch::bytes<double>(width) +
                     Scratch::bytes<Vec<T>>(places));
     T *rows = scratch.take<T>((R + S) * width), *scale = (T *)scratch.take<double>(width);
     double *d = scratch.take<double>(width);
-    Sums<T> made{R, S, triangle, Sums<T>::are_few(R, S), out, scratch.take<Vec<T>>(places)};
-    made.clear(places);
+    Sums<T> made(R, S, triangle, out, scratch.take<Vec<T>>(places));
     Logarithm log_D;
     const bool logarithm = triangle && !call.one_d && !call.inverted;
     for_blocks<T>(from, to, R, [&](int64_t n0, int64_t n, int64_t padded) {

@@ -3,8 +3,8 @@
 //     grad_P = Σ_s grad_y ω_pᵀ        grad_d = Σ_s grad_y ω_d / (2√d)        grad_ω_d = √d grad_y
 #include <cmath>
 
+#include "../../../device/csrc/products.h"
 #include "dense.h"
-#include "products.h"
 
 namespace VARIANT {
 namespace {

@@ -1,7 +1,7 @@
 // Sums of rows, Σ_k c[m][k] row[k]: what a matrix times P is, where pixels lie along the rows.
 #pragma once
 
-#include "dense.h"
+#include "vectors.h"
 
 namespace VARIANT {
 
