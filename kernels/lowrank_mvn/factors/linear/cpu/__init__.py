@@ -1,4 +1,4 @@
-"""The closed forms for a linear factor on the CPU: the steps that are no products as compiled C++, the others as `aten`.
+"""The closed forms for a linear factor on the CPU: the residual as compiled C++, everything else as `aten`.
 
 residual    read F: r = δ − F̃ᵀ(u + m) in float64, F̃D⁻¹r, rᵀD⁻¹r
 """
