@@ -17,7 +17,7 @@ Residuals = tuple[Tensor, Tensor, Tensor]
 def residuals(x: Tensor, loc: Tensor | None, F: Tensor, minus_u: Tensor, d: Tensor, wide: Tensor) -> Residuals:
     """r = x − loc − F̃ᵀu [S, B, channels, pixels], F̃D⁻¹r [B, S·channels, K+1] and rᵀD⁻¹r [B, S·channels].
 
-    `minus_u` [B, S·channels, K+1] and the sums are float64; r is made in float64 and rounded once, to the products' dtype.
+    `minus_u` [B, S·channels, K+1] and the sums are float64; r is made in float64 and rounded once.
     """
     (S, B, channels, _), K = x.shape, F.shape[1]
     rows, dtype = S * channels, product_dtype(x, F, d)
