@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from .registry import recorded, transformed
+
 # An item's C is made again with float64 products where rounding in float32 could move log|C| by more than this.
 LOG_DET_TOLERANCE = 0.01  # nats
 
@@ -183,18 +185,44 @@ def improve(
                 doubtful[items] = inexact(C2.diagonal(dim1=-2, dim2=-1), step, dtype)
 
 
-def posterior(gram: Tensor, w: Tensor, d: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def posterior(
+    gram: Tensor,
+    w: Tensor,
+    d: Tensor | None = None,
+    exactly: Callable[[], tuple[Tensor, Tensor]] | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
     """L⁻ᵀ and C⁻¹w of C = I + gram = LLᵀ [B, R, R] and w [B, R, S], differentiable.
 
     Where `d` [B, 1] is one value for all pixels, gram and w are those of `fixed` d, and its gradient is made here: it
     is what cancellation leaves of much larger terms, and a sum over pixels in float32 would keep nothing of it.
+
+    `exactly` gives L⁻¹ and C⁻¹w [S, B, R] as a density has them, from two more passes over P. They take the place of
+    what gram and w give where that is not enough for `dtype`: on the CPU, and where a program may look at values.
     """
     if d is not None and d.shape[1] == 1:
         ratio = (d.detach() / d.double()).unsqueeze(-1)  # 1, with the gradient of 1/d
         gram, w = gram * ratio, w * ratio
     identity = torch.diag_embed(torch.ones_like(gram[..., 0]))
-    L = torch.linalg.cholesky_ex(gram + identity)[0]
-    return torch.linalg.solve_triangular(L.mT, identity, upper=True), torch.cholesky_solve(w, L)
+    C = gram + identity
+    L, info = torch.linalg.cholesky_ex(C)
+    looks = type(C) is Tensor and C.device.type == "cpu"
+    looks = looks and not (torch.compiler.is_compiling() or transformed() or recorded())
+    if looks and bool((info != 0).any()):
+        L, _ = torch.linalg.cholesky_ex(C + torch.diag_embed(noise(C.detach())))
+    L_inv_t, v = torch.linalg.solve_triangular(L.mT, identity, upper=True), torch.cholesky_solve(w, L)
+    if exactly is None or not looks:
+        return L_inv_t, v
+    squares = C.detach().diagonal(dim1=-2, dim2=-1)
+    if not bool(inexact(squares, L_inv_t.detach().mT, dtype).any()):
+        return L_inv_t, v
+    exact_L_inv, exact_v = exactly()
+    return replaced(L_inv_t, exact_L_inv.mT), replaced(v, exact_v.permute(1, 2, 0))
+
+
+def replaced(t: Tensor, value: Tensor) -> Tensor:
+    """`value`, with the derivatives of `t`."""
+    return t - t.detach() + value.detach()
 
 
 def fixed(d: Tensor) -> Tensor:

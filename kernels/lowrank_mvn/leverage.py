@@ -219,35 +219,88 @@ def without_cancellation(A: Tensor, root: Tensor | None, L_inv: Tensor) -> tuple
     return U.mT @ U + V @ V.mT, Y
 
 
-def add_pi(
-    grad_d: Tensor,
-    heaviest: Tensor,
-    d: Tensor,
-    L_inv: Tensor,
-    grad_logdet: Tensor,
-    rows: Callable[[Tensor], Tensor],
-    gram: Callable[[Tensor, Tensor], Tensor],
-) -> None:
-    """Adds grad_logdet π to grad_d [B, N] at the pixels that a kernel left out; nothing waits for the host.
+class Listed:
+    """The pixels H that a kernel has listed for each item [B, 1 + k], behind their number; nothing waits for the host.
 
     Args:
-        heaviest: lists of the pixels [B, 1 + k], which begin with their number.
+        d: [B, N].
         rows: gives pₙ [B, k, R] in float64 of indices [B, k].
-        gram: gives Pᵀ diag(ρ) P [B, R, R] of a precision ρ [B, N] for the items that are flagged [B], 0 for the others.
+        gram: gives Pᵀ diag(ρ) P [B, R, R] of a precision ρ [B, N] for the items that are flagged [B], 0 for the others;
+            of APᵀ in the place of Pᵀ where it is given A [B, R, R].
+        exactly: to float64's rounding; else as float32 has to be.
     """
-    count, H = heaviest[:, :1], heaviest[:, 1:].long()
-    listed = torch.arange(H.shape[1], device=H.device) < count
-    H = torch.where(listed, H, H[:, :1])  # as if pixels were listed several times
-    precision = d.to(torch.promote_types(d.dtype, torch.float32)).reciprocal()
-    scale = precision.gather(1, H).double().mul_(listed).sqrt_()
-    A = rows(H) * scale.unsqueeze(-1)
-    rest = gram(precision.scatter_(1, H, 0), (count[:, 0] > 0).view(torch.uint8))
-    root = lower_inverse(factorise(with_identity(rest))[0])
-    pi = without_cancellation(A, root, L_inv)[0].diagonal(dim1=-2, dim2=-1) * scale.square()
-    grad_d.scatter_add_(1, H, (grad_logdet.unsqueeze(1) * pi).to(grad_d.dtype))
 
+    def __init__(
+        self,
+        listed: Tensor,
+        d: Tensor,
+        L_inv: Tensor,
+        rows: Callable[[Tensor], Tensor],
+        gram: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        exactly: bool,
+    ) -> None:
+        count, H = listed[:, :1], listed[:, 1:].long()
+        self.listed = torch.arange(H.shape[1], device=H.device) < count
+        self.H = torch.where(self.listed, H, H[:, :1])  # as if pixels were listed several times
+        precision = d.to(torch.promote_types(d.dtype, torch.float32)).reciprocal()
+        self.scale = precision.gather(1, self.H).double().mul_(self.listed).sqrt_()
+        self.A, self.L_inv = rows(self.H) * self.scale.unsqueeze(-1), L_inv
+        precision, flags = precision.scatter(1, self.H, 0), (count[:, 0] > 0).view(torch.uint8)
+        C = with_identity(gram(precision, flags, None))
+        root, log_det = factorise(C)
+        if exactly:
+            everyone = torch.ones_like(flags, dtype=torch.bool)
+            improve(root, log_det, C, everyone, C.dtype, lambda items: gram(precision, flags, root)[items])
+        self.precision, self.Y = without_cancellation(self.A, lower_inverse(root), L_inv)
+        self.pi = self.precision.diagonal(dim1=-2, dim2=-1) * self.scale.square()
 
-def sum_of_few(P: Tensor, d: Tensor, L_inv: Tensor) -> Tensor:
-    """Σₙ πₙ [B] of one d [B] and no more pixels than columns: P [B, N, R] in float64."""
-    precision, _ = without_cancellation(P * d.double().rsqrt()[:, None, None], None, L_inv)
-    return precision.diagonal(dim1=-2, dim2=-1).sum(1) / d.double()
+    def add_pi(self, grad_d: Tensor, grad_logdet: Tensor) -> None:
+        """Adds grad_logdet π to grad_d [B, N]."""
+        grad_d.scatter_add_(1, self.H, (grad_logdet.unsqueeze(1) * self.pi).to(grad_d.dtype))
+
+    def mend(
+        self,
+        grads: Gradients,
+        grad_q: Tensor,
+        grad_logdet: Tensor,
+        residual: Tensor,
+        step: Tensor,
+        v: Tensor,
+    ) -> None:
+        """Makes gradients again; grad_q [B, S], grad_logdet [B], r before the last step [S, B, N], step, v [S, B, R].
+
+        z is that of δ − Pv at any v: D_H^(−½)(XD_H^(−½)r_H − Yg_L), with the part g_L of g = C step that other pixels
+        have.
+        """
+        b = grad_logdet.unsqueeze(1)
+        grad_d, rows, mean = b * self.pi, 2 * (b * self.scale).unsqueeze(-1) * self.Y, torch.zeros_like(self.scale)
+        L, size = lower_inverse(self.L_inv), max(1, VALUES // max(1, self.H.numel()))
+        for start in range(0, len(residual), size):
+            s = slice(start, start + size)
+            H = self.H.expand(*residual[s].shape[:2], -1)
+            r = residual[s].gather(2, H).double() * self.scale
+            g = torch.matmul(torch.matmul(step[s].unsqueeze(2), L), L.mT) - torch.matmul(r.unsqueeze(2), self.A)
+            z = torch.matmul(r.unsqueeze(2), self.precision) - torch.matmul(g, self.Y.mT)
+            z = z.squeeze(2) * self.scale
+            az = grad_q.T[s].unsqueeze(2) * z
+            grad_d -= (az * z).sum(0)
+            rows -= 2 * torch.einsum("sbk,sbr->bkr", az, v[s])
+            mean -= 2 * az.sum(0)
+            if grads.x is not None:
+                self._put(grads.x[s], 2 * az)
+            if grads.loc is not None and len(grads.loc) == len(residual):
+                self._put(grads.loc[s], -2 * az)
+        if grads.loc is not None and len(grads.loc) != len(residual):
+            self._put(grads.loc, mean.unsqueeze(0))
+        if grads.P is not None:
+            for grad, row in zip(grads.P.unbind(2), rows.unbind(2), strict=True):
+                self._put(grad, row)
+        if grads.d is not None:
+            self._put(grads.d, grad_d)
+
+    def _put(self, grad: Tensor, values: Tensor) -> None:
+        """Writes values [..., B, k] into grad [..., B, N] at the pixels that are listed."""
+        H, listed = (t.expand(values.shape) for t in (self.H, self.listed))
+        values = values.to(grad.dtype)
+        spare = torch.where(listed, values, grad.gather(-1, H))  # what is there already, where nothing is listed
+        grad.scatter_(-1, H, torch.where(listed, values, spare[..., :1]))

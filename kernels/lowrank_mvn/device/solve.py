@@ -10,9 +10,9 @@ so that one matrix holds both: to the left what L⁻¹ has become, to the right 
 so that no pivoting is needed; a pivot that rounding has left below R units in the last place of Cₖₖ counts as that,
 which keeps L⁻¹ finite wherever C is. For R > 64 the matrix lies in the output buffer.
 
-`wide` marks the items whose C is to be made again with float64 products: rounding may have moved log|C| by more than
-LOG_DET_TOLERANCE. The test is that of `capacitance.too_rough`, which has the bound; it stands here again because C is
-in registers here, and nowhere else. An item whose pivots are not finite is NaN.
+`wide` marks the items that `again` makes better, with products in float64: rounding may have moved log|C| by too much,
+or a pivot is not finite (then L⁻¹ is I). The test is that of `capacitance.too_rough`, which has the bound; it stands
+here again because C is in registers here, and nowhere else.
 """
 
 import torch
@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..capacitance import LOG_DET_TOLERANCE
 from . import launch
 
 # The widest padded rank that is swept in registers, 16 float64 values of C in each of 256 lanes (32 in each of 128 do
@@ -31,7 +30,7 @@ IN_HAND = 1024
 
 
 @triton.jit
-def _sum_of_splits(gram_ptr, rows, columns, SPLITS, R: tl.constexpr):
+def sum_of_splits(gram_ptr, rows, columns, SPLITS, R: tl.constexpr):
     """Rows [n, 1] of C − I, both sides of the diagonal."""
     where = tl.maximum(rows, columns) * R + tl.minimum(rows, columns)
     total = tl.zeros((rows.shape[0], columns.shape[1]), tl.float64)
@@ -70,7 +69,7 @@ def _eliminate_in_registers(gram_ptr, noise, SPLITS, R: tl.constexpr, BLOCK_R: t
     offs = tl.arange(0, BLOCK_R)
     rows = offs[:, None]
     columns = offs[None, :]
-    C = _sum_of_splits(gram_ptr, rows, columns, SPLITS, R) + (rows == columns).to(tl.float64)
+    C = sum_of_splits(gram_ptr, rows, columns, SPLITS, R) + (rows == columns).to(tl.float64)
     diagonal = tl.sum(tl.where(rows == columns, C, 0.0), 0)
     log_det = tl.zeros((), tl.float64)
     finite = tl.full((), 1, tl.int32)
@@ -87,20 +86,13 @@ def _eliminate_in_registers(gram_ptr, noise, SPLITS, R: tl.constexpr, BLOCK_R: t
 
 
 @triton.jit
-def _eliminate_in_memory(
-    C_ptr, gram_ptr, noise, SPLITS, R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_ROWS: tl.constexpr
-):
-    """Likewise, but L⁻¹ takes the place of C, which is put there first.
+def eliminate_in_memory(C_ptr, noise, R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """log|C|, whether the pivots are finite, and the diagonal of C, whose place L⁻¹ takes.
 
     Some rows at a time; what the threads of a program wrote is visible after a barrier.
     """
     offs = tl.arange(0, BLOCK_R)
     columns = offs[None, :]
-    for i in range(0, R, BLOCK_ROWS):
-        rows = (i + tl.arange(0, BLOCK_ROWS))[:, None]
-        row = _sum_of_splits(gram_ptr, rows, columns, SPLITS, R) + (rows == columns).to(tl.float64)
-        tl.store(C_ptr + rows * R + columns, row, mask=(rows < R) & (columns < R))
-    tl.debug_barrier()
     diagonal = tl.load(C_ptr + offs * R + offs, mask=offs < R, other=0.0)
     log_det = tl.zeros((), tl.float64)
     finite = tl.full((), 1, tl.int32)
@@ -122,6 +114,17 @@ def _eliminate_in_memory(
 
 
 @triton.jit
+def of_diagonal(log_det, logdet_D_ptr, d_at, b, N, SPLITS, ONE_D: tl.constexpr):
+    """log|Σ| = log|C| + log|D| of item b."""
+    if ONE_D:
+        log_det += N * tl.log(tl.load(d_at[0] + b * d_at[1]).to(tl.float64))
+    else:
+        for s in range(SPLITS):
+            log_det += tl.load(logdet_D_ptr + b * SPLITS + s)
+    return log_det
+
+
+@triton.jit
 def solve_kernel(
     gram_ptr,  # [B, SPLITS, R, R], the lower triangle of C − I
     w_ptr,  # [B, SPLITS, R], or none
@@ -130,7 +133,8 @@ def solve_kernel(
     L_inv_ptr,  # [B, R, R]
     v_ptr,  # [B, R], written if there is w
     logdet_ptr,  # [B]
-    wide_ptr,  # [B], read if FLAGGED; written unless FINAL
+    wide_ptr,  # [B], written unless FINAL
+    flag_ptr,  # [B], or none for all items
     N,
     SPLITS,
     rounding,
@@ -138,14 +142,13 @@ def solve_kernel(
     R: tl.constexpr,
     ONE_D: tl.constexpr,
     FINAL: tl.constexpr,
-    FLAGGED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
     """L⁻¹, v = L⁻ᵀL⁻¹w, log|Σ| = Σ log p + log|D|, and whether ε(Σⱼ √(Cⱼⱼ C⁻¹ⱼⱼ))² exceeds the tolerance."""
     b = tl.program_id(0).to(tl.int64)
-    if FLAGGED:  # noqa: SIM102  (decided when compiling)
-        if tl.load(wide_ptr + b) == 0:
+    if flag_ptr is not None:  # noqa: SIM102  (decided when compiling)
+        if tl.load(flag_ptr + b) == 0:
             return
     gram_ptr += b * SPLITS * R * R
     L_inv_ptr += b * R * R
@@ -158,15 +161,20 @@ def solve_kernel(
             w += tl.load(w_ptr + (b * SPLITS + s) * R + offs, mask=offs < R, other=0.0).to(tl.float64)
     columns = offs[None, :]
     if BLOCK_R > REGISTERS_R:
-        log_det, finite, diagonal = _eliminate_in_memory(L_inv_ptr, gram_ptr, noise, SPLITS, R, BLOCK_R, BLOCK_ROWS)
+        for i in range(0, R, BLOCK_ROWS):
+            rows = (i + tl.arange(0, BLOCK_ROWS))[:, None]
+            row = sum_of_splits(gram_ptr, rows, columns, SPLITS, R) + (rows == columns).to(tl.float64)
+            tl.store(L_inv_ptr + rows * R + columns, row, mask=(rows < R) & (columns < R))
+        tl.debug_barrier()
+        log_det, finite, diagonal = eliminate_in_memory(L_inv_ptr, noise, R, BLOCK_R, BLOCK_ROWS)
         ok = finite > 0
         inverse = tl.zeros((BLOCK_R,), tl.float64)
         for i in range(0, R, BLOCK_ROWS):
             rows = (i + tl.arange(0, BLOCK_ROWS))[:, None]
             mask = (rows < R) & (columns < R)
             L_inv = tl.load(L_inv_ptr + rows * R + columns, mask=mask, other=0.0)
-            if FINAL:
-                tl.store(L_inv_ptr + rows * R + columns, float("nan"), mask=mask & (finite == 0))
+            lost = float("nan") if FINAL else (rows == columns).to(tl.float64)
+            tl.store(L_inv_ptr + rows * R + columns, lost, mask=mask & (finite == 0))
             inverse += tl.sum(L_inv * L_inv, 0)
             v += tl.sum(L_inv * tl.sum(L_inv * w[None, :], 1)[:, None], 0)
     else:
@@ -176,17 +184,12 @@ def solve_kernel(
         inverse = tl.sum(L_inv * L_inv, 0)
         w_row = tl.sum(tl.where(rows == columns, w[:, None], 0.0), 0)
         v = tl.sum(L_inv * tl.sum(L_inv * w_row[None, :], 1)[:, None], 0)
-        if FINAL:
-            L_inv = tl.where(ok, L_inv, float("nan"))
+        lost = float("nan") if FINAL else (rows == columns).to(tl.float64)
+        L_inv = tl.where(ok, L_inv, lost)
         tl.store(L_inv_ptr + rows * R + columns, L_inv, mask=(rows < R) & (columns < R))
-    if ONE_D:
-        log_det += N * tl.log(tl.load(d_at[0] + b * d_at[1]).to(tl.float64))
-    else:
-        for s in range(SPLITS):
-            log_det += tl.load(logdet_D_ptr + b * SPLITS + s)
+    log_det = of_diagonal(log_det, logdet_D_ptr, d_at, b, N, SPLITS, ONE_D)
     if FINAL:
         log_det = tl.where(ok, log_det, float("nan"))
-        v = tl.where(ok, v, float("nan"))
     tl.store(logdet_ptr + b, log_det)
     if w_ptr is not None:
         tl.store(v_ptr + b * R + offs, v, mask=offs < R)
@@ -212,7 +215,7 @@ def gram_kernel(
         if tl.load(flag_ptr + b) == 0:
             return
     columns = tl.arange(0, BLOCK_R)[None, :]
-    row = _sum_of_splits(part_ptr + b * SPLITS * R * R, i, columns, SPLITS, R)
+    row = sum_of_splits(part_ptr + b * SPLITS * R * R, i, columns, SPLITS, R)
     tl.store(gram_ptr + (b * R + i) * R + columns, row, mask=columns < R)
 
 
@@ -222,6 +225,7 @@ def refine_kernel(
     q_part_ptr,  # [S, B, SPLITS], partial sums of rᵀD⁻¹r
     L_inv_ptr,  # [B, R, R]
     v_ptr,  # [S, B, R], read unless FIRST; written
+    step_ptr,  # [S, B, R], written unless FIRST
     q_ptr,  # [S, B], written unless FIRST
     B,
     SPLITS,
@@ -230,7 +234,7 @@ def refine_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """v = C⁻¹w if FIRST; else g = PᵀD⁻¹r − v, q = rᵀD⁻¹r + vᵀv − ‖L⁻¹g‖² and v ← v + C⁻¹g; C⁻¹ is L⁻ᵀL⁻¹."""
+    """v = C⁻¹w if FIRST; else g = PᵀD⁻¹r − v, q = rᵀD⁻¹r + vᵀv − ‖L⁻¹g‖², C⁻¹g and v ← v + C⁻¹g; C⁻¹ is L⁻ᵀL⁻¹."""
     pid = tl.program_id(0).to(tl.int64)  # s·B + b
     L_inv_ptr += (pid % B) * R * R
     offs = tl.arange(0, BLOCK_R)
@@ -238,6 +242,7 @@ def refine_kernel(
     g = tl.zeros((BLOCK_R,), tl.float64)
     q = tl.zeros((), tl.float64)
     v = tl.zeros((BLOCK_R,), tl.float64)
+    step = tl.zeros((BLOCK_R,), tl.float64)
     for s in range(SPLITS):
         g += tl.load(g_ptr + (pid * SPLITS + s) * R + offs, mask=mask, other=0.0)
         if not FIRST:
@@ -252,10 +257,11 @@ def refine_kernel(
         L_inv = tl.load(L_inv_ptr + rows[:, None] * R + offs[None, :], mask=inside, other=0.0)
         half = tl.sum(L_inv * g[None, :], 1)
         q -= tl.sum(half * half, 0)
-        v += tl.sum(L_inv * half[:, None], 0)
+        step += tl.sum(L_inv * half[:, None], 0)
     tl.debug_barrier()  # all of v is read before any of it is written
-    tl.store(v_ptr + pid * R + offs, v, mask=mask)
+    tl.store(v_ptr + pid * R + offs, v + step, mask=mask)
     if not FIRST:
+        tl.store(step_ptr + pid * R + offs, step, mask=mask)
         tl.store(q_ptr + pid, q)
 
 
@@ -264,12 +270,15 @@ def solve(
     d: Tensor,
     N: int,
     out: tuple[Tensor, Tensor | None, Tensor, Tensor],
-    final: bool,
-    flagged: bool,
-    rounding: float = 0.0,
+    rounding: float,
+    tolerance: float,
+    flags: Tensor | None = None,
 ) -> None:
     """Fills `out` = L⁻¹ [B, R, R], v [1, B, R] (if there is w), log|Σ| [B] and `wide` [B], from the partial sums of
-    `capacitance`: PᵀD⁻¹P, w and log|D|, the last not needed where d [B, N or 1] is one value per item."""
+    `capacitance`: PᵀD⁻¹P, w and log|D|, the last not needed where d [B, N or 1] is one value per item.
+
+    With `flags` [B] only the flagged items; then `wide` stays as it is, and what is not finite is NaN.
+    """
     (gram, w, logdet_D), (L_inv, v, logdet, wide) = parts, out
     R = gram.shape[-1]
     block_r = launch.padded_rank(R)
@@ -285,14 +294,14 @@ def solve(
         v_ptr=v,
         logdet_ptr=logdet,
         wide_ptr=wide.view(torch.uint8),
+        flag_ptr=flags,
         N=N,
         SPLITS=gram.shape[1],
         rounding=rounding,
-        tolerance=LOG_DET_TOLERANCE,
+        tolerance=tolerance,
         R=R,
         ONE_D=d.shape[1] == 1,
-        FINAL=final,
-        FLAGGED=flagged,
+        FINAL=flags is not None,
         BLOCK_R=block_r,
         BLOCK_ROWS=max(1, IN_HAND // block_r) if block_r > REGISTERS_R.value else 16,
     )
@@ -314,8 +323,8 @@ def whole(parts: Tensor, gram: Tensor, flags: Tensor | None) -> None:
     )
 
 
-def refine(g: Tensor, q_part: Tensor, L_inv: Tensor, v: Tensor, q: Tensor, first: bool) -> None:
-    """v = C⁻¹w [S, B, R] if `first`, else q [S, B] and the refined v, in place."""
+def refine(g: Tensor, q_part: Tensor, L_inv: Tensor, v: Tensor, step: Tensor | None, q: Tensor, first: bool) -> None:
+    """v = C⁻¹w [S, B, R] if `first`, else q [S, B], the last step C⁻¹g and the refined v, in place."""
     S, B, splits, R = g.shape
     block_r = launch.padded_rank(R)
     launch.launch(
@@ -326,6 +335,7 @@ def refine(g: Tensor, q_part: Tensor, L_inv: Tensor, v: Tensor, q: Tensor, first
         q_part_ptr=q_part,
         L_inv_ptr=L_inv,
         v_ptr=v,
+        step_ptr=step,
         q_ptr=q,
         B=B,
         SPLITS=splits,

@@ -125,8 +125,17 @@ class DenseFactor(_Dense, Factor):
             P = layout.factors(P)
             known = torch.where(observed, fixed(given).to(high), d.new_ones(()))
             precision = layout.vectors(known.reciprocal() * observed)
-            gram, w = op.normal_equations(layout.samples(value), layout.means(loc), P, precision, impl)
-            L_inv_t, v = (t.to(high) for t in posterior(gram, w.permute(1, 2, 0), layout.vectors(given)))
+            observations = layout.samples(value), layout.means(loc), P
+            gram, w = op.normal_equations(*observations, precision, impl)
+
+            def exactly() -> tuple[Tensor, Tensor]:
+                with torch.no_grad():
+                    none = None, None, None
+                    made = op.mahalanobis_and_logdet(*observations, precision.reciprocal(), *none, impl)
+                return made[2], made[3]
+
+            found = posterior(gram, w.permute(1, 2, 0), layout.vectors(given), exactly, high)
+            L_inv_t, v = (t.to(high) for t in found)
             P = P.to(high)
             deviation = layout.restore(torch.bmm(v.mT, P.mT).transpose(0, 1))
             factor = torch.bmm(P, L_inv_t) if P.stride(-1) <= P.stride(-2) else torch.bmm(L_inv_t.mT, P.mT).mT

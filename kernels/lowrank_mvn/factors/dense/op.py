@@ -39,15 +39,14 @@ def _like(t: Tensor) -> Tensor:
 
 def _forward_fake(x, loc, P, d, L_inv, logdet, wide, impl):  # type: ignore[no-untyped-def]
     (S, B, N), R = x.shape, P.shape[2]
-    keeps = IMPLEMENTATIONS[impl].KEEPS_RESIDUAL
     new = P.new_empty
     return (
         new(S, B, dtype=torch.float64),
         new(B, dtype=torch.float64),
         new(B, R, R, dtype=torch.float64),
         new(S, B, R, dtype=torch.float64),
-        new(S, B, R if keeps else 0, dtype=torch.float64),
-        new(S, B, N if keeps else 0, dtype=product_dtype(x, loc, P, d) if keeps else torch.float64),
+        new(S, B, R, dtype=torch.float64),
+        new(S, B, N, dtype=product_dtype(x, loc, P, d)),
         new(B, dtype=torch.bool),
     )
 

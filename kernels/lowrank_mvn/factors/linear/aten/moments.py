@@ -121,7 +121,8 @@ def factorised(
     float64 out of any dtype."""
     B, given = F.shape[0], [] if samples is None else [samples[0]]
     wanted = product_dtype(*given, F, W, d)
-    dtype = wanted if F.device.type == "cpu" else torch.float64
+    few = W.shape[1] * F.shape[2] <= 2 * W.shape[2]  # float64 costs no more, and any of them may be all that P says
+    dtype = wanted if F.device.type == "cpu" and not few else torch.float64
     W = W.double()
     WG, wF, diagonal = sums(samples, F, W, d, slice(0, B), dtype, inverted)
     gram = forms.gram(WG, W)
