@@ -11,6 +11,8 @@ the command line are imported where they are used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from .config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainingConfig, from_dict, to_dict
     from .data import ChangedDataError, Dataset, Split, load
