@@ -186,8 +186,22 @@ def as_observed(observed: object, parameters: Normal | LocalNormal) -> Tensor:
     return checks.mask("observed", observed, parameters.N, parameters.mean.device)
 
 
-def as_noise(noise: tuple[Tensor, Tensor] | None, parameters: Normal, shape: torch.Size, impl: str) -> Noise:
-    """Noise for samples of that shape [*shape, N]: given, or drawn; the kernels of "triton" draw ω_d themselves."""
+def as_noise(
+    noise: tuple[Tensor, Tensor] | None,
+    parameters: Normal,
+    shape: torch.Size,
+    impl: str,
+    temperature: tuple[float, float] = (1.0, 1.0),
+) -> Noise:
+    """Noise for samples of that shape [*shape, N]: given, or drawn; the kernels of "triton" draw ω_d themselves.
+
+    A `temperature` (t_P, t_L) other than 1 scales it; ω_d is then drawn here.
+    """
+    t_P, t_L = checks.temperatures(temperature)
+    if temperature != (1.0, 1.0):
+        omega_p, omega_d = as_noise(noise, parameters, shape, "aten")
+        assert omega_d is not None
+        return Noise(t_P * omega_p, t_L * omega_d)
     N, R = parameters.N, parameters.factor.shape[-1]
     if noise is None:
         return Noise(_drawn(parameters, shape, R), None if impl == "triton" else _drawn(parameters, shape, N))
