@@ -57,7 +57,7 @@ __all__ = [
     "train",
 ]
 
-# Where the names above are, what is quick to import first.
+# Modules of the names above; those that import quickly come first.
 _HOMES = (
     *("config", "presets", "data", "models.vae", "models.observation", "objective", "evaluation.samples"),
     *("tools.observation", "training.checkpoint", "training.lock", "training.run", "training.loop"),

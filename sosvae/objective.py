@@ -5,10 +5,10 @@ Averages over the batch of nats per image:
     minimise   −log p(x|z)   subject to   KL(q(z|x) ‖ p(z)) ≤ ξ_KL   and   H(p(x|z)) ≤ ξ_H
 
 For a constraint with violation g (KL − ξ_KL, or H − ξ_H) and multiplier λ the loss gains (λ + c·[g])·g, where
-[·] takes no gradient and c is the damping; after each step λ ← max(0, λ + η·g), gradient ascent. As in the
-authors' code the damping acts on both sides of the limit: it holds g near 0 rather than below it, so that a
-KL under its slack does not collapse further, and the entropy is drawn up to its slack. They sum over the batch
-where we average, which multiplies c and η by its size.
+[·] takes no gradient and c is the damping; after each step λ ← max(0, λ + η·g), gradient ascent. The damping acts
+on both sides of the limit, as in the authors' code: it holds g near 0 rather than below it, so that a KL under its
+slack does not collapse further, and the entropy is drawn up to its slack. They sum over the batch,
+which multiplies their c and η by its size; we average.
 """
 
 from collections.abc import Mapping
