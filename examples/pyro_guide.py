@@ -59,4 +59,4 @@ for name, cls in (("torch's class", dist.LowRankMultivariateNormal), ("lowrank_m
     exact = dist.LowRankMultivariateNormal(loc.double(), factor.double(), d.double()).log_prob(w.double())
     error = (cls(loc, factor, d).log_prob(w).double() - exact).abs()
     print(f"{name}: {median(times) * 1e3:.0f} ms a step; ELBO {-sum(losses[-10:]) / 10:.0f} nats;", end=" ")
-    print(f"narrow guide off by {error:.2g} nats")
+    print(f"narrow guide off by {error:.3g} nats")

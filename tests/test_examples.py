@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "examples"
-NUMBER = r"(-?[\d.]+(?:e-?\d+)?)"
+NUMBER = r"(-?[\d.]+(?:e[+-]?\d+)?)"
 
 
 def printed(output, pattern):
