@@ -34,6 +34,7 @@ TEST = [
     "pytest>=8",
     "pytest-cov>=5",
     "ruff>=0.14",
+    "scipy>=1.12",  # oracle of Student's t
     "setuptools>=77",  # the test of the wheel builds one
 ]
 BENCH = [

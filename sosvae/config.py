@@ -114,7 +114,8 @@ class ModelConfig:
     """The network (the paper's, where a field is left alone)."""
 
     head: HeadName = "structured"
-    """Observation model: N(μ, PPᵀ + D), or independent pixels with a learned variance (the β-VAE)."""
+    """Observation model: independent pixels with a learned variance (pixelwise, the β-VAE), N(μ, PPᵀ + D) (structured,
+    the paper's), a sparse precision (precision), or a low-rank part over a sparse precision (global-local)."""
     rank: int = 25
     """Columns R of the low-rank factor P (count)."""
     factor: Literal["linear", "materialised"] = "linear"
@@ -131,10 +132,15 @@ class ModelConfig:
     """The fixed diagonal d of D (the paper's ε), or where a learned one starts (squared intensity, white is 1)."""
     fixed_diagonal: bool = True
     """Hold D at d·I; otherwise the structured head learns one variance per pixel."""
+    neighbourhood: Literal[3, 5] = 3
+    """Side of the window in which a sparse precision ties pixels (heads precision and global-local) (pixels)."""
+    head_layers: int = 0
+    """3×3 convolutions between the decoder's features and the covariance's own; the mean has none (count)."""
 
     def __post_init__(self) -> None:
         _check_types(self)
         _at_least(1, self, "rank", "latents", "depth")
+        _at_least(0, self, "head_layers")
         _require(0 < self.width < math.inf, f"width is {self.width}, expected a positive factor, finite")
         low, high = VARIANCES
         _require(

@@ -13,7 +13,7 @@ from . import cache as caches
 from .cache import Cache
 from .decode import VERSION, shown
 from .sources import Source, find
-from .split import PARTS, ChangedDataError, Rule, Split, compare, divide, listing, merged
+from .split import PARTS, TEST, ChangedDataError, Rule, Split, compare, divide, listing, merged, with_test
 
 __all__ = ["Dataset", "load"]
 
@@ -24,7 +24,7 @@ class Dataset:
     Attributes:
         images: uint8 [images, channels, height, width], memory-mapped.
         names: of the images; in a folder the path below it.
-        indices: part → indices into `images`. `train` and `validation` are two of them.
+        indices: part → indices into `images`: `train`, `validation`, and in most cases `test`.
         split: which image is in which part, for a run to keep.
         skipped: names of files that could not be decoded, with the reason.
         remarks: what was left out, in phrases.
@@ -58,7 +58,7 @@ class Dataset:
 
     @property
     def validation(self) -> NDArray[np.int64]:
-        """Indices of the validation images."""
+        """Indices of the validation images, on which everything is chosen."""
         return self.indices["validation"]
 
     def steps_per_epoch(self, batch: int) -> int:
@@ -122,7 +122,12 @@ class Dataset:
 
 
 def load(
-    config: DataConfig, *, split: Split | None = None, accept_changes: bool = False, rule: Rule | None = None
+    config: DataConfig,
+    *,
+    split: Split | None = None,
+    accept_changes: bool = False,
+    rule: Rule | None = None,
+    test: bool = False,
 ) -> Dataset:
     """The images of `config`, decoded now if they are not in the cache.
 
@@ -133,6 +138,8 @@ def load(
         accept_changes: go on where the images are not those of `split`. Those that it knows stay in their parts.
         rule: how the source's groups are held out, in place of its own rule: "drawn" for a run that kept no split
             (unless the source publishes parts).
+        test: make a test part, of half of the people (or files) that are held out, also where what was kept has none.
+            A new split has one in any case, if there are two people to hold out.
 
     Raises:
         ChangedDataError: the images are not those of `split`, and `accept_changes` is not given; it says what changed.
@@ -146,8 +153,11 @@ def load(
     place = {name: i for i, name in enumerate(source.names)}
     kept = [place[name] for name in cache.names]
     groups = [source.groups[i] for i in kept]
+    tested = TEST in split.parts if split else rule is None
     rule = split.rule if split else source.rule if source.parts or rule is None else rule
     parts = [source.parts[i] for i in kept] if source.parts else divide(groups, rule, config.validation)
+    if tested:
+        parts = with_test(groups, parts, rule)
     if split:
         parts = merged(cache.names, groups, parts, split)
     dataset = Dataset(cache, parts, rule, config.flip, _remarks(cache, source) + remarks)
@@ -155,6 +165,8 @@ def load(
         if not accept_changes:
             raise ChangedDataError(config.source, changes)
         dataset.remarks += changes
+    if test:
+        dataset = Dataset(cache, with_test(groups, parts, rule), rule, config.flip, dataset.remarks)
     for part in PARTS:
         if not len(dataset.indices[part]):
             raise ValueError(

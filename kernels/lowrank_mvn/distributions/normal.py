@@ -16,6 +16,7 @@ from ..factors.linear.mean import LinearMean
 from ..layout import broadcast, broadcasts_to
 from ..registry import forward_mode, recorded, transformed, without_autocast
 from .cache import Cache
+from .local import Temperature
 
 __all__ = ["LowRankMultivariateNormal"]
 
@@ -267,16 +268,22 @@ class LowRankMultivariateNormal(TorchLowRank):
         sample_shape: torch.Size | list[int] | tuple[int, ...] = (),
         *,
         noise: tuple[Tensor, Tensor] | None = None,
+        temperature: Temperature = (1.0, 1.0),
     ) -> Tensor:
-        """y = μ + P ω_p + √d ⊙ ω_d, of shape `sample_shape + batch_shape + event_shape`.
+        """y = μ + t_P·P ω_p + t_L·√d ⊙ ω_d, of shape `sample_shape + batch_shape + event_shape`.
 
         Args:
             noise: ω_p [..., R] and ω_d [..., N] to use in place of fresh noise, for interpolation and editing.
+            temperature: t_P of what is global, and t_L of what is local; the distribution itself has (1, 1).
         """
-        p = self._normal
+        p, (t_P, t_L) = self._normal, checks.temperatures(temperature)
         impl = p.factor.implementation(None)
         shape = checks.sizes("sample_shape", sample_shape) + self._batch_shape
-        given = arguments.as_noise(noise, p, shape, impl)
+        plain = temperature == (1.0, 1.0)
+        given = arguments.as_noise(noise, p, shape, impl if plain else "aten")  # ω_d is drawn here if it is scaled
+        if not plain:
+            assert given.omega_d is not None
+            given = given._replace(omega_p=t_P * given.omega_p, omega_d=t_L * given.omega_d)
         return p.local.sample(self._mean, p.factor, shape, given, impl)
 
     def condition(self, value: Tensor, observed: Tensor) -> "LowRankMultivariateNormal":
