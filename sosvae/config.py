@@ -95,6 +95,8 @@ class DataConfig:
     """How another aspect ratio is met: cut the longer side, or add black at the shorter one."""
     flip: bool = False
     """Mirror every other training image, left to right, at random."""
+    shift: int = 0
+    """Move training images by up to so many pixels along each axis, at random; edges are repeated (pixels)."""
     validation: float = 0.1
     """People (or files) held out, where the source does not say which (fraction)."""
     cache: str | None = None
@@ -105,6 +107,10 @@ class DataConfig:
         _require(
             min(self.height, self.width) >= 16,
             f"height and width are {self.height}×{self.width}, expected at least 16×16",
+        )
+        _require(
+            0 <= self.shift < min(self.height, self.width),
+            f"shift is {self.shift}, expected at least 0 and less than height and width",
         )
         _require(0 < self.validation < 1, f"validation is {self.validation}, expected a fraction between 0 and 1")
 

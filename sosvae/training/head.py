@@ -34,7 +34,7 @@ def of_run(config: Config, **model: Any) -> Config:
         model={"head": "global-local", "head_layers": 2} | model,
         objective={"mean": "frozen"},
         training={
-            "steps": 600,
+            "steps": min(t.steps, 600),  # and in a trial no more than the network
             "mean_only_steps": 0,
             "lr": 2e-3,
             "decay": 0.5,
