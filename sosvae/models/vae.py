@@ -51,6 +51,10 @@ class VAE(nn.Module):
         self.posterior = nn.Linear(widths[-1], 2 * model.latents)
         self.decoder = Chain(decoder((size[0], size[1]), model), training.checkpointing)
         self.head = heads.find(model.head)(widths[0], channels, model)
+        self.arrange()
+
+    def arrange(self) -> None:
+        """Lays the weights of the convolutions out in the configuration's memory format."""
         for parameter in (*self.encoder.parameters(), *self.decoder.parameters()):
             if parameter.dim() == 4:
                 parameter.data = parameter.data.contiguous(memory_format=self.memory_format)

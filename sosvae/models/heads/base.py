@@ -112,7 +112,8 @@ class Pointwise(nn.Conv2d):
 
     def __init__(self, features: int, outputs: int, bias: float = 0.0, std: float = INITIAL_STD) -> None:
         super().__init__(features, outputs, 1)
-        nn.init.normal_(self.weight, std=std)
+        if not self.weight.is_meta:  # there torch imports its compiler to draw nothing: 1.4 s
+            nn.init.normal_(self.weight, std=std)
         nn.init.constant_(cast(Tensor, self.bias), bias)
 
     def forward(self, features: Tensor) -> Tensor:
