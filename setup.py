@@ -37,12 +37,14 @@ TEST = [
     "setuptools>=77",  # the test of the wheel builds one
 ]
 BENCH = [
+    "cholespy>=2.1",  # peer
     "jax>=0.10",  # NumPyro's arrays; the CPU build
     "linear_operator>=0.6",  # peer
     "matplotlib>=3.8",  # plots
     "numpyro>=0.22",  # peer
     "pytest>=8",
     "pytest-benchmark>=5",
+    "torchsparsegradutils>=0.2",  # peer
 ]
 
 setup(

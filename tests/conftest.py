@@ -4,6 +4,7 @@ import pytest
 import torch
 from triton_cases import INTERPRET
 
+from lowrank_mvn import Stencil
 from lowrank_mvn.factors.base import Factor
 
 
@@ -27,6 +28,8 @@ def backend(monkeypatch):
         return "aten"
     choose = Factor.implementation
     monkeypatch.setattr(Factor, "implementation", lambda factor, impl: choose(factor, impl or "triton"))
+    choose_local = Stencil.implementation
+    monkeypatch.setattr(Stencil, "implementation", lambda local, impl: choose_local(local, impl or "triton"))
     return "triton"
 
 

@@ -10,17 +10,17 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from queue import SimpleQueue
 
-from .launches import Case, Launch, LinearCase, captured, distinct
+from .launches import AnyCase, Launch, captured, distinct
 
 
-def row_of(launch: Launch, case: Case | LinearCase, target: str) -> dict:
-    """What is known of one launch on one target."""
+def row_of(launch: Launch, case: AnyCase, target: str) -> dict:
+    """What the compiler says of one launch on one target."""
     from . import model
     from .compiled import compile_launch
     from .machine_code import widths
 
     built = compile_launch(launch, target)
-    row = _head(launch, case, target) | {
+    row: dict = {
         "registers": built.registers,
         "spills": built.spills,
         "shared": built.shared,
@@ -58,7 +58,12 @@ def row_of(launch: Launch, case: Case | LinearCase, target: str) -> dict:
     return row
 
 
-def _head(launch: Launch, case: Case | LinearCase, target: str) -> dict:
+_launches = functools.lru_cache(1)(captured)
+
+
+def head(case: AnyCase, target: str, i: int) -> dict:
+    """What a case's launch number `i` is."""
+    launch = _launches(case, target)[i]
     return {
         "kernel": launch.name,
         **({"sizes": launch.sizes} if launch.sizes else {}),
@@ -71,15 +76,7 @@ def _head(launch: Launch, case: Case | LinearCase, target: str) -> dict:
     }
 
 
-_launches = functools.lru_cache(1)(captured)
-
-
-def head(case: Case | LinearCase, target: str, i: int) -> dict:
-    """What a case's launch number `i` is."""
-    return _head(_launches(case, target)[i], case, target)
-
-
-def compiled(case: Case | LinearCase, target: str, i: int) -> dict:
+def compiled(case: AnyCase, target: str, i: int) -> dict:
     """`row_of` that launch, or what the compiler raises."""
     try:
         return row_of(_launches(case, target)[i], case, target)
@@ -101,7 +98,7 @@ class _Child:
 
 
 def compile_all(
-    tasks: Iterable[tuple[Case | LinearCase, str]], processes: int, seconds: float, show: Callable[[dict], None]
+    tasks: Iterable[tuple[AnyCase, str]], processes: int, seconds: float, show: Callable[[dict], None]
 ) -> list[dict]:
     """One row per launch, in the order in which they are done, once where several cases have the same; one that takes
     longer than `seconds` says so."""
@@ -109,7 +106,7 @@ def compile_all(
     for _ in range(processes):
         children.put(None)
 
-    def row(case: Case | LinearCase, target: str, i: int) -> dict:
+    def row(case: AnyCase, target: str, i: int) -> dict:
         child = children.get() or _Child()
         found = {"kernel": "(dispatch)", "case": case.name, "target": target}
         try:
