@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from .peers import PEERS
 from .static.model import in_flight
 from .store import Row
 
-__all__ = ["TABLES", "exponent", "markdown", "static", "titles"]
+__all__ = ["KERNEL_HEADER", "TABLES", "along", "exponent", "kernel_cells", "markdown", "static", "titles"]
 
 HEADLINE = "log_prob_entropy_backward"
 FIXED = replace(CELEBA, diagonal="scalar", layout="BRN")
@@ -61,19 +61,20 @@ def _percent(share: float) -> str:
     return "–" if math.isnan(share) else f"{share:.0%}"
 
 
-def exponent(rows: Sequence[Row], axis: str) -> tuple[float, int]:
-    """a in time ∝ sizeᵃ by least squares of the logarithms, and the number of sizes; NaN below two.
-
-    Of the sets of rows of one run that differ in this size alone the largest is taken (N is changed by height, width,
-    channels).
-    """
-    groups: dict[tuple, dict[int, float]] = {}
+def along(rows: Iterable[Row], axis: str, *free: str) -> list[Row]:
+    """The largest set of rows of one run that differ in the size `axis` alone, and in `free` ones (N is changed by
+    height, width, channels)."""
+    groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        if math.isfinite(row.seconds):
-            others = tuple(getattr(row, name) for name in AXES if name != axis)
-            points = groups.setdefault((row.date, *others, row.diagonal, row.layout), {})
-            points[getattr(row, axis)] = row.seconds
-    points = max(groups.values(), key=len, default={})
+        others = tuple(getattr(row, name) for name in AXES if name not in (axis, *free))
+        groups.setdefault((row.date, *others, row.diagonal, row.layout), []).append(row)
+    return max(groups.values(), key=lambda group: len({getattr(row, axis) for row in group}), default=[])
+
+
+def exponent(rows: Sequence[Row], axis: str) -> tuple[float, int]:
+    """a in time ∝ sizeᵃ by least squares of the logarithms, and the number of sizes; NaN below two."""
+    chosen = along((row for row in rows if math.isfinite(row.seconds)), axis)
+    points = {getattr(row, axis): row.seconds for row in chosen}
     if len(points) < 2:
         return math.nan, len(points)
     slope, _ = statistics.linear_regression(*([*map(math.log, values)] for values in (points, points.values())))
@@ -206,6 +207,29 @@ def _requested_key(case: str) -> str:
     return "" if not_counted else f"{size[2:]}:{layout}"
 
 
+KERNEL_HEADER = (
+    *("kernel", "case", "target", "registers", "spills [byte]", "shared memory [byte]", "occupancy"),
+    *("stages × tile × programs = in flight", "bytes requested / least", "model: at most [TB/s of P], by"),
+)
+
+
+def kernel_cells(row: dict[str, Any], requested: Mapping[tuple[str, str], str] | None = None) -> list[str]:
+    """A compiled kernel's row; `requested` are bytes by kernel and `_requested_key`."""
+    name = f"{row['kernel']} {row.get('sizes', '')}".rstrip()
+    if "error" in row:
+        return [name, row["case"], row["target"], row["error"]]
+    caps = row.get("caps") or {}
+    pipe = min(caps, key=caps.__getitem__, default=None)
+    return [
+        name,
+        *(str(row[name]) for name in ("case", "target", "registers", "spills", "shared")),
+        "–" if row["occupancy"] is None else _percent(row["occupancy"]),
+        in_flight(row) if "tile" in row else "–",
+        (requested or {}).get((row["kernel"], _requested_key(row["case"])), "–"),
+        "–" if pipe is None else f"{caps[pipe] / 1e12:.1f}, {pipe}",
+    ]
+
+
 def static(document: dict[str, Any]) -> str:
     """What `python -m bench.static --json` knows of the compiled kernels; no column of it is a time.
 
@@ -218,24 +242,6 @@ def static(document: dict[str, Any]) -> str:
         for launch in launches
         if launch.get("floor")
     }
-    lines = []
-    for row in kernels:
-        caps = row.get("caps") or {}
-        pipe = min(caps, key=caps.__getitem__, default=None)
-        lines.append(
-            [
-                f"{row['kernel']} {row.get('sizes', '')}".rstrip(),
-                *(str(row[name]) for name in ("case", "target", "registers", "spills", "shared")),
-                "–" if row["occupancy"] is None else _percent(row["occupancy"]),
-                in_flight(row) if "tile" in row else "–",
-                requested.get((row["kernel"], _requested_key(row["case"])), "–"),
-                "–" if pipe is None else f"{caps[pipe] / 1e12:.1f}, {pipe}",
-            ]
-        )
-    header = (
-        *("kernel", "case", "target", "registers", "spills [byte]", "shared memory [byte]", "occupancy"),
-        *("stages × tile × programs = in flight", "bytes requested / least", "model: at most [TB/s of P], by"),
-    )
-    table = _table(header, lines)
+    table = _table(KERNEL_HEADER, [kernel_cells(row, requested) for row in kernels])
     assumptions = " ".join(document.get("assumptions", "").split())
     return f"{table}\nCompiled ahead of time, without a GPU: nothing here was timed. {assumptions}".rstrip() + "\n"

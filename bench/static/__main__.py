@@ -19,6 +19,7 @@ import torch
 
 from sosvae.files import write_atomically
 
+from ..tables import KERNEL_HEADER, kernel_cells, markdown
 from . import model
 from .children import compile_all
 from .compiled import TARGETS
@@ -26,12 +27,6 @@ from .launches import AnyCase, Case, LinearCase, all_cases, all_linear_cases, st
 from .requested import in_interpreter
 from .verdict import verdict
 
-HEADER = (
-    f"{'kernel':32}{'target':8}{'case':36}{'regs':>5}{'spill':>6}{'shared':>8}{'occ.':>6}"
-    f"{'stages × tile × programs = in flight':>38}"
-    f"{'loads':>18}{'stores':>11}{'tensor':>7}{'ins/B':>7}{'cap':>7}  by, then every other pipe"
-    f" [TB/s; memory {model.MEMORY / 1e12:.1f}]"
-)
 # sm_86 takes sm_80's launches, where they fit its shared memory.
 DEFAULT_TARGETS = [target for target in TARGETS if target != "sm_86"]
 # Ranks that fill their padding and ranks that do not, and one that is walked over in tiles.
@@ -42,24 +37,6 @@ ALL_FEATURES = [10, 32, 64, 128, 200]
 
 # The layout of F in which columns are neighbours where those of P are.
 LINEAR_LAYOUT = {"BRN": "BKM", "BNR": "BMK"}
-
-
-def line(row: dict) -> str:
-    def widths(name):
-        return " ".join(f"{n}×{w}" for w, n in row.get(name, {}).items())
-
-    text = f"{row['kernel'] + ' ' + row.get('sizes', ''):32}{row['target']:8}{row['case']:36}"
-    if "error" in row:
-        return text + row["error"]
-    text += f"{row['registers']:5}{row['spills']:6}{row['shared']:8}{row['occupancy']:6.0%}"
-    if "loads" in row:
-        text += f"{model.in_flight(row):>38}{widths('loads'):>18}{widths('stores'):>11}{row['tensor']:7}"
-        text += f"{row['instructions_per_byte']:7.2f}"
-    if "caps" in row:
-        first, *others = sorted(row["caps"], key=row["caps"].__getitem__)
-        text += f"{row['caps'][first] / 1e12:7.2f}  {first}, "
-        text += " ".join(f"{pipe} {row['caps'][pipe] / 1e12:.1f}" for pipe in others)
-    return text
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -78,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=2, help="how many compile at once")
     parser.add_argument("--seconds", type=float, default=120.0, help="to give up the compilation of one kernel after")
     options = parser.parse_args(arguments)
-    print(model.ASSUMPTIONS, HEADER, sep="\n\n")
+    print(model.ASSUMPTIONS, markdown(KERNEL_HEADER), sep="\n\n")
     named = options.rank or options.features or options.stencils
     ranks = options.rank or ([] if named else [10, 25, 64])
     features = options.features or ([] if named else [64])
@@ -97,7 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.stencils or not named:
         cases += stencil_cases(options.all)
     tasks = [(case, target) for target in options.target for case in cases]
-    rows = compile_all(tasks, options.processes, options.seconds, lambda row: print(line(row), flush=True))
+    rows = compile_all(
+        tasks, options.processes, options.seconds, lambda row: print(markdown(kernel_cells(row)), flush=True)
+    )
     rows.sort(key=lambda row: (options.target.index(row["target"]), row["case"], row["kernel"]))
     requested = {}
     if not options.no_requested:

@@ -20,13 +20,8 @@ def row_of(launch: Launch, case: AnyCase, target: str) -> dict:
     from .machine_code import widths
 
     built = compile_launch(launch, target)
-    row: dict = {
-        "registers": built.registers,
-        "spills": built.spills,
-        "shared": built.shared,
-        "programs": built.programs,
-        "occupancy": built.occupancy,
-    }
+    names = "registers", "spills", "shared", "programs", "occupancy"
+    row: dict = {name: getattr(built, name) for name in names}
     P = launch.tile
     if P is None or not built.loop:
         return row
