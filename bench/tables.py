@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from .peers import PEERS
 from .static.model import in_flight
 from .store import Row
 
-__all__ = ["KERNEL_HEADER", "TABLES", "along", "exponent", "kernel_cells", "markdown", "static", "titles"]
+__all__ = ["TABLES", "along", "exponent", "markdown", "static", "titles"]
 
 HEADLINE = "log_prob_entropy_backward"
 FIXED = replace(CELEBA, diagonal="scalar", layout="BRN")
@@ -207,29 +207,6 @@ def _requested_key(case: str) -> str:
     return "" if not_counted else f"{size[2:]}:{layout}"
 
 
-KERNEL_HEADER = (
-    *("kernel", "case", "target", "registers", "spills [byte]", "shared memory [byte]", "occupancy"),
-    *("stages × tile × programs = in flight", "bytes requested / least", "model: at most [TB/s of P], by"),
-)
-
-
-def kernel_cells(row: dict[str, Any], requested: Mapping[tuple[str, str], str] | None = None) -> list[str]:
-    """A compiled kernel's row; `requested` are bytes by kernel and `_requested_key`."""
-    name = f"{row['kernel']} {row.get('sizes', '')}".rstrip()
-    if "error" in row:
-        return [name, row["case"], row["target"], row["error"]]
-    caps = row.get("caps") or {}
-    pipe = min(caps, key=caps.__getitem__, default=None)
-    return [
-        name,
-        *(str(row[name]) for name in ("case", "target", "registers", "spills", "shared")),
-        "–" if row["occupancy"] is None else _percent(row["occupancy"]),
-        in_flight(row) if "tile" in row else "–",
-        (requested or {}).get((row["kernel"], _requested_key(row["case"])), "–"),
-        "–" if pipe is None else f"{caps[pipe] / 1e12:.1f}, {pipe}",
-    ]
-
-
 def static(document: dict[str, Any]) -> str:
     """What `python -m bench.static --json` knows of the compiled kernels; no column of it is a time.
 
@@ -242,6 +219,24 @@ def static(document: dict[str, Any]) -> str:
         for launch in launches
         if launch.get("floor")
     }
-    table = _table(KERNEL_HEADER, [kernel_cells(row, requested) for row in kernels])
+    lines = []
+    for row in kernels:
+        caps = row.get("caps") or {}
+        pipe = min(caps, key=caps.__getitem__, default=None)
+        lines.append(
+            [
+                f"{row['kernel']} {row.get('sizes', '')}".rstrip(),
+                *(str(row[name]) for name in ("case", "target", "registers", "spills", "shared")),
+                "–" if row["occupancy"] is None else _percent(row["occupancy"]),
+                in_flight(row) if "tile" in row else "–",
+                requested.get((row["kernel"], _requested_key(row["case"])), "–"),
+                "–" if pipe is None else f"{caps[pipe] / 1e12:.1f}, {pipe}",
+            ]
+        )
+    header = (
+        *("kernel", "case", "target", "registers", "spills [byte]", "shared memory [byte]", "occupancy"),
+        *("stages × tile × programs = in flight", "bytes requested / least", "model: at most [TB/s of P], by"),
+    )
+    table = _table(header, lines)
     assumptions = " ".join(document.get("assumptions", "").split())
     return f"{table}\nCompiled ahead of time, without a GPU: nothing here was timed. {assumptions}".rstrip() + "\n"

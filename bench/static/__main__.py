@@ -19,7 +19,6 @@ import torch
 
 from sosvae.files import write_atomically
 
-from ..tables import KERNEL_HEADER, kernel_cells, markdown
 from . import model
 from .children import compile_all
 from .compiled import TARGETS
@@ -39,6 +38,22 @@ ALL_FEATURES = [10, 32, 64, 128, 200]
 LINEAR_LAYOUT = {"BRN": "BKM", "BNR": "BMK"}
 
 
+SHOWN = "registers", "spills", "shared", "occupancy", "loads", "stores", "tensor", "instructions_per_byte", "error"
+
+
+def line(row: dict) -> str:
+    """What is known of a kernel, in the words of the JSON; the most that each pipe allows, in TB/s of P, the narrowest
+    first."""
+    shown = {name: row[name] for name in SHOWN if name in row}
+    if "tile" in row:
+        shown["in flight"] = model.in_flight(row)
+    if "caps" in row:
+        caps = sorted(row["caps"].items(), key=lambda cap: cap[1])
+        shown["at most"] = " ".join(f"{pipe} {cap / 1e12:.1f}" for pipe, cap in caps)
+    words = (f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items())
+    return f"{row['kernel']} {row.get('sizes', '')} {row['case']}, {row['target']}: " + ", ".join(words)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__.split("\n")[0])
     parser.add_argument("--rank", type=int, nargs="+", help="ranks R (default: 10 25 64)")
@@ -55,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=2, help="how many compile at once")
     parser.add_argument("--seconds", type=float, default=120.0, help="to give up the compilation of one kernel after")
     options = parser.parse_args(arguments)
-    print(model.ASSUMPTIONS, markdown(KERNEL_HEADER), sep="\n\n")
+    print(model.ASSUMPTIONS)
     named = options.rank or options.features or options.stencils
     ranks = options.rank or ([] if named else [10, 25, 64])
     features = options.features or ([] if named else [64])
@@ -74,9 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.stencils or not named:
         cases += stencil_cases(options.all)
     tasks = [(case, target) for target in options.target for case in cases]
-    rows = compile_all(
-        tasks, options.processes, options.seconds, lambda row: print(markdown(kernel_cells(row)), flush=True)
-    )
+    rows = compile_all(tasks, options.processes, options.seconds, lambda row: print(line(row), flush=True))
     rows.sort(key=lambda row: (options.target.index(row["target"]), row["case"], row["kernel"]))
     requested = {}
     if not options.no_requested:
