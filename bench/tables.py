@@ -11,7 +11,7 @@ from .peers import PEERS
 from .static.model import in_flight
 from .store import Row
 
-__all__ = ["TABLES", "exponent", "markdown", "static", "titles"]
+__all__ = ["TABLES", "along", "exponent", "markdown", "static", "titles"]
 
 HEADLINE = "log_prob_entropy_backward"
 FIXED = replace(CELEBA, diagonal="scalar", layout="BRN")
@@ -61,19 +61,20 @@ def _percent(share: float) -> str:
     return "–" if math.isnan(share) else f"{share:.0%}"
 
 
-def exponent(rows: Sequence[Row], axis: str) -> tuple[float, int]:
-    """a in time ∝ sizeᵃ by least squares of the logarithms, and the number of sizes; NaN below two.
-
-    Of the sets of rows of one run that differ in this size alone the largest is taken (N is changed by height, width,
-    channels).
-    """
-    groups: dict[tuple, dict[int, float]] = {}
+def along(rows: Iterable[Row], axis: str, *free: str) -> list[Row]:
+    """The largest set of rows of one run that differ in the size `axis` alone, and in `free` ones (N is changed by
+    height, width, channels)."""
+    groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        if math.isfinite(row.seconds):
-            others = tuple(getattr(row, name) for name in AXES if name != axis)
-            points = groups.setdefault((row.date, *others, row.diagonal, row.layout), {})
-            points[getattr(row, axis)] = row.seconds
-    points = max(groups.values(), key=len, default={})
+        others = tuple(getattr(row, name) for name in AXES if name not in (axis, *free))
+        groups.setdefault((row.date, *others, row.diagonal, row.layout), []).append(row)
+    return max(groups.values(), key=lambda group: len({getattr(row, axis) for row in group}), default=[])
+
+
+def exponent(rows: Sequence[Row], axis: str) -> tuple[float, int]:
+    """a in time ∝ sizeᵃ by least squares of the logarithms, and the number of sizes; NaN below two."""
+    chosen = along((row for row in rows if math.isfinite(row.seconds)), axis)
+    points = {getattr(row, axis): row.seconds for row in chosen}
     if len(points) < 2:
         return math.nan, len(points)
     slope, _ = statistics.linear_regression(*([*map(math.log, values)] for values in (points, points.values())))

@@ -3,20 +3,19 @@
 `test_triton_session.py` runs it with the kernels too; with a device they are compiled (marker `gpu`).
 """
 
-import os
-
 import pytest
 import torch
 import torch.distributions as td
 from lowrank_cases import parameters
 from torch.utils._pytree import tree_leaves
+from triton_cases import INTERPRET
 
 from lowrank_mvn import LowRankMultivariateNormal
 
 B, N, R = 3, 7, 2
 pytestmark = pytest.mark.usefixtures("everywhere")
 # The operators are opaque to the compiler: what its C++ looks like says nothing about kernels, and takes a minute.
-COMPILER = "aot_eager" if os.environ.get("TRITON_INTERPRET") == "1" else "inductor"
+COMPILER = "aot_eager" if INTERPRET else "inductor"
 
 
 def inputs():

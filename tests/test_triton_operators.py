@@ -3,19 +3,16 @@
 Runs as `test_triton_kernels.py` does.
 """
 
-import os
-
 import pytest
 import torch
+from triton_cases import DEVICE, ON_A_DEVICE
 
 import lowrank_mvn
 from lowrank_mvn.registry import runs_on
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRET else "cuda"
 OPERATORS = torch.ops.lowrank_mvn
 pytestmark = [
-    *([] if INTERPRET else [pytest.mark.gpu]),
+    *ON_A_DEVICE,
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own, in opcheck
 ]
@@ -27,12 +24,18 @@ def parameters(dtype=torch.float64, batch=(2,), N=7, R=3):
     return loc, P, 0.5 + torch.rand(*batch, N, **options)
 
 
+def both(x, loc, P, d):
+    return lowrank_mvn.log_prob_and_entropy(x, loc, P, d, impl="triton")
+
+
+def drawn(loc, P, d, shape=(2,)):
+    torch.manual_seed(3)
+    return lowrank_mvn.rsample(loc, P, d, shape, impl="triton")
+
+
 def test_gradcheck_of_a_density():
     loc, P, d = (t.requires_grad_() for t in parameters())
     x = torch.randn(2, 2, 7, dtype=torch.float64, device=DEVICE, requires_grad=True)
-
-    def both(x, loc, P, d):
-        return lowrank_mvn.log_prob_and_entropy(x, loc, P, d, impl="triton")
 
     assert torch.autograd.gradcheck(both, (x, loc, P, d), fast_mode=True)
 
@@ -50,10 +53,6 @@ def test_gradcheck_and_second_derivative_of_a_sample():
 
 def test_a_drawn_sample_is_that_of_the_formula():
     loc, P, d = (t.requires_grad_() for t in parameters())
-
-    def drawn(loc, P, d):
-        torch.manual_seed(3)
-        return lowrank_mvn.rsample(loc, P, d, (2,), impl="triton")
 
     assert torch.autograd.gradcheck(drawn, (loc, P, d), fast_mode=True)
     again = drawn(loc, P, d)
@@ -133,20 +132,13 @@ def test_second_derivatives_of_a_density():
     loc, P, d = (t.requires_grad_() for t in parameters(batch=(1,), N=4, R=2))
     x = torch.randn(2, 1, 4, dtype=torch.float64, device=DEVICE, requires_grad=True)
 
-    def both(x, loc, P, d):
-        return lowrank_mvn.log_prob_and_entropy(x, loc, P, d, impl="triton")
-
     assert torch.autograd.gradgradcheck(both, (x, loc, P, d), fast_mode=True)
 
 
 def test_second_derivatives_of_a_drawn_sample_and_of_a_conditional():
     loc, P, d = (t.requires_grad_() for t in parameters(batch=(1,), N=4, R=2))
 
-    def drawn(loc, P, d):
-        torch.manual_seed(3)
-        return lowrank_mvn.rsample(loc, P, d, impl="triton")
-
-    assert torch.autograd.gradgradcheck(drawn, (loc, P, d), fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda *a: drawn(*a, shape=()), (loc, P, d), fast_mode=True)
     observed = torch.tensor([True, False, True, False], device=DEVICE)
     value = torch.randn(1, 4, dtype=torch.float64, device=DEVICE, requires_grad=True)
 
