@@ -78,7 +78,6 @@ def write_page(folder, parameters, shape, rank, name="page.html"):
         "name": "model",
         "head": "structured",
         "shape": shape,
-        "rank": rank,
         "latents": 2,
         "source": "test",
         "step": 1,

@@ -145,23 +145,6 @@ def test_two_runs_under_one_brush(page):  # noqa: F811
     assert changed.tolist() == [[5, 5]]
 
 
-def test_where_the_page_has_no_formulas_the_server_works_it_out_and_the_page_says_so(tab, server):  # noqa: F811
-    from sosvae.editor.parameters import Prediction, pack, unpack
-
-    def without_factor(route):
-        header, arrays = unpack(route.fetch().body())
-        raw = pack(Prediction(arrays["loc"], None, None), tuple(header["shape"]), code=header["code"])
-        route.fulfill(body=raw, content_type="application/octet-stream")
-
-    tab.route("**/api/decode", without_factor)
-    tab.goto(server)
-    ready(tab)
-    tab.get_by_text("the server works the image out").wait_for()
-    before = shown(tab)
-    draw(tab, (5, 5), (9, 9))
-    until(tab, f"sosvae.app.frame.main.rgba[4 * (20 * 20 + 10)] !== {before[20, 10]}")
-
-
 # --- Sessions -------------------------------------------------------------------------------------------------
 
 

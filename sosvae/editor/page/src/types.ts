@@ -53,7 +53,6 @@ export interface RunInfo {
   name: string;
   head: string;
   shape: [number, number, number];
-  rank: number;
   latents: number;
   source: string;
   step: number | null;

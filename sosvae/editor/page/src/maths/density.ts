@@ -1,5 +1,9 @@
-/** log p(x) under N(μ, B diag(a²) Bᵀ + D), in float64 by the residual form: never a difference of two large numbers. */
-import type { Parameters } from "./parameters";
+/**
+ * log p(x) under N(μ, B diag(a²) Bᵀ + D), in float64 by the residual form: never a difference of two large numbers.
+ *
+ * Where D is (TTᵀ)⁻¹ it is that of Tᵀ(x − μ) under N(0, QQᵀ + I), Q = TᵀB, and log |det T|.
+ */
+import { Parameters } from "./parameters";
 import { capacitance, cholesky, logDeterminant, solve } from "./symmetric";
 
 const grams = new WeakMap<Parameters, Float64Array>();
@@ -24,7 +28,26 @@ function gram(p: Parameters): Float64Array {
   return S;
 }
 
+const whitened = new WeakMap<Parameters, Parameters>();
+
+function whiten(p: Parameters): Parameters {
+  let white = whitened.get(p);
+  if (white) return white;
+  const { N, R, B, channels, height, width } = p;
+  const Q = new Float32Array(R * N);
+  const row = new Float64Array(N);
+  for (let k = 0; k < R; k++) Q.set(p.stencil!.whiten(B.subarray(k * N, (k + 1) * N), row), k * N);
+  white = new Parameters(channels, height, width, new Float32Array(N), Q, R, new Float32Array([1]));
+  whitened.set(p, white);
+  return white;
+}
+
 export function logDensity(p: Parameters, x: Float32Array, a: ArrayLike<number>): number {
+  if (p.stencil) {
+    const delta = Float64Array.from(x, (value, n) => value - p.loc[n]!);
+    const white = Float32Array.from(p.stencil.whiten(delta, new Float64Array(p.N)));
+    return logDensity(whiten(p), white, a) + p.stencil.logDeterminant;
+  }
   const { R, N, B } = p;
   const L = cholesky(capacitance(gram(p), a, R), R);
   const residual = new Float64Array(N);

@@ -89,9 +89,12 @@ export function editPanel(app: App): HTMLElement {
 
 function showFacts(app: App, into: HTMLElement): void {
   const { stats } = app;
-  if (!stats) return;
   const rows: [string, string][] = [];
-  if (stats.count > 0) {
+  if (!stats || stats.deviation === null || stats.surprise === null) {
+    if (!app.loaded) return;
+    rows.push(["Pinned values", String(app.frame?.pinned ?? 0)]);
+    rows.push(["Surprise, uncertainty", "not worked out where the server conditions"]);
+  } else if (stats.count > 0) {
     const ratio = stats.surprise / stats.count;
     const level =
       ratio < 2 ? "as the model expects" : ratio < 10 ? "unusual" : ratio < 100 ? "surprising" : "very surprising";

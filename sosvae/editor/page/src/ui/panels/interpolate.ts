@@ -25,6 +25,14 @@ export function interpolatePanel(app: App): HTMLElement {
   let t = 0;
   let playing = 0;
 
+  const words = note("");
+  app.listen(() => {
+    const pinned = app.remote.conditions
+      ? "What is pinned is left out: here the server conditions, one image at a time."
+      : "What is pinned stays pinned.";
+    words.textContent = `The corners are samples; in between, ω turns from one to the other at constant speed (eq. 4), and the grain is held. ${pinned}`;
+  });
+
   const corners = (): Float32Array[] => seeds.map((seed) => normals(seed, app.loaded?.R ?? 0));
   const fields = seeds.map((seed, i) => {
     const label = `Seed of the ${["top left", "top right", "bottom left", "bottom right"][i]} corner`;
@@ -42,7 +50,7 @@ export function interpolatePanel(app: App): HTMLElement {
     slot: "main",
     view: { ...app.doc.view, mode: "sample" },
     epsilon: Array.from(epsilon),
-    pinned: true,
+    pinned: !app.remote.conditions,
     show: "image",
   });
   const fill = (): void => {
@@ -145,9 +153,7 @@ export function interpolatePanel(app: App): HTMLElement {
         });
         fill();
       }),
-      note(
-        "The corners are samples; in between, ω turns from one to the other at constant speed (eq. 4), and the grain is held. What is pinned stays pinned.",
-      ),
+      words,
     ),
     section("Along an edge", moving, which.element, along.element, play),
     section(
