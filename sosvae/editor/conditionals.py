@@ -42,9 +42,11 @@ class Conditionals:
         if asked.get("seed") is not None:
             try:
                 seed = int(asked["seed"]) % 2**63
-                t_P, t_L = (min(MAX_TEMPERATURE, max(0.0, float(t))) for t in asked.get("temperature", (1, 1)))
+                t_P, t_L = (float(t) for t in asked.get("temperature", (1, 1)))
             except (TypeError, ValueError, OverflowError) as error:
                 raise CodeError("a seed is a whole number, and temperatures are two numbers") from error
+            if not (0 <= t_P <= MAX_TEMPERATURE and 0 <= t_L <= MAX_TEMPERATURE):
+                raise CodeError(f"temperatures are from 0 to {MAX_TEMPERATURE:g}")
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 image = conditional.rsample(temperature=(t_P, t_L))[0]

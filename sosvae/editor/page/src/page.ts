@@ -53,7 +53,10 @@ const dialog = el(
 );
 const help = (): void => dialog.showModal();
 
-stage.canvas.setAttribute("aria-label", "The image. Arrow keys move the brush, Enter paints.");
+stage.canvas.setAttribute(
+  "aria-label",
+  "The image. Arrow keys move the brush, Enter paints, or sets a corner of the lasso.",
+);
 stage.element.append(
   toolsIsland(app, pointer),
   optionsIsland(app),

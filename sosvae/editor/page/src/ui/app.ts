@@ -4,7 +4,7 @@ import { pictureOf } from "../engine/colours";
 import { LIVE, PATIENT } from "../maths/sparse";
 import { EngineClient } from "../engine/client";
 import type { Frame, Loaded, Picture, Request, Stats } from "../engine/engine";
-import { START_VIEW, type Code, type Doc, type Stroke, type View } from "../types";
+import { START_VIEW, START_WALK, type Code, type Doc, type Stroke, type View } from "../types";
 import { History } from "./history";
 import { loadPrefs, savePrefs, type Prefs } from "./prefs";
 import { Remote } from "./remote";
@@ -52,7 +52,7 @@ export class App {
     this.limit = source.isFile ? PATIENT : LIVE;
     const { runs, codes } = source.settings;
     const code: Code = codes?.[0] ?? { kind: "seed", seed: 0 };
-    this.doc = { run: runs[0]!.name, code, view: START_VIEW, strokes: [], compare: null };
+    this.doc = { run: runs[0]!.name, code, view: START_VIEW, strokes: [], compare: null, walk: START_WALK };
     this.history = new History(this.doc);
     this.engine.onFrame = (frame) => {
       this.showFrame(frame);

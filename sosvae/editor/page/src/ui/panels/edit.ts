@@ -2,6 +2,7 @@
 import type { Stroke } from "../../types";
 import type { App } from "../app";
 import { button, checkbox, choice, el, iconButton, section, slider, type Slider } from "../dom";
+import { strokeOptions } from "../toolbar";
 import { Thumbs } from "./thumbs";
 
 /** The slider's 0 to 100 as τ: exactly, then from 1/1000 to 1/2 by equal ratios. */
@@ -73,6 +74,7 @@ export function editPanel(app: App): HTMLElement {
         ),
       ),
     ),
+    el("div", { class: "narrow" }, section("The brush", ...strokeOptions(app))),
     section("The rest", mode.element, live.element),
     section("What the edit says", facts),
     section(
