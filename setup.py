@@ -34,15 +34,18 @@ TEST = [
     "pytest>=8",
     "pytest-cov>=5",
     "ruff>=0.14",
+    "scipy>=1.12",  # oracle of Student's t
     "setuptools>=77",  # the test of the wheel builds one
 ]
 BENCH = [
+    "cholespy>=2.1",  # peer
     "jax>=0.10",  # NumPyro's arrays; the CPU build
     "linear_operator>=0.6",  # peer
     "matplotlib>=3.8",  # plots
     "numpyro>=0.22",  # peer
     "pytest>=8",
     "pytest-benchmark>=5",
+    "torchsparsegradutils>=0.2",  # peer
 ]
 
 setup(

@@ -13,6 +13,7 @@ __all__ = ["Entry", "default_plan", "does_not_fit", "full_plan", "measured_alrea
 
 SQUARES = (Case(128, 128, 3), Case(256, 256, 3, batch=4), Case(512, 512, 3, batch=1))
 RANKS = (10, 25, 64)
+STENCILS = (("stencil_backward", SMALL), ("stencil_backward", CELEBA), ("stencil_sample", replace(SMALL, batch=1)))
 TRAINED = (replace(SMALL, diagonal="scalar"), replace(CELEBA, batch=2, diagonal="scalar"))
 GROWTH = ("ours", "torch", "numpyro")  # peers of the cases in which only R or B differs: the others grow like torch's
 
@@ -38,6 +39,7 @@ def default_plan() -> list[Entry]:
     plan += [_entry(joint, replace(BRAIN, batch=batch), GROWTH) for batch in (2, 32)]
     plan += [_entry(name, CELEBA) for name in ("log_prob", "entropy", "rsample_backward", "condition")]
     plan += [_entry("linear_backward", replace(CELEBA, diagonal=diagonal)) for diagonal in ("scalar", "pixel")]
+    plan += [_entry(*cell) for cell in STENCILS]
     plan += [_entry("train_step", case) for case in TRAINED]
     return plan
 
@@ -50,7 +52,7 @@ def full_plan() -> list[Entry]:
         # A linear factor has no P whose layout could be chosen.
         layouts = ("BNR",) if name == "linear_backward" else ("BNR", "BRN")
         grid = itertools.product((SMALL, BRAIN, CELEBA, *SQUARES), RANKS, ("pixel", "scalar"), layouts)
-        if name != "train_step":
+        if name != "train_step" and not name.startswith("stencil"):  # these have neither ranks nor diagonals
             cells += [(name, replace(shape, rank=R, diagonal=d, layout=layout)) for shape, R, d, layout in grid]
     return [_entry(*cell) for cell in dict.fromkeys(cells)]
 

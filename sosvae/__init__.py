@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from .data import ChangedDataError, Dataset, Split, load
     from .evaluation.samples import Quality, neighbour_correlation, quality
     from .models.observation import PixelwiseNormal
+    from .models.uncertainty import StructuredUncertainty
     from .models.vae import VAE
     from .objective import Terms
     from .presets import PRESETS, beta_vae
     from .tools.observation import condition, interpolate, scale_components
     from .training.checkpoint import DamagedError
+    from .training.head import train_head
     from .training.lock import InUseError
     from .training.loop import NonFiniteError, train
     from .training.run import Run
@@ -41,6 +43,7 @@ __all__ = [
     "Quality",
     "Run",
     "Split",
+    "StructuredUncertainty",
     "Terms",
     "TrainingConfig",
     "beta_vae",
@@ -53,12 +56,14 @@ __all__ = [
     "scale_components",
     "to_dict",
     "train",
+    "train_head",
 ]
 
 # Where the names above are, what is quick to import first.
 _HOMES = (
-    *("config", "presets", "data", "models.vae", "models.observation", "objective", "evaluation.samples"),
-    *("tools.observation", "training.checkpoint", "training.lock", "training.run", "training.loop"),
+    *("config", "presets", "data", "models.vae", "models.observation", "models.uncertainty", "objective"),
+    *("evaluation.samples", "tools.observation", "training.checkpoint", "training.lock", "training.run"),
+    *("training.loop", "training.head"),
 )
 
 

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from lowrank_mvn import Stencil
 from lowrank_mvn.factors.base import Factor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -30,6 +31,8 @@ def backend(monkeypatch):
         return "aten"
     choose = Factor.implementation
     monkeypatch.setattr(Factor, "implementation", lambda factor, impl: choose(factor, impl or "triton"))
+    choose_local = Stencil.implementation
+    monkeypatch.setattr(Stencil, "implementation", lambda local, impl: choose_local(local, impl or "triton"))
     return "triton"
 
 

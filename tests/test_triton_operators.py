@@ -122,7 +122,7 @@ def test_opcheck_of_samples_and_their_backward(given):
 
 
 def test_every_operator_is_checked():
-    """Those of dense factors; `test_lowrank_linear` and `test_stencil` have the others."""
+    """Those of dense factors; `test_lowrank_linear` and `test_stencil_operators` have the others."""
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("lowrank_mvn::")}
     ours = {name for name in names if not name.startswith(("linear", "stencil"))}
     density = {"mahalanobis_and_logdet", "mahalanobis_and_logdet_backward", "logdet", "logdet_backward"}

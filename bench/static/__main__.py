@@ -3,6 +3,7 @@
 python -m bench.static                      R = 10, 25, 64, and a linear factor of 64 features; float32, both layouts,
                                             all targets; R = 25 in bfloat16, and 256 features (minutes)
 python -m bench.static --features 16 64     linear factors alone, R = 25, C = 3, one d and a d per pixel
+python -m bench.static --stencils           stencils alone: 3×3, 5×5, channels, a volume
 python -m bench.static --rank 25 --target sm_90 --json static.json
 python -m bench.static --all                dtypes, diagonals, channels, several samples, padded sizes (hours)
 python -m bench.static --check              fails where a bar is not reached
@@ -21,7 +22,7 @@ from sosvae.files import write_atomically
 from . import model
 from .children import compile_all
 from .compiled import TARGETS
-from .launches import Case, LinearCase, all_cases, all_linear_cases
+from .launches import AnyCase, Case, LinearCase, all_cases, all_linear_cases, stencil_cases
 from .requested import in_interpreter
 from .verdict import verdict
 
@@ -65,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__.split("\n")[0])
     parser.add_argument("--rank", type=int, nargs="+", help="ranks R (default: 10 25 64)")
     parser.add_argument("--features", type=int, nargs="+", help="features K of a linear factor (default: 64)")
+    parser.add_argument("--stencils", action="store_true", help="the kernels of a stencil")
     parser.add_argument(
         "--layout", nargs="+", choices=["BRN", "BNR"], default=["BRN", "BNR"], help="P in memory (F, likewise)"
     )
@@ -77,14 +79,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=120.0, help="to give up the compilation of one kernel after")
     options = parser.parse_args(arguments)
     print(model.ASSUMPTIONS, HEADER, sep="\n\n")
-    named = options.rank or options.features
+    named = options.rank or options.features or options.stencils
     ranks = options.rank or ([] if named else [10, 25, 64])
     features = options.features or ([] if named else [64])
     plain = [Case(R, layout) for R in ranks for layout in options.layout]
     one_d = [LinearCase(K, LINEAR_LAYOUT[layout]) for K in features for layout in options.layout]
     # Half precision is loaded, and given to matrix products, in ways of its own.
     halves = [Case(R, layout, torch.bfloat16) for R in ranks if R == 25 for layout in options.layout]
-    cases: list[Case | LinearCase] = [*plain, *halves]
+    cases: list[AnyCase] = [*plain, *halves]
     # More features than a tile holds: blocks of P.
     many = [] if named else [LinearCase(256, LINEAR_LAYOUT[layout]) for layout in options.layout]
     cases += [case._replace(diagonal=diagonal) for case in (*one_d, *many) for diagonal in ("item", "pixel")]
@@ -92,6 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
         own = [LINEAR_LAYOUT[layout] for layout in options.layout]
         cases = [*all_cases(options.rank or ([] if named else ALL_RANKS), options.layout)]
         cases += all_linear_cases(options.features or ([] if named else ALL_FEATURES), own)
+    if options.stencils or not named:
+        cases += stencil_cases(options.all)
     tasks = [(case, target) for target in options.target for case in cases]
     rows = compile_all(tasks, options.processes, options.seconds, lambda row: print(line(row), flush=True))
     rows.sort(key=lambda row: (options.target.index(row["target"]), row["case"], row["kernel"]))

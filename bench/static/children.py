@@ -6,12 +6,12 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from multiprocessing import connection
 
-from .launches import Case, Launch, LinearCase, captured, distinct
+from .launches import AnyCase, Launch, captured, distinct
 
-Task = tuple[Case | LinearCase, str, list[int]]  # a case, a target, and which of its launches
+Task = tuple[AnyCase, str, list[int]]  # a case, a target, and which of its launches
 
 
-def row_of(launch: Launch, case: Case | LinearCase, target: str) -> dict:
+def row_of(launch: Launch, case: AnyCase, target: str) -> dict:
     """What is known of one launch on one target."""
     from . import model
     from .compiled import compile_launch
@@ -56,7 +56,7 @@ def row_of(launch: Launch, case: Case | LinearCase, target: str) -> dict:
     return row
 
 
-def _head(launch: Launch, case: Case | LinearCase, target: str) -> dict:
+def _head(launch: Launch, case: AnyCase, target: str) -> dict:
     return {
         "kernel": launch.name,
         **({"sizes": launch.sizes} if launch.sizes else {}),
@@ -105,7 +105,7 @@ class _Child:
 
 
 def compile_all(
-    tasks: Iterable[tuple[Case | LinearCase, str]], processes: int, seconds: float, show: Callable[[dict], None]
+    tasks: Iterable[tuple[AnyCase, str]], processes: int, seconds: float, show: Callable[[dict], None]
 ) -> list[dict]:
     """One row per launch, in the order in which they are done, once where several cases have the same; one that takes
     longer than `seconds` says so."""

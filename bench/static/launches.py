@@ -1,6 +1,7 @@
 """The launches of a step, captured with their arguments, as dispatch chooses them."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -10,6 +11,7 @@ import torch
 from lowrank_mvn.device import launch as launches
 from lowrank_mvn.factors.dense import triton as dense
 from lowrank_mvn.factors.linear import triton as linear
+from lowrank_mvn.local.stencil import triton as stencil
 
 # Bytes of shared memory that one program may have (CUDA programming guide, table of technical specifications; CDNA3).
 SHARED = {
@@ -97,6 +99,41 @@ class LinearCase(NamedTuple):
 
     def step(self, make: Callable[..., torch.Tensor]) -> None:
         linear_step(self, make)
+
+
+class StencilCase(NamedTuple):
+    """One problem with a stencil for each channel, or, without ties of several channels, one for all."""
+
+    neighbourhood: tuple[int, ...] = (3, 3)
+    spatial: tuple[int, ...] = (64, 64)
+    dtype: torch.dtype = torch.float32
+    channels: int = 1
+    ties: bool = False
+    B: int = 8
+    S: int = 1
+    layout: str = "image"
+    diagonal: str = "pixel"
+
+    @property
+    def name(self) -> str:
+        window, sizes = ("×".join(map(str, numbers)) for numbers in (self.neighbourhood, self.spatial))
+        words = [f"{window} on {sizes}×{self.channels}", _short(self.dtype), *(["ties"] if self.ties else [])]
+        return " ".join([*words, *([f"S={self.S}"] if self.S > 1 else [])])
+
+    @property
+    def rows(self) -> int:
+        """Weights of a pixel."""
+        return 1 + math.prod(self.neighbourhood) // 2
+
+    @property
+    def R(self) -> int:
+        return self.rows
+
+    def step(self, make: Callable[..., torch.Tensor]) -> None:
+        stencil_step(self, make)
+
+
+AnyCase = Case | LinearCase | StencilCase
 
 
 class Launch(NamedTuple):
@@ -207,13 +244,31 @@ def linear_step(case: LinearCase, make: Callable[..., torch.Tensor]) -> None:
         linear.normal_equations(*problem)
 
 
-def captured(case: Case | LinearCase, target: str) -> list[Launch]:
+def stencil_step(case: StencilCase, make: Callable[..., torch.Tensor]) -> None:
+    """Log-density with every gradient, products with T, and solves with both triangles."""
+    pixels, stencils = math.prod(case.spatial), case.channels if case.ties else 1
+    x, loc = make(case.S, case.B, case.channels, pixels), make(1, case.B, case.channels, pixels)
+    weights = make(case.B, stencils, pixels), make(case.B, stencils, case.rows - 1, pixels)
+    ties = make(case.B, case.channels * (case.channels - 1) // 2, pixels).to(case.dtype) if case.ties else None
+    x, loc, log_diagonal, neighbours = (t.to(case.dtype) for t in (x, loc, *weights))
+    given = log_diagonal, neighbours, ties
+    where = case.spatial, case.neighbourhood
+    y, q, logdet = stencil.product(x, loc, *given, *where)
+    needs = [False, True, True, True, case.ties]
+    stencil.product_backward(x, loc, *given, y, None, q, logdet, *where, needs)
+    stencil.product_backward(x, None, *given, y, y, None, None, *where, [True, False, *needs[2:]])
+    stencil.transpose(x, *given, *where)
+    for transposed in (False, True):
+        stencil.solve(x, *given, *where, transposed)
+
+
+def captured(case: AnyCase, target: str) -> list[Launch]:
     """What a step launches on a device of `target`, each configuration once; of a linear factor, its own dense."""
     seen: dict[tuple, Launch] = {}
 
     def launch(kernel, grid, num_warps, num_stages=1, **arguments):
         found = Launch(kernel, grid, num_warps, num_stages, arguments)
-        if isinstance(case, Case) or found.name.startswith(("linear", "product")):
+        if not isinstance(case, LinearCase) or found.name.startswith(("linear", "product")):
             seen.setdefault(found.configuration, found)
 
     name = "gfx" if target.startswith("gfx") else "sm_80" if target == "sm_86" else target
@@ -226,7 +281,7 @@ def captured(case: Case | LinearCase, target: str) -> list[Launch]:
     return list(seen.values())
 
 
-def distinct(tasks: Iterable[tuple[Case | LinearCase, str]]) -> Iterator[tuple[Case | LinearCase, str, list[int]]]:
+def distinct(tasks: Iterable[tuple[AnyCase, str]]) -> Iterator[tuple[AnyCase, str, list[int]]]:
     """The tasks, with the positions of those of their launches that no earlier task of the same target had."""
     seen: dict[str, set[tuple]] = {}
     for case, target in tasks:
@@ -275,3 +330,13 @@ def all_linear_cases(features: list[int], layouts: list[str]) -> Iterator[Linear
                 yield plain._replace(pixels=pixels)
             for dtype in (torch.float32, torch.bfloat16):  # what a step of training asks for, in either precision
                 yield plain._replace(dtype=dtype, others=torch.float32, needs=(False, True, False))
+
+
+def stencil_cases(everything: bool) -> Iterator[StencilCase]:
+    """Neighbourhoods, channels and volumes in float32, half precision and several samples; or each in every dtype."""
+    plain = [StencilCase(), StencilCase((5, 5)), StencilCase((3, 3), (218, 178), channels=3, ties=True)]
+    plain += [StencilCase((3, 3), channels=3), StencilCase((3, 3, 3), (32, 32, 32))]
+    if not everything:
+        yield from [*plain, StencilCase(dtype=torch.bfloat16), StencilCase(S=64)]
+    for case, dtype, S in itertools.product(plain if everything else [], DTYPES, (1, 2, 64)):
+        yield case._replace(dtype=dtype, S=S)

@@ -1,7 +1,8 @@
 """Exact, fast, small multivariate normals N(μ, PPᵀ + D) over whole images.
 
-    distributions   `LowRankMultivariateNormal`, a drop-in for torch's class of that name; `StencilMultivariateNormal`,
-                    of a sparse precision; `GlobalLocalNormal`, low-rank plus that
+    distributions   `LowRankMultivariateNormal`, a drop-in for torch's class of that name;
+                    `LowRankMultivariateStudentT`, its heavy-tailed sibling; `StencilMultivariateNormal`, of a sparse
+                    precision; `GlobalLocalNormal`, low-rank plus that
     functional      the same as functions, with `impl=` to choose the implementation
     arguments       their arguments, checked once; layout: canonical shapes
     local           the part of Σ that is not low-rank: a diagonal, or a `Stencil` of the precision
@@ -14,7 +15,12 @@
 README.md in this folder derives the formulas; ARCHITECTURE.md at the root says where something new belongs.
 """
 
-from .distributions import GlobalLocalNormal, LowRankMultivariateNormal, StencilMultivariateNormal
+from .distributions import (
+    GlobalLocalNormal,
+    LowRankMultivariateNormal,
+    LowRankMultivariateStudentT,
+    StencilMultivariateNormal,
+)
 from .distributions.patch import patch_torch
 from .factors.linear.factor import LinearFactor
 from .factors.linear.mean import LinearMean
@@ -28,6 +34,7 @@ __all__ = [
     "LinearFactor",
     "LinearMean",
     "LowRankMultivariateNormal",
+    "LowRankMultivariateStudentT",
     "Stencil",
     "StencilMultivariateNormal",
     "condition",

@@ -31,6 +31,13 @@ def local(t: Tensor) -> Tensor:
     return held
 
 
+def whole(t: Tensor) -> Tensor:
+    """All of a tensor, gathered where it is distributed."""
+    distributed: Any = t
+    gathered: Tensor = distributed.full_tensor() if is_distributed(t) else t
+    return gathered
+
+
 def is_distributed(t: Tensor) -> bool:
     return hasattr(t, "to_local")
 

@@ -276,14 +276,10 @@ class LowRankMultivariateNormal(TorchLowRank):
             noise: ω_p [..., R] and ω_d [..., N] to use in place of fresh noise, for interpolation and editing.
             temperature: t_P of what is global, and t_L of what is local; the distribution itself has (1, 1).
         """
-        p, (t_P, t_L) = self._normal, checks.temperatures(temperature)
+        p = self._normal
         impl = p.factor.implementation(None)
         shape = checks.sizes("sample_shape", sample_shape) + self._batch_shape
-        plain = temperature == (1.0, 1.0)
-        given = arguments.as_noise(noise, p, shape, impl if plain else "aten")  # ω_d is drawn here if it is scaled
-        if not plain:
-            assert given.omega_d is not None
-            given = given._replace(omega_p=t_P * given.omega_p, omega_d=t_L * given.omega_d)
+        given = arguments.as_noise(noise, p, shape, impl, temperature)
         return p.local.sample(self._mean, p.factor, shape, given, impl)
 
     def condition(self, value: Tensor, observed: Tensor) -> "LowRankMultivariateNormal":
