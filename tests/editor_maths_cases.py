@@ -22,7 +22,8 @@ EDIT = """
   const models = globalThis.models ??= {};
   const read = models[key] ??= Parameters.read(bytes(raw));
   const {channels, height, width, loc, B, R} = read;
-  const p = d ? new Parameters(channels, height, width, loc, B, R, new Float32Array(bytes(d))) : read;
+  const own = () => new Float32Array(bytes(d));
+  const p = d ? new Parameters(channels, height, width, loc, B, R, own(), {}, undefined, null, read.df) : read;
   const pins = new Pins(p);
   for (const {tau, indices, values} of strokes) {
     pins.begin(tau);
@@ -72,7 +73,7 @@ def edit(core, prediction, shape, strokes, index, scales=None, precision="float3
     ]
     factor = b"" if prediction.factor is None else prediction.factor.tobytes()
     weights = b"".join(array.tobytes() for array in (prediction.stencil or {}).values())
-    key = f"{hash(prediction.loc.tobytes() + factor + weights)} {precision}"
+    key = f"{hash(prediction.loc.tobytes() + factor + weights)} {prediction.df} {precision}"
     d = None if prediction.d is None else text(prediction.d)
     arguments = {"key": key, "d": d, "strokes": packed, "index": index, "scales": scales}
     if not core.evaluate("(key) => !!globalThis.models?.[key]", key):

@@ -9,7 +9,7 @@ import torch
 from editor_cases import chromium  # noqa: F401  (a fixture)
 from editor_maths_cases import core, edit  # noqa: F401  (a fixture)
 
-from lowrank_mvn import LowRankMultivariateNormal
+from lowrank_mvn import LowRankMultivariateNormal, LowRankMultivariateStudentT
 from sosvae.editor.parameters import pack, predict
 
 SMALL, LARGE = (1, 48, 40), (3, 218, 178)
@@ -132,6 +132,40 @@ def test_samples_have_the_conditional_covariance(core):  # noqa: F811
         raw,
     )
     assert covariance[0] == pytest.approx(covariance[1], rel=0.1)
+
+
+@pytest.mark.parametrize("df", [2.5, 40.0, 1e6])
+def test_student_t(core, df):  # noqa: F811
+    """Of `condition`, `covariance_row`, `variance` and `log_prob` of the t in Python."""
+    normal = model(SMALL, 10, 1e-3)
+    p = LowRankMultivariateStudentT(df, normal.loc.double(), normal.cov_factor.double(), 1e-3, validate_args=False)
+    N = p.event_shape[0]
+    at, values = pinned(N, "a stroke"), np.random.default_rng(3).random(200).astype(np.float32)
+    index = int(np.setdiff1d(np.arange(N), at)[0])
+    result = edit(core, predict(p), SMALL, [(0.0, at, values)], index)
+    observed = torch.zeros(N, dtype=torch.bool)
+    observed[torch.from_numpy(at)] = True
+    edited = p.loc.clone()
+    edited[0, torch.from_numpy(at)] = torch.from_numpy(values).double()
+    conditional = p.condition(edited, observed)
+    assert (result["image"] - conditional.loc[0]).abs().max() < GREY_LEVEL
+    row, deviation = conditional.covariance_row(index)[0], conditional.variance[0].sqrt()
+    assert (result["row"] - row).abs().max() < 1e-3 * row.abs().max()
+    assert (result["deviation"] - deviation).abs().max() < 1e-3 * deviation.max()
+    assert result["density"] == pytest.approx(p.log_prob(result["image"][None]).item(), rel=1e-6)
+    unpinned = edit(core, predict(p), SMALL, [], index)
+    torch.testing.assert_close(unpinned["deviation"].square(), p.variance[0], rtol=1e-4, atol=0)
+
+
+def test_what_widens_a_sample_of_a_t_is_chi_square(core):  # noqa: F811
+    for df in (1.0, 4.0, 60.0):
+        drawn = core.evaluate(
+            "(df) => { let a = 0, b = 0; for (let s = 0; s < 20000; s++) {"
+            " const x = sosvae.core.chiSquare(s, df); a += x; b += x * x; } return [a / 20000, b / 20000]; }",
+            df,
+        )
+        assert drawn[0] == pytest.approx(df, rel=5 * np.sqrt(2 / df / 20000))
+        assert drawn[1] - drawn[0] ** 2 == pytest.approx(2 * df, rel=0.15 if df > 2 else 0.3)
 
 
 def test_float16_is_off_by_what_it_says(core):  # noqa: F811

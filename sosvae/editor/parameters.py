@@ -14,6 +14,8 @@ end of the header) and, where float16 was asked for, `error`. Arrays:
   float32, with the neighbours' `offsets` (row, column) in the header; see `lowrank_mvn.Stencil`;
 - `original` [channels, H, W] of bytes, the image that the code comes from, if there is one.
 
+Student's t has its degrees of freedom, `df`, in the header; factor and d are those of its scale matrix.
+
 A distribution that the page has no formulas for is sent as its mean with `where` = "server": the page says so, and asks
 the server for conditionals.
 """
@@ -27,7 +29,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lowrank_mvn import GlobalLocalNormal, LowRankMultivariateNormal, Stencil, StencilMultivariateNormal
+from lowrank_mvn import (
+    GlobalLocalNormal,
+    LowRankMultivariateNormal,
+    LowRankMultivariateStudentT,
+    Stencil,
+    StencilMultivariateNormal,
+)
 from lowrank_mvn.local.stencil.grid import offsets
 
 from ..models.observation import Observation, PixelwiseNormal
@@ -46,6 +54,7 @@ class Prediction(NamedTuple):
     d: NDArray[np.float32] | None = None  # [N] or [1]
     stencil: Mapping[str, NDArray[np.float32]] | None = None  # t, s and ties
     offsets: tuple[tuple[int, ...], ...] = ()
+    df: float | None = None  # degrees of freedom of Student's t; factor and d are then of its scale matrix
 
     @property
     def where(self) -> str:
@@ -65,6 +74,8 @@ def predict(p: Observation) -> Prediction:
         return Prediction(loc, None, _one_d(p.cov_diag[0]))
     if isinstance(p, LowRankMultivariateNormal):
         return Prediction(loc, _principal(p.cov_factor[0]), _one_d(p.cov_diag[0]))
+    if isinstance(p, LowRankMultivariateStudentT):
+        return Prediction(loc, _principal(p.cov_factor[0]), _one_d(p.cov_diag[0]), df=float(p.df[0]))
     if isinstance(p, GlobalLocalNormal | StencilMultivariateNormal) and isinstance(p.stencil, Stencil):
         factor = _principal(p.cov_factor[0]) if isinstance(p, GlobalLocalNormal) else None
         return Prediction(loc, factor, None, _weights(p.stencil), offsets(p.stencil.neighbourhood))
@@ -116,6 +127,8 @@ def pack(
     if prediction.stencil is not None:
         arrays |= prediction.stencil
         header["offsets"] = [list(offset) for offset in prediction.offsets]
+    if prediction.df is not None and np.isfinite(prediction.df):
+        header["df"] = prediction.df
     if precision == "float16":
         arrays, header["error"] = _halved(arrays)
     if original is not None:

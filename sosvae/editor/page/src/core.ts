@@ -3,8 +3,8 @@ import { logDensity } from "./maths/density";
 import { Parameters } from "./maths/parameters";
 import { Pins } from "./maths/pins";
 import { posteriorOf } from "./maths/posteriors";
-import { normals } from "./maths/random";
+import { chiSquare, normals } from "./maths/random";
 import { slerp } from "./maths/slerp";
 import { Stencil } from "./maths/stencil";
 
-export const core = { logDensity, Parameters, Pins, posteriorOf, normals, slerp, Stencil };
+export const core = { chiSquare, logDensity, Parameters, Pins, posteriorOf, normals, slerp, Stencil };

@@ -171,8 +171,9 @@ export class Slot {
     // Of a distribution without formulas here only the mean is known, until the server has answered.
     if ((view.mode === "mean" && !epsilon) || this.p.where === "server")
       return posterior.image(posterior.coefficients(), out);
-    const c = posterior.coefficients(epsilon ?? this.normals(view.seed, this.p.R), view.globalTemperature);
+    const width = posterior.width(epsilon ? undefined : view.seed);
+    const c = posterior.coefficients(epsilon ?? this.normals(view.seed, this.p.R), width * view.globalTemperature);
     const local = view.localTemperature > 0 ? this.normals(view.localSeed + 7919, this.p.N) : undefined;
-    return posterior.image(c, out, local, view.localTemperature);
+    return posterior.image(c, out, local, width * view.localTemperature);
   }
 }

@@ -35,19 +35,19 @@ export class DiagonalPosterior extends Posterior {
   }
 
   /** What pinning leaves of a value's dependence on ω, and of its local variance. */
-  private left(n: number): { share: number; local: number } {
+  private unpinned(n: number): { share: number; local: number } {
     const d = this.p.variance(n);
     if (this.pins.owner[n]! < 0) return { share: 1, local: d };
     const tau2 = this.pins.softness(n);
     return tau2 === 0 ? { share: 0, local: 0 } : { share: tau2 / (d + tau2), local: (d * tau2) / (d + tau2) };
   }
 
-  standardDeviation(out: Float32Array): Float32Array {
+  protected deviationOfScale(out: Float32Array): Float32Array {
     const { p, a, L } = this;
     const { R } = p;
     const scaled = new Float64Array(R);
     for (let n = 0; n < p.N; n++) {
-      const { share, local } = this.left(n);
+      const { share, local } = this.unpinned(n);
       let variance = 0;
       if (share > 0) {
         for (let i = 0; i < R; i++) {
@@ -62,9 +62,9 @@ export class DiagonalPosterior extends Posterior {
     return out;
   }
 
-  covarianceRow(index: number, out: Float32Array): Float32Array {
+  protected rowOfScale(index: number, out: Float32Array): Float32Array {
     const { p, a } = this;
-    const here = this.left(index);
+    const here = this.unpinned(index);
     const row = p.row(index, new Float64Array(p.R)).map((value, k) => value * a[k]!);
     const c = solveUpper(this.L, solveLower(this.L, row, p.R), p.R).map((value, k) => value * a[k]! * here.share);
     out.fill(0);
@@ -74,7 +74,7 @@ export class DiagonalPosterior extends Posterior {
       if (ck) for (let n = 0; n < p.N; n++) out[n] = out[n]! + ck * p.B[o + n]!;
     }
     if (this.pins.strokes.length > 0) {
-      for (let n = 0; n < p.N; n++) if (this.pins.owner[n]! >= 0) out[n] = out[n]! * this.left(n).share;
+      for (let n = 0; n < p.N; n++) if (this.pins.owner[n]! >= 0) out[n] = out[n]! * this.unpinned(n).share;
     }
     out[index] = out[index]! + here.local;
     return out;

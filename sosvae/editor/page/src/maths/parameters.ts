@@ -28,6 +28,8 @@ export class Parameters {
     readonly original?: Uint8Array,
     /** A local part (TTᵀ)⁻¹ in place of the diagonal d. */
     readonly stencil: Stencil | null = null,
+    /** Degrees of freedom of Student's t, of whose scale matrix the rest is; a normal has infinitely many. */
+    readonly df = Infinity,
   ) {
     this.N = channels * height * width;
   }
@@ -57,7 +59,19 @@ export class Parameters {
         s: arrays.get("s") as Float32Array,
         ties: arrays.get("ties") as Float32Array | undefined,
       });
-    return new Parameters(channels, height, width, loc, B, R, d, header, original, stencil ?? null);
+    return new Parameters(
+      channels,
+      height,
+      width,
+      loc,
+      B,
+      R,
+      d,
+      header,
+      original,
+      stencil ?? null,
+      (header["df"] as number | undefined) ?? Infinity,
+    );
   }
 
   /** "server" where the local part is of a kind that this page has no formulas for. */

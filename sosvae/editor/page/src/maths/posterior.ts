@@ -6,6 +6,7 @@
  */
 import type { Parameters } from "./parameters";
 import type { Pins } from "./pins";
+import { chiSquare } from "./random";
 import { capacitance, cholesky, solve, solveUpper } from "./symmetric";
 
 export abstract class Posterior {
@@ -42,10 +43,45 @@ export abstract class Posterior {
   abstract image(c: Float64Array, out: Float32Array, omegaD?: Float32Array, temperature?: number): Float32Array;
 
   /** Standard deviation of each value given what is pinned. */
-  abstract standardDeviation(out: Float32Array): Float32Array;
+  standardDeviation(out: Float32Array): Float32Array {
+    const factor = Math.sqrt(this.widening());
+    this.deviationOfScale(out);
+    if (factor !== 1) for (let n = 0; n < out.length; n++) out[n] = out[n]! * factor;
+    return out;
+  }
 
   /** Covariance of every value with value `index`, given what is pinned. */
-  abstract covarianceRow(index: number, out: Float32Array): Float32Array;
+  covarianceRow(index: number, out: Float32Array): Float32Array {
+    const factor = this.widening();
+    this.rowOfScale(index, out);
+    if (factor !== 1) for (let n = 0; n < out.length; n++) out[n] = out[n]! * factor;
+    return out;
+  }
+
+  /** The same of the normal, or of the scale matrix of Student's t. */
+  protected abstract deviationOfScale(out: Float32Array): Float32Array;
+  protected abstract rowOfScale(index: number, out: Float32Array): Float32Array;
+
+  /** What M pins with Mahalanobis distance q₂ leave of a t: ν + M degrees of freedom, (ν + q₂)/(ν + M) of its scale. */
+  private left(): { df: number; scale: number } {
+    const { df } = this.p;
+    if (df === Infinity) return { df, scale: 1 };
+    const { mahalanobis, count } = this.surprise();
+    return { df: df + count, scale: (df + mahalanobis) / (df + count) };
+  }
+
+  /** Covariance over scale matrix, ν/(ν − 2); of a t without a covariance the scale matrix is shown. */
+  private widening(): number {
+    const { df, scale } = this.left();
+    return df === Infinity || df <= 2 ? scale : (scale * df) / (df - 2);
+  }
+
+  /** How much wider than under a normal the sample of a seed is; without one (given noise) of u = 1, its mean. */
+  width(seed?: number): number {
+    const { df, scale } = this.left();
+    if (df === Infinity) return 1;
+    return Math.sqrt(scale / (seed === undefined ? 1 : chiSquare(seed, df) / df));
+  }
 
   /** (b − μ − Ba∘ω̂)ᵀG(b − μ − Ba∘ω̂): how far the pinned values are from what the components make of them. */
   protected abstract residual(): number;

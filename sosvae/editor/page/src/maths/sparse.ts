@@ -162,7 +162,7 @@ export class SparsePosterior extends Posterior {
     return out;
   }
 
-  standardDeviation(out: Float32Array): Float32Array {
+  protected deviationOfScale(out: Float32Array): Float32Array {
     const { p, a, L, field } = this;
     const { R } = p;
     const variance = field.variance();
@@ -180,7 +180,7 @@ export class SparsePosterior extends Posterior {
     return out;
   }
 
-  covarianceRow(index: number, out: Float32Array): Float32Array {
+  protected rowOfScale(index: number, out: Float32Array): Float32Array {
     const { p, a, L, field } = this;
     const row = Float64Array.from({ length: p.R }, (_, k) => field.left(k, index) * a[k]!);
     const c = solveUpper(L, solveLower(L, row, p.R), p.R).map((value, k) => value * a[k]!);
