@@ -1,5 +1,6 @@
 """`LinearFactor`: the same numbers and gradients as the factor it stands for, without the factor."""
 
+import linear_cases
 import pytest
 import torch
 import torch.distributions as td
@@ -28,16 +29,11 @@ IDS = [case[0] for case in CASES]
 NAMES = ("features", "weight", "bias", "mean weight", "mean bias", "cov_diag", "value", "shift")
 
 
-def tensors(B, K, R, C, spatial, diagonal, channels_last, dtype=torch.float64, d=1.0):
-    F = torch.randn(B, K, *spatial, dtype=dtype)
-    if channels_last:
-        F = F.to(memory_format=torch.channels_last)
-    N = C * F[0, 0].numel()
-    shape = {"pixel": (B, N), "item": (B, 1), "scalar": ()}[diagonal]
-    diag = d * (0.5 + torch.rand(shape, dtype=dtype))
-    weights = torch.randn(R, C, K, dtype=dtype), torch.randn(R, C, dtype=dtype)
-    mean = torch.randn(C, K, dtype=dtype), torch.randn(C, dtype=dtype)
-    return F, *weights, *mean, diag, torch.randn(2, B, N, dtype=dtype), torch.randn(B, N, dtype=dtype)
+def tensors(B, K, R, C, spatial, diagonal, last, dtype=torch.float64, d=1.0):
+    """Those of `linear_cases`, and a mean to be added."""
+    sizes = B, K, R, C, spatial
+    given = linear_cases.tensors(dtype, last=last, d=d, diagonal=diagonal, samples=(2,), sizes=sizes)
+    return *given, torch.randn_like(given[-1][0])
 
 
 def loss(distribution, value):
