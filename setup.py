@@ -31,10 +31,17 @@ TEST = [
     "cooper-optim>=1.0",  # oracle of the constrained optimisation
     "mypy>=2.0",
     "playwright>=1.50",  # drives a Chromium that is installed; brings none
+    "pyro-ppl>=1.9",  # two of the examples
     "pytest>=8",
     "pytest-cov>=5",
     "ruff>=0.14",
+    "scipy>=1.12",  # oracle of Student's t
     "setuptools>=77",  # the test of the wheel builds one
+]
+DOCS = [
+    "furo>=2025.12",  # theme
+    "myst-parser>=5",  # pages are Markdown
+    "sphinx>=9",
 ]
 BENCH = [
     "cholespy>=2.1",  # peer
@@ -64,6 +71,6 @@ setup(
         "torch>=2.8",
         "triton>=3.4; platform_system == 'Linux'",  # torch's CPU build does not bring it
     ],
-    extras_require={"train": TRAIN, "app": APP, "test": TEST, "bench": BENCH},
+    extras_require={"train": TRAIN, "app": APP, "test": TEST, "bench": BENCH, "docs": DOCS},
     entry_points={"console_scripts": ["sosvae=sosvae.cli:main"]},
 )

@@ -246,6 +246,53 @@ def test_two_tabs_do_not_disturb_each_other(page, server):  # noqa: F811
     other.close()
 
 
+STALLED = """
+(() => {
+  const original = fetch;
+  globalThis.fetch = async (address, init) => {
+    const answer = await original(address, init);
+    if (!String(address).includes('decode') || globalThis.whole) return answer;
+    const bytes = new Uint8Array(await answer.arrayBuffer());
+    const body = new ReadableStream({start(parts) {
+      for (let i = 0; i < HAVE; i += 1000) parts.enqueue(bytes.slice(i, Math.min(i + 1000, HAVE)));
+      globalThis.rest = () => { parts.enqueue(bytes.slice(HAVE)); parts.close(); };
+      globalThis.cut = () => parts.close();
+    }});
+    return new Response(body, {headers: {'content-length': String(bytes.length)}});
+  };
+})()
+""".replace("HAVE", "6000")
+
+
+def test_the_mean_is_shown_while_its_factor_is_on_its_way(tab, server):  # noqa: F811
+    tab.add_init_script(STALLED)
+    tab.goto(server)
+    until(tab, "!!globalThis.sosvae && sosvae.app.frame !== null")
+    assert tab.evaluate("sosvae.app.loaded === null && sosvae.app.busy")
+    before = tab.evaluate("sosvae.app.frame.main.rgba.join()")
+    x, y = spot(tab, 5, 5)
+    tab.mouse.click(x, y)
+    tab.evaluate("rest()")
+    ready(tab)
+    assert tab.evaluate("sosvae.app.frame.main.rgba.join()") == before
+    assert tab.evaluate("sosvae.app.ready > sosvae.app.firstImage")
+    draw(tab, (5, 5), (9, 9))
+    assert tab.evaluate("sosvae.app.frame.main.rgba.join()") != before
+
+
+def test_an_answer_that_breaks_off_is_said_to(tab, server):  # noqa: F811
+    tab.add_init_script(STALLED)
+    tab.goto(server)
+    until(tab, "!!globalThis.cut")
+    tab.evaluate("cut()")
+    tab.get_by_text("the server stopped in the middle of an answer").wait_for()
+    assert tab.evaluate("sosvae.app.loaded") is None
+    tab.evaluate("whole = true")
+    tab.get_by_label("Seed", exact=True).fill("1")
+    tab.keyboard.press("Enter")
+    ready(tab)
+
+
 # --- A server that dies, and strangers ------------------------------------------------------------------------
 
 

@@ -147,7 +147,7 @@ def test_a_gradient_alone_is_what_it_is_among_all(K, diagonal):
             assert relative(g, expected) < 1e-12, NAMES[i]
 
 
-def test_what_the_backward_pass_needs_may_lie_in_pages_of_its_own(monkeypatch):
+def test_saved_tensors_may_have_pages_of_their_own(monkeypatch):
     inputs = tensors(2, 3, 4, 2, (5,), "pixel", False, torch.float32)
     expected = gradients(linear(True, True), *inputs)
     monkeypatch.setattr(pages, "MAPPED_BYTES", 0)

@@ -26,6 +26,7 @@ FILES = [
     "test_stencil_operators.py",
     "test_stencil_contract.py",
     "test_global_local.py",
+    "test_student_t.py",
 ]
 SELECTION = {
     "test_lowrank_transforms.py": ["-k", "not opcheck"],  # which names its implementation

@@ -36,7 +36,7 @@ class Normal(NamedTuple):
 
     @property
     def result_dtype(self) -> torch.dtype:
-        """Of densities and entropies."""
+        """The dtype of densities and entropies."""
         return result_dtype(self.mean, self.factor, *self.local.tensors().values())
 
 
@@ -57,7 +57,7 @@ class LocalNormal(NamedTuple):
 
     @property
     def result_dtype(self) -> torch.dtype:
-        """Of densities and entropies."""
+        """The dtype of densities and entropies."""
         return self.local.result_dtype(self.mean)
 
 
@@ -116,7 +116,7 @@ def normal(loc: Tensor | Mean, cov_factor: Tensor | Factor, cov_diag: Tensor | f
 
 
 def centred(cov_factor: Tensor | Factor, cov_diag: Tensor | float) -> Normal:
-    """The same with mean 0: of an entropy, which has no use for a mean."""
+    """The same with mean 0. An entropy needs no mean."""
     return _normal(None, cov_factor, cov_diag)
 
 
@@ -186,8 +186,22 @@ def as_observed(observed: object, parameters: Normal | LocalNormal) -> Tensor:
     return checks.mask("observed", observed, parameters.N, parameters.mean.device)
 
 
-def as_noise(noise: tuple[Tensor, Tensor] | None, parameters: Normal, shape: torch.Size, impl: str) -> Noise:
-    """Noise for samples of that shape [*shape, N]: given, or drawn; the kernels of "triton" draw ω_d themselves."""
+def as_noise(
+    noise: tuple[Tensor, Tensor] | None,
+    parameters: Normal,
+    shape: torch.Size,
+    impl: str,
+    temperature: tuple[float, float] = (1.0, 1.0),
+) -> Noise:
+    """Noise for samples of that shape [*shape, N]: given, or drawn; the kernels of "triton" draw ω_d themselves.
+
+    A `temperature` (t_P, t_L) other than 1 scales it; ω_d is then drawn here.
+    """
+    t_P, t_L = checks.temperatures(temperature)
+    if temperature != (1.0, 1.0):
+        omega_p, omega_d = as_noise(noise, parameters, shape, "aten")
+        assert omega_d is not None
+        return Noise(t_P * omega_p, t_L * omega_d)
     N, R = parameters.N, parameters.factor.shape[-1]
     if noise is None:
         return Noise(_drawn(parameters, shape, R), None if impl == "triton" else _drawn(parameters, shape, N))

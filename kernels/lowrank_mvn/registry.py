@@ -42,7 +42,7 @@ class WhenUsed(ModuleType):
 def implementations(room: str) -> dict[str, Any]:
     """The implementations of a kind of factor, modules of its package `room`, by the name that `impl=` gives them."""
     found: dict[str, Any] = {"aten": importlib.import_module(f"{room}.aten")}
-    if importlib.util.find_spec("triton") is not None:
+    if importlib.util.find_spec("triton") and importlib.util.find_spec(f"{room}.triton"):
         found["triton"] = WhenUsed(f"{room}.triton")
     return found
 

@@ -11,6 +11,8 @@ import { cornerIsland, optionsIsland, toolsIsland, viewIsland } from "./ui/toolb
 import { core } from "./core";
 
 const app = new App(new Source());
+// The first code is asked for before the page is built; who opens a link may want another.
+if (!app.source.isFile && !location.hash) app.source.parameters(app.doc.run, app.doc.code).catch(() => {});
 const stage = new Stage(app);
 const pointer = new PointerInput(app, stage);
 

@@ -1,4 +1,6 @@
 /** The state and what changes it. Panels listen; none of them holds state of its own that undo would miss. */
+import type { Mean } from "../maths/container";
+import { pictureOf } from "../engine/colours";
 import { EngineClient } from "../engine/client";
 import type { Frame, Loaded, Stats } from "../engine/engine";
 import { START_VIEW, type Code, type Doc, type Stroke, type View } from "../types";
@@ -29,6 +31,8 @@ export class App {
   busy = false;
   /** Milliseconds from opening the page to its first picture. */
   firstImage = 0;
+  /** The same to the first picture that can be painted on. */
+  ready = 0;
   private readonly listeners: (() => void)[] = [];
   private readonly frameListeners: (() => void)[] = [];
   private shownKeys = { main: "", other: "" };
@@ -43,9 +47,8 @@ export class App {
     this.doc = { run: runs[0]!.name, code, view: START_VIEW, strokes: [], compare: null };
     this.history = new History(this.doc);
     this.engine.onFrame = (frame) => {
-      this.frame = frame;
-      this.frameListeners.forEach((listener) => listener());
-      this.firstImage ||= performance.now();
+      this.showFrame(frame);
+      this.ready ||= performance.now();
     };
   }
 
@@ -199,7 +202,7 @@ export class App {
     this.notify();
     try {
       if (want.main) {
-        const buffer = await this.source.parameters(doc.run, doc.code);
+        const buffer = await this.source.parameters(doc.run, doc.code, (mean) => this.preview(mean));
         this.loaded = await this.engine.ask<Loaded>({ type: "load", slot: "main", buffer });
         this.remember({ run: doc.run, code: doc.code });
       }
@@ -225,6 +228,21 @@ export class App {
     this.requestFrame();
     this.atRest();
     this.notify();
+  }
+
+  /** The mean of the first code, while its factor is on its way: the picture, where nothing else is asked for. */
+  private preview({ shape: [channels, height, width], loc }: Mean): void {
+    const { doc, prefs } = this;
+    if (this.frame || doc.strokes.length > 0 || doc.view.mode !== "mean" || prefs.show !== "image") return;
+    const rgba = new Uint8ClampedArray(4 * width * height);
+    pictureOf(loc, channels, rgba);
+    this.showFrame({ main: { width, height, rgba }, mask: new Uint8Array(width * height), pinned: 0, milliseconds: 0 });
+  }
+
+  private showFrame(frame: Frame): void {
+    this.frame = frame;
+    this.frameListeners.forEach((listener) => listener());
+    this.firstImage ||= performance.now();
   }
 
   private pending = { main: false, other: false };

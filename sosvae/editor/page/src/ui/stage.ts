@@ -37,7 +37,8 @@ export class Stage {
   }
 
   get size(): { width: number; height: number } {
-    const [, height, width] = this.app.loaded?.shape ?? [1, 1, 1];
+    const { loaded, frame } = this.app;
+    const [, height, width] = loaded?.shape ?? [1, frame?.main.height ?? 1, frame?.main.width ?? 1];
     return { width, height };
   }
 
