@@ -44,10 +44,9 @@ def tensors(dtype=torch.float64, items=(), last=False, d=0.3, diagonal="pixel", 
     N = channels * math.prod(spatial)
     F = torch.randn(B, K, *spatial, **options)
     F = F.to(memory_format=torch.channels_last) if last else F
+    diag = d * (0.5 + torch.rand({"pixel": (B, N), "item": (B, 1), "scalar": ()}[diagonal], **options))
     weight, bias = torch.randn(*items, R, channels, K, **options), torch.randn(*items, R, channels, **options)
     mean = torch.randn(channels, K, **options), torch.randn(channels, **options)
-    shape = {"pixel": (B, N), "item": (B, 1), "scalar": ()}[diagonal]
-    diag = d * (0.5 + torch.rand(shape, **options))
     return F, weight, bias, *mean, diag, torch.randn(*samples, B, N, **options)
 
 
