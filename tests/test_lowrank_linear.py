@@ -4,7 +4,7 @@ import linear_cases
 import pytest
 import torch
 import torch.distributions as td
-from lowrank_cases import gradients, relative, through, tolerances, unmoved
+from lowrank_cases import gradients, loss, relative, through, tolerances, unmoved
 
 import lowrank_mvn
 from lowrank_mvn import LinearFactor, LinearMean, LowRankMultivariateNormal
@@ -34,12 +34,6 @@ def tensors(B, K, R, C, spatial, diagonal, last, dtype=torch.float64, d=1.0):
     sizes = B, K, R, C, spatial
     given = linear_cases.tensors(dtype, last=last, d=d, diagonal=diagonal, samples=(2,), sizes=sizes)
     return *given, torch.randn_like(given[-1][0])
-
-
-def loss(distribution, value):
-    log_prob, entropy = distribution.log_prob(value), distribution.entropy()
-    weights = torch.arange(1, log_prob.numel() + 1, dtype=torch.float64).view(log_prob.shape)
-    return (log_prob.double() * weights).sum() - 0.7 * entropy.double().sum()
 
 
 def linear(bias, mean):
