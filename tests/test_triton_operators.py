@@ -61,7 +61,7 @@ def test_a_drawn_sample_is_that_of_the_formula():
 
 
 def test_every_operator_is_checked():
-    """`test_lowrank_transforms` has those of dense factors, `test_lowrank_linear` and `test_stencil_operators` the rest."""
+    """In `test_lowrank_transforms`; `test_lowrank_linear` and `test_stencil_operators` have the others."""
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("lowrank_mvn::")}
     ours = {name for name in names if not name.startswith(("linear", "stencil"))}
     density = {"mahalanobis_and_logdet", "mahalanobis_and_logdet_backward", "logdet", "logdet_backward"}
