@@ -67,6 +67,13 @@ def gradients(function, *tensors: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(function(*leaves), leaves, allow_unused=False))
 
 
+def loss(distribution, value: Tensor) -> Tensor:
+    """One that tells log-density and entropy apart, and items too."""
+    log_prob, entropy = distribution.log_prob(value), distribution.entropy()
+    weights = torch.arange(1, log_prob.numel() + 1, dtype=torch.float64).view(log_prob.shape)
+    return (log_prob.double() * weights).sum() - 0.7 * entropy.double().sum()
+
+
 def rounded(t: Tensor) -> Tensor:
     """Every value moved by up to one unit in the last place of float32."""
     return t * (1 + 2.0**-23 * (2 * torch.rand_like(t) - 1))

@@ -3,6 +3,7 @@
 Runs as `test_triton_kernels.py` does.
 """
 
+import linear_cases
 import pytest
 import torch
 from lowrank_cases import BF16, F32, F64, relative
@@ -17,14 +18,9 @@ pytestmark = [*MARKS, pytest.mark.filterwarnings("ignore::DeprecationWarning")] 
 
 
 def tensors(dtype=F64, B=2, K=5, R=4, channels=3, spatial=(3, 3), diagonal="pixel", last=False):
-    options = {"dtype": dtype, "device": DEVICE}
-    F = torch.randn(B, K, *spatial, **options)
-    F = F.to(memory_format=torch.channels_last) if last else F
-    N = channels * spatial[0] * spatial[1]
-    d = 0.5 + torch.rand((B, N) if diagonal == "pixel" else (), **options)
-    weight, bias = torch.randn(R, channels, K, **options), torch.randn(R, channels, **options)
-    mean = torch.randn(channels, K, **options), torch.randn(channels, **options)
-    return F, weight, bias, *mean, d, torch.randn(2, B, N, **options)
+    """Two values, and one d for all pixels unless each has its own."""
+    diagonal, sizes = "pixel" if diagonal == "pixel" else "scalar", (B, K, R, channels, spatial)
+    return linear_cases.tensors(dtype, (), last, 1.0, diagonal, (2,), sizes, DEVICE)
 
 
 def joint(F, weight, bias, mean_weight, mean_bias, d, x, impl="triton"):

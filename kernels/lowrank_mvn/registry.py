@@ -133,6 +133,11 @@ def pull_back(function: Callable[..., Any], inputs: Sequence[Tensor], cotangents
     return tuple(pull(cotangents.double() if isinstance(cotangents, Tensor) else tuple(c.double() for c in cotangents)))
 
 
+def like(t: Tensor) -> Tensor:
+    """An empty tensor of that shape and dtype, contiguous."""
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
 def kept(value: Tensor, need: bool) -> Tensor:
     """An output that nobody needs is empty."""
     return value if need else value.new_empty(0)
@@ -401,20 +406,3 @@ def one_by_one(op: Operator, V: int, given: dict[str, Any], mapped: dict[str, in
     if isinstance(calls[0], Tensor):
         return torch.stack(calls), 0
     return tuple(torch.stack(parts) for parts in zip(*calls, strict=True)), (0,) * len(op.outputs)
-
-
-__all__ = [
-    "Dims",
-    "Operator",
-    "chosen",
-    "decomposed",
-    "forward_mode",
-    "implementations",
-    "plain_operators",
-    "pull_back",
-    "recorded",
-    "runs_on",
-    "second_derivative",
-    "transformed",
-    "without_autocast",
-]

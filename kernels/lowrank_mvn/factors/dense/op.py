@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ... import reference
 from ...capacitance import product_dtype
-from ...registry import Operator, front, implementations, into_items, into_samples, kept
+from ...registry import Operator, front, implementations, into_items, into_samples, kept, like
 
 IMPLEMENTATIONS = implementations(__package__)
 
@@ -28,10 +28,6 @@ DIMS = {
     **dict.fromkeys(("gram", "C_inv"), "BRR"),
     **dict.fromkeys(("logdet", "grad_logdet", "wide", "seed"), "B"),
 }
-
-
-def _like(t: Tensor) -> Tensor:
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 # --- q = δᵀΣ⁻¹δ and log|Σ| ------------------------------------------------------------------------------------------
@@ -64,7 +60,7 @@ mahalanobis_and_logdet = Operator(
 
 def _backward_fake(*inputs: Any) -> tuple[Tensor, ...]:
     _, _, x, loc, P, d, *_, needs, _ = inputs
-    grads = _like(x), _like(loc), torch.empty_like(P), _like(d)
+    grads = like(x), like(loc), torch.empty_like(P), like(d)
     return tuple(kept(g, need) for g, need in zip(grads, needs, strict=True))
 
 
@@ -118,7 +114,7 @@ logdet = Operator(
 
 
 def _logdet_backward_fake(grad_logdet, P, d, C_inv, wide, needs, impl):  # type: ignore[no-untyped-def]
-    return kept(torch.empty_like(P), needs[0]), kept(_like(d), needs[1])
+    return kept(torch.empty_like(P), needs[0]), kept(like(d), needs[1])
 
 
 logdet_backward = Operator(

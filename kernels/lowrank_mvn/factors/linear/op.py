@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import reference
 from ...capacitance import product_dtype
-from ...registry import Operator, front, implementations, joined, kept, one_by_one, outputs_of, parted
+from ...registry import Operator, front, implementations, joined, kept, like, one_by_one, outputs_of, parted
 from . import aten, forms
 
 IMPLEMENTATIONS = implementations(__package__)
@@ -29,10 +29,6 @@ DIMS = {
     "WG": "BcRk",
     "zF": "BSck",
 }
-
-
-def _like(t: Tensor) -> Tensor:
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 def _batched(op: Operator, V: int, given: dict[str, Any], mapped: dict[str, int]) -> Any:
@@ -119,9 +115,9 @@ def _backward_fake(*inputs: Any) -> tuple[Tensor, ...]:
     return (
         x.new_empty(x.shape if need_x else (0,), dtype=product_dtype(x, F, W, d)),
         kept(torch.empty_like(F), need_F),
-        _like(W),
-        F.new_empty(0) if m is None else _like(m),
-        kept(_like(d), need_d),
+        like(W),
+        F.new_empty(0) if m is None else like(m),
+        kept(like(d), need_d),
     )
 
 
@@ -201,7 +197,7 @@ logdet = Operator(
 
 
 def _logdet_backward_fake(grad_logdet, F, W, d, C_inv, WG, wide, needs, impl):  # type: ignore[no-untyped-def]
-    return kept(torch.empty_like(F), needs[0]), _like(W), kept(_like(d), needs[1])
+    return kept(torch.empty_like(F), needs[0]), like(W), kept(like(d), needs[1])
 
 
 logdet_backward = Operator(
@@ -227,7 +223,7 @@ gram = Operator(
 
 
 def _gram_backward_fake(grad_gram, F, W, precision, needs):  # type: ignore[no-untyped-def]
-    return kept(torch.empty_like(F), needs[0]), _like(W), kept(_like(precision), needs[1])
+    return kept(torch.empty_like(F), needs[0]), like(W), kept(like(precision), needs[1])
 
 
 gram_backward = Operator(
@@ -279,7 +275,7 @@ row_norms = Operator(
 row_norms_backward = Operator(
     "linear_row_norms_backward(Tensor grad_norms, Tensor F, Tensor W, bool need_F) -> (Tensor grad_F, Tensor grad_W)",
     aten.row_norms_backward,
-    lambda grad_norms, F, W, need_F: (kept(torch.empty_like(F), need_F), _like(W)),
+    lambda grad_norms, F, W, need_F: (kept(torch.empty_like(F), need_F), like(W)),
     DIMS,
 )
 
