@@ -1,14 +1,11 @@
 """What several test files share."""
 
-import os
-
 import pytest
 import torch
+from triton_cases import INTERPRET
 
 from lowrank_mvn import Stencil
 from lowrank_mvn.factors.base import Factor
-
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_collection_modifyitems(items):

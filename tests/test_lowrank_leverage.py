@@ -165,7 +165,7 @@ def test_transforms():
 
 
 @pytest.mark.parametrize("layout", ["BNR", "BRN"])
-def test_nothing_is_made_again_where_no_leverage_is_near_one(monkeypatch, layout):
+def test_small_leverages_recompute_nothing(monkeypatch, layout):
     def never(*_):
         raise AssertionError
 

@@ -42,7 +42,7 @@ class WhenUsed(ModuleType):
 def implementations(room: str) -> dict[str, Any]:
     """The implementations of a kind of factor, modules of its package `room`, by the name that `impl=` gives them."""
     found: dict[str, Any] = {"aten": importlib.import_module(f"{room}.aten")}
-    if importlib.util.find_spec("triton") is not None:
+    if importlib.util.find_spec("triton") and importlib.util.find_spec(f"{room}.triton"):
         found["triton"] = WhenUsed(f"{room}.triton")
     return found
 
@@ -131,6 +131,11 @@ def pull_back(function: Callable[..., Any], inputs: Sequence[Tensor], cotangents
     """∂(cotangents · function)/∂inputs through float64 copies, differentiable again."""
     pull: Any = torch.func.vjp(lambda *tensors: function(*(t.double() for t in tensors)), *inputs)[1]
     return tuple(pull(cotangents.double() if isinstance(cotangents, Tensor) else tuple(c.double() for c in cotangents)))
+
+
+def like(t: Tensor) -> Tensor:
+    """An empty tensor of that shape and dtype, contiguous."""
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 def kept(value: Tensor, need: bool) -> Tensor:
@@ -275,6 +280,65 @@ class Operator:
         }
         self._function = type(self.name, (torch.autograd.Function,), members)
 
+    def cotangents(self, names: Sequence[str], saved: SimpleNamespace, grads: SimpleNamespace) -> dict[str, Tensor]:
+        """The gradients of these outputs, zeros in float64 where one has none: sizes are those of the letters of `dims`
+        in what was saved."""
+        known = [(self.dims[n], t) for n, t in vars(saved).items() if isinstance(t, Tensor)]
+        sizes: dict[str, int] = {}
+        for word, t in known:
+            sizes |= {letter: size for letter, size in zip(word, t.shape, strict=True) if sizes.get(letter, 1) == 1}
+
+        def zeros(name: str) -> Tensor:
+            return known[0][1].new_zeros([sizes[letter] for letter in self.dims[name]], dtype=torch.float64)
+
+        return {n: zeros(n) if getattr(grads, n) is None else getattr(grads, n) for n in names}
+
+    def differentiate_by(
+        self,
+        backward: "Operator",
+        needs: Sequence[str] = (),
+        batched: Callable[..., Any] | None = None,
+        finish: Callable[..., Mapping[str, Tensor]] = lambda found, *_: found,
+    ) -> None:
+        """Registers the operator that computes the gradients. It takes by name: `grad_NAME` for each output that has a
+        gradient, what is saved for it, and which gradients are wanted, `needs` of these inputs ("x|loc": of either) or
+        `need_NAME`.
+
+        Args:
+            finish: from its results by name, what was saved and what is needed to the gradients by name.
+        """
+        of_inputs = ("needs", *(f"need_{n}" for n in self.arguments))
+        saves = [n for n in backward.arguments if n not in of_inputs and not n.startswith("grad_")]
+        outputs = [n for n in self.outputs if f"grad_{n}" in backward.arguments]
+
+        def derivative(saved: Any, needed: Any, grads: Any) -> Mapping[str, Tensor]:
+            given = vars(saved) | {f"grad_{n}": t for n, t in self.cotangents(outputs, saved, grads).items()}
+            given |= {f"need_{n}": need for n, need in vars(needed).items()}
+            given["needs"] = [any(getattr(needed, n) for n in names.split("|")) for names in needs]
+            made = backward(*(given[n] for n in backward.arguments))
+            found = {n.removeprefix("grad_"): t for n, t in zip(backward.outputs, made, strict=True)}
+            return finish(found, saved, needed)
+
+        self.register(derivative, saves, batched, [n for n in self.outputs if n not in outputs])
+
+    def differentiate(self, textbook: Callable[..., Any], batched: Callable[..., Any] | None = None) -> None:
+        """Registers the derivative of `textbook`, the same function of the same tensors, in float64."""
+
+        def derivative(saved: Any, needs: Any, grads: Any) -> dict[str, Tensor]:
+            cotangents = tuple(self.cotangents(self.outputs, saved, grads).values())
+            inputs = [getattr(saved, n) for n in self.tensors]
+            pulled = pull_back(textbook, inputs, cotangents if len(cotangents) > 1 else cotangents[0])
+            return dict(zip(self.tensors, pulled, strict=True))
+
+        self.register(derivative, self.tensors, batched)
+
+    def differentiate_again(
+        self, textbook: Callable[..., Any], parameters: Sequence[str], batched: Callable[..., Any] | None = None
+    ) -> None:
+        """Registers the derivative of an operator that computes the gradients of `textbook`(*parameters)."""
+        cotangents = [n for n in self.arguments if n.startswith("grad_")]
+        self.register(second_derivative(textbook, cotangents, parameters), (*cotangents, *parameters), batched)
+
 
 # --- Batching: the mapped dimension V joins the items B or, where the factor is shared, the samples S --------------
 
@@ -342,20 +406,3 @@ def one_by_one(op: Operator, V: int, given: dict[str, Any], mapped: dict[str, in
     if isinstance(calls[0], Tensor):
         return torch.stack(calls), 0
     return tuple(torch.stack(parts) for parts in zip(*calls, strict=True)), (0,) * len(op.outputs)
-
-
-__all__ = [
-    "Dims",
-    "Operator",
-    "chosen",
-    "decomposed",
-    "forward_mode",
-    "implementations",
-    "plain_operators",
-    "pull_back",
-    "recorded",
-    "runs_on",
-    "second_derivative",
-    "transformed",
-    "without_autocast",
-]

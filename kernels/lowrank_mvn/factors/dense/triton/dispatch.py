@@ -175,14 +175,3 @@ def _gram_of_flagged(P: Tensor, precision: Tensor, flags: Tensor) -> Tensor:
     gram = P.new_zeros(P.shape[0], P.shape[2], P.shape[2], dtype=torch.float64)
     solve.whole(capacitance.partial_sums(None, P, precision, "float64", inverted=True, flags=flags)[0], gram, flags)
     return gram
-
-
-__all__ = [
-    "KEEPS_RESIDUAL",
-    "gram",
-    "logdet",
-    "logdet_backward",
-    "mahalanobis_and_logdet",
-    "mahalanobis_and_logdet_backward",
-    "normal_equations",
-]

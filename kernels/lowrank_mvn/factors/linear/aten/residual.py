@@ -36,7 +36,7 @@ def mahalanobis_and_logdet(
         for b, n in blocks.blocks(F, 2 * (K + rows), items):  # float64 takes twice the memory
             f64 = blocks.features(F, b, n, exact)
             f = f64 if products == torch.float64 else blocks.features(F, b, n, copies)
-            # Where d is small, r is what is left of numbers hundreds of times its size: made in float64, rounded once.
+            # With a small d, r is the remainder of numbers hundreds of times its size: float64, rounded once.
             made = scratch.shaped(f.shape[0], rows, f.shape[2])
             torch.add(blocks.delta(x, loc, b, n, torch.float64), minus_u[b, :, K:], out=made)
             r = made.baddbmm_(minus_u[b, :, :K], f64).to(products)
