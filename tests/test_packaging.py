@@ -50,6 +50,7 @@ def test_archive_and_wheel_install_into_an_empty_environment(tmp_path):
     metadata = [name for name in names if ".dist-info/" in name]
     allowed = re.compile(
         r".*\.py|.*/py\.typed|lowrank_mvn/device/tuned/[^/]+\.json|sosvae/editor/static/page\.(html|css|js)"
+        r"|sosvae/paper/edits/[^/]+\.json"
     )
     assert all(allowed.fullmatch(name) for name in set(names) - set(metadata))
     assert any(name.endswith("LICENSE") for name in metadata)
