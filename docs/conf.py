@@ -25,7 +25,6 @@ html_copy_source = False
 html_extra_path = ["editor-demo.html"]
 pygments_style, pygments_dark_style = "friendly", "native"
 myst_heading_anchors = 3
-smartquotes = False  # `--` is an option
 default_role = "code"  # single backticks in docstrings
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say more: shapes, units
@@ -33,6 +32,11 @@ napoleon_use_rtype = False
 exclude_patterns = ["_build"]
 
 ROOT = Path(__file__).parent.parent
+
+
+def with_options(text: str) -> str:
+    """`--` begins an option here, and is no dash."""
+    return re.sub(r"(?<![`\w-])(--[\w.-]*\w)", r"`\1`", text)
 
 
 class Written(SphinxDirective):
@@ -79,13 +83,13 @@ class Options(Written):
                 if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
                     name = field.target.id.replace("_", "-")
                     help_ = " ".join(ast.literal_eval(text.value).split()).replace("|", "\\|")
-                    yield f"| `--{prefix}.{name}` | `{ast.unparse(field.value)}` | {help_} |"
+                    yield f"| `--{prefix}.{name}` | `{ast.unparse(field.value)}` | {with_options(help_)} |"
 
 
 class Presets(Written):
     def text(self):
         yield from ("| preset | |", "|---|---|")
-        yield from (f"| `{name}` | {about} |" for name, (about, _) in presets.PRESETS.items())
+        yield from (f"| `{name}` | {with_options(about)} |" for name, (about, _) in presets.PRESETS.items())
 
 
 def shapes(app, what, name, thing, options, lines):

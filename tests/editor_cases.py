@@ -78,7 +78,6 @@ def write_page(folder, parameters, shape, rank, name="page.html"):
         "name": "model",
         "head": "structured",
         "shape": shape,
-        "rank": rank,
         "latents": 2,
         "source": "test",
         "step": 1,
@@ -159,7 +158,10 @@ def make_run(folder, images, head="structured", channels=1, size=(24, 20), **mod
         for name, weight in vae.head.named_parameters():
             if name.endswith("weight") and not name.startswith("variance"):
                 weight.normal_(std=0.08)
-        for _ in range(40):  # batch norm's statistics: without them every code gives the same image
+        for norm in vae.modules():
+            if isinstance(norm, torch.nn.BatchNorm2d):
+                norm.momentum = None  # the mean of all batches
+        for _ in range(6):  # batch norm's statistics: without them every code gives the same image
             vae.decode(torch.randn(32, vae.latents))
             vae.encode(torch.rand(32, *config.image_shape))
         vae.posterior.weight.normal_(std=0.5)

@@ -63,3 +63,5 @@ def test_paths_exist(document):
 
 # Files that a run directory holds; the trainer writes them, the repository does not.
 GENERATED = {"config.json", "figures/", "checkpoints/", "kernels/__init__.py", "__init__.py", "sheet.png"}
+# And what `sosvae evaluate` writes.
+GENERATED |= {"likelihood.csv", "samples.csv", "temperatures.png"}

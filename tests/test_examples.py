@@ -59,7 +59,12 @@ def third_party(output):
     assert classes == ["torch", "lowrank_mvn"]
 
 
-CHECKS = {f.__name__: f for f in (vae_digits, segmentation, forecaster, pyro_guide, third_party)}
+def pca(output):
+    one, head = (float(re.search(rf"^{name} .* {NUMBER} bits", output, re.M)[1]) for name in ("one variance", "global"))
+    assert head < one - 0.5
+
+
+CHECKS = {f.__name__: f for f in (pca, vae_digits, segmentation, forecaster, pyro_guide, third_party)}
 
 
 def test_every_example_is_checked():
@@ -68,7 +73,7 @@ def test_every_example_is_checked():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
-def test_example(name):
+def test_example(name, tmp_path):
     path = FOLDER / f"{name}.py"
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 80
@@ -76,9 +81,10 @@ def test_example(name):
     assert "Gained:" in text
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, path], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, path], cwd=tmp_path, env=env, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     CHECKS[name](done.stdout)
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in tmp_path.iterdir())  # a picture, or nothing
     # Of the processor, so that a busy machine fails no test.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 20, done.stdout

@@ -193,23 +193,23 @@ def as_noise(
     impl: str,
     temperature: tuple[float, float] = (1.0, 1.0),
 ) -> Noise:
-    """Noise for samples of that shape [*shape, N]: given, or drawn; the kernels of "triton" draw ω_d themselves.
+    """Noise for samples of that shape [*shape, N], times its temperatures: given, or drawn.
 
-    A `temperature` (t_P, t_L) other than 1 scales it; ω_d is then drawn here.
+    The kernels of "triton" draw ω_d themselves where nothing scales it.
     """
-    t_P, t_L = checks.temperatures(temperature)
-    if temperature != (1.0, 1.0):
-        omega_p, omega_d = as_noise(noise, parameters, shape, "aten")
-        assert omega_d is not None
-        return Noise(t_P * omega_p, t_L * omega_d)
     N, R = parameters.N, parameters.factor.shape[-1]
+    t_P, t_L = checks.temperatures(temperature)
+    plain = temperature == (1.0, 1.0)
     if noise is None:
-        return Noise(_drawn(parameters, shape, R), None if impl == "triton" else _drawn(parameters, shape, N))
-    omega_p, omega_d = checks.pair("noise", noise, f"ω_p [..., {R}] and ω_d [..., {N}]")
-    checks.alike(**named(loc=parameters.mean), **{"noise[0]": omega_p, "noise[1]": omega_d})
-    checks.noise("noise[0]", omega_p, shape, R)
-    checks.noise("noise[1]", omega_d, shape, N)
-    return Noise(omega_p.expand(*shape, R), omega_d)
+        by_kernel = impl == "triton" and plain
+        found = Noise(_drawn(parameters, shape, R), None if by_kernel else _drawn(parameters, shape, N))
+    else:
+        omega_p, omega_d = checks.pair("noise", noise, f"ω_p [..., {R}] and ω_d [..., {N}]")
+        checks.alike(**named(loc=parameters.mean), **{"noise[0]": omega_p, "noise[1]": omega_d})
+        checks.noise("noise[0]", omega_p, shape, R)
+        checks.noise("noise[1]", omega_d, shape, N)
+        found = Noise(omega_p.expand(*shape, R), omega_d)
+    return found if plain else Noise(t_P * found.omega_p, None if found.omega_d is None else t_L * found.omega_d)
 
 
 def as_local_noise(noise: tuple[Tensor | None, Tensor] | None, parameters: LocalNormal, shape: torch.Size) -> Tensor:

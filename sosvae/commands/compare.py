@@ -116,11 +116,19 @@ def compare(
     split = None
     for name, settings in wanted.items():
         run = places[name]
-        resume, options = run.has_work(), {"accept_data_changes": accept_data_changes, "progress": progress}
         if name in (PIXELWISE, GLOBAL_LOCAL):
-            train_head(places[BETA], settings, run.folder, **options)
+            base, accept = places[BETA], accept_data_changes
+            train_head(base, settings, run.folder, accept_data_changes=accept, progress=progress)
         else:
-            train(settings, run.folder, resume=resume, split=None if resume else split, **options)
+            resume = run.has_work()
+            train(
+                settings,
+                run.folder,
+                resume=resume,
+                accept_data_changes=accept_data_changes,
+                split=None if resume else split,
+                progress=progress,
+            )
         split = split or run.split
         if run.steps()[-1] < settings.training.steps:
             return {"unfinished": name}

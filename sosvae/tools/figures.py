@@ -70,8 +70,9 @@ def _predicted(vae: VAE, z: Tensor, temperature: Temperature) -> Prediction:
     # Σₙₙ of the central pixel itself holds d and would set the scale of the picture.
     covariance[..., height // 2, width // 2] -= vae.unflatten(own_variance(p))[..., height // 2, width // 2]
     spread, how = variance(p)
-    parts = p.loc, y, common, y - p.loc, spread
-    return Prediction(*(vae.unflatten(part).cpu() for part in parts), covariance=covariance.cpu(), how=how)
+    flat = p.loc, y, common, y - p.loc, spread
+    pictures = [*map(vae.unflatten, flat), covariance]
+    return Prediction._make([*(picture.cpu() for picture in pictures), how])
 
 
 @torch.no_grad()

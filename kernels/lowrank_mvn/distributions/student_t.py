@@ -190,8 +190,9 @@ class LowRankMultivariateStudentT(Distribution):
         u: Tensor | None = None,
         temperature: Temperature = (1.0, 1.0),
     ) -> Tensor:
-        """y = μ + (t_P·P ω_p + t_L·√d ⊙ ω_d)/√u, of shape `sample_shape + batch_shape + event_shape`; `df` has a
-        gradient too.
+        """y = μ + (t_P·P ω_p + t_L·√d ⊙ ω_d)/√u, of shape `sample_shape + batch_shape + event_shape`.
+
+        `df` has a gradient too.
 
         Args:
             noise: ω_p [..., R] and ω_d [..., N] to use in place of fresh noise, for interpolation and editing.

@@ -1,5 +1,5 @@
 /** A session as JSON, as a link and inside a PNG: codes, seeds and strokes, from which the picture follows. */
-import { START_VIEW, type Doc, type Stroke } from "../types";
+import { START_VIEW, START_WALK, type Doc, type Stroke, type Walk } from "../types";
 
 interface Session {
   format: "sosvae-edit";
@@ -22,10 +22,12 @@ export function fromSession(value: unknown): Doc {
     typeof doc.run === "string" &&
     isObject(doc.code) &&
     Array.isArray(doc.strokes) &&
-    doc.strokes.every(isStroke);
+    doc.strokes.every(isStroke) &&
+    (doc.walk === undefined || isWalk(doc.walk));
   if (!sound) throw new Error("this is no session of sosvae edit");
   const view = { ...START_VIEW, ...doc.view };
-  return { run: doc.run, code: doc.code, view, strokes: doc.strokes, compare: doc.compare ?? null };
+  const { run, code, strokes, compare = null, walk = START_WALK } = doc;
+  return { run, code, view, strokes, compare, walk };
 }
 
 function isObject(value: unknown): boolean {
@@ -39,6 +41,10 @@ function isStroke(stroke: Stroke): boolean {
     [stroke.points, stroke.colour].every((list) => Array.isArray(list) && list.every(Number.isFinite)) &&
     [stroke.tau, stroke.channels, stroke.mirror].every(Number.isFinite)
   );
+}
+
+function isWalk({ corners, edge, t }: Walk): boolean {
+  return Array.isArray(corners) && corners.length === 4 && [...corners, edge, t].every(Number.isFinite);
 }
 
 export async function toLink(doc: Doc): Promise<string> {
