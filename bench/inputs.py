@@ -4,7 +4,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["FIXED_DIAGONAL", "Arrays", "Case", "K", "condition", "density", "linear", "sample", "training"]
+__all__ = [
+    "FIXED_DIAGONAL",
+    "Arrays",
+    "Case",
+    "K",
+    "condition",
+    "density",
+    "linear",
+    "sample",
+    "stencil",
+    "stencil_sample",
+    "training",
+]
 
 K = 64  # features of the linear factor, the paper's number
 FIXED_DIAGONAL = 1e-5  # the paper's d for all pixels
@@ -77,6 +89,23 @@ def condition(case: Case) -> Arrays:
     mask = np.zeros((case.channels, case.height, case.width), bool)
     mask[:, :, : case.width // 2 + 1] = True
     return inputs | {"observed": np.broadcast_to(mask.reshape(-1), (case.batch, case.N)).copy()}
+
+
+def stencil(case: Case) -> Arrays:
+    """x, loc and the weights of a 3×3 neighbourhood of each channel: log t [B, channels, H, W], s of 4 neighbours."""
+    rng = np.random.default_rng(0)
+    image = (case.height, case.width)
+    x, loc = _normal(rng, case.batch, case.N), _normal(rng, case.batch, case.N, std=0.1)
+    log_diagonal = _normal(rng, case.batch, case.channels, *image, std=0.1)
+    neighbours = _normal(rng, case.batch, case.channels, 4, *image, std=0.1)
+    return {"x": x, "loc": loc, "log_diagonal": log_diagonal, "neighbours": neighbours}
+
+
+def stencil_sample(case: Case) -> Arrays:
+    """The same and the noise of 64 samples in place of x."""
+    inputs = stencil(case)
+    del inputs["x"]
+    return inputs | {"omega": _normal(np.random.default_rng(1), 64, case.batch, case.N)}
 
 
 def linear(case: Case) -> Arrays:

@@ -150,6 +150,28 @@ _ALL = (
         traffic=Traffic(F=4, vectors=3, d=4),
         operations=_linear_operations,
     ),
+    Operator(
+        name="stencil_backward",
+        title="log p of a 3×3 precision with backward",
+        peers=("ours", "convolution"),
+        inputs=inputs.stencil,
+        errors=errors.oracle,
+        terms=("log_prob",),
+        gradients=("loc", "log_diagonal", "neighbours"),
+        # x, μ and five weights are read twice and y once and written once; the gradients of μ and the weights.
+        traffic=Traffic(vectors=2 * 7 + 2 + 6),
+        operations=lambda case: case.batch * case.N * (2 * 4 + 4 + 4 * 4 + 8),
+    ),
+    Operator(
+        name="stencil_sample",
+        title="64 samples of a 3×3 precision",
+        peers=("ours", "torchsparsegradutils", "cholespy", "cholespy_solve"),
+        inputs=inputs.stencil_sample,
+        errors=errors.oracle,
+        # The noise is read and a sample written; the weights and μ count once for all of them.
+        traffic=Traffic(vectors=2 * 64 + 6),
+        operations=lambda case: 64 * case.batch * case.N * (2 * 4 + 2),
+    ),
     # The paper's network with d = 1e-3, of which the convolutions take most: no floor is claimed. torch's class stands
     # in the same network with P materialised; the β-VAE has the same decoder with independent pixels.
     Operator(

@@ -45,6 +45,10 @@ PEERS = {
         Peer("textbook", "textbook in torch"),
         Peer("betavae", "β-VAE"),
         Peer("textbook_compile", "torch.compile of it"),
+        Peer("convolution", "convolution and einsum"),
+        Peer("torchsparsegradutils", "torchsparsegradutils", ("torch", "torchsparsegradutils")),
+        Peer("cholespy", "cholespy", ("torch", "cholespy")),
+        Peer("cholespy_solve", "its solve alone", ("torch", "cholespy")),
     )
 }
 ORACLE = Peer("oracle", "torch's class in float64")
@@ -59,7 +63,8 @@ def missing(peer: Peer) -> str | None:
 def versions() -> dict[str, str]:
     """Versions of everything that a time may depend on, of what is installed."""
     found = {}
-    for name in ("torch", "triton", "numpy", "jax", "jaxlib", "numpyro", "linear_operator"):
+    peers = ("jax", "jaxlib", "numpyro", "linear_operator", "cholespy", "torchsparsegradutils")
+    for name in ("torch", "triton", "numpy", *peers):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

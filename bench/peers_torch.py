@@ -23,6 +23,8 @@ def build(peer: str, operator: Operator, case: Case, inputs: Arrays, device: str
 
         return TrainingJob(case, inputs, device, peer)
     make = _FUNCTIONS.get(operator.name, _density)
+    if operator.name.startswith("stencil"):
+        from .peers_stencil import function as make
     return _Job(make(operator, peer), operator, case, inputs, device, peer)
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.distributions as td
 
-from lowrank_mvn import LinearFactor, LinearMean, LowRankMultivariateNormal
+from lowrank_mvn import LinearFactor, LinearMean, LowRankMultivariateNormal, LowRankMultivariateStudentT
 
 B, N, R, K, CHANNELS = 4, 12, 3, 4, 2
 
@@ -60,6 +60,12 @@ def observed(x):
     return x > 0
 
 
+def heavy(p):
+    """The t of the same parameters."""
+    loc, factor, local, _ = p._parameters
+    return LowRankMultivariateStudentT(3.0, loc.given, factor.given, local.variance())
+
+
 CALLS = {
     "log_prob": lambda p, x: p.log_prob(x),
     "entropy": lambda p, x: p.entropy(),
@@ -71,6 +77,9 @@ CALLS = {
     "covariance_row": lambda p, x: p.covariance_row(3),
     "gram": lambda p, x: p.factor_gram(),
     "kl": lambda p, x: td.kl_divergence(p, p.expand(p.batch_shape)),
+    "t log_prob": lambda p, x: heavy(p).log_prob(x) + heavy(p).entropy(),
+    "t rsample": seeded(lambda p, x: heavy(p).rsample()),
+    "t condition": lambda p, x: heavy(p).condition(x, observed(x)).variance,
 }
 
 

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from lowrank_mvn import Stencil
+from lowrank_mvn import Stencil, StencilMultivariateNormal
 
 F64 = torch.float64
 # (id, batch, channels, spatial, neighbourhood, stencils: one or own, ties: none, pixel or one): ragged first.
@@ -24,6 +24,7 @@ SHAPES = [
     ("empty-batch", (0,), 1, (3, 3), (3, 3), "own", None),
 ]
 IDS = [shape[0] for shape in SHAPES]
+GREY, COLOUR = SHAPES[2], SHAPES[5]
 
 
 def weights(batch, channels, spatial, neighbourhood, stencils="own", ties=None, dtype=F64, scale=0.4):
@@ -89,3 +90,32 @@ class Dense:
 
     def entropy(self):
         return 0.5 * (self.loc.shape[-1] * (1 + math.log(2 * math.pi)) + torch.logdet(self.covariance))
+
+
+def distribution(shape, **options):
+    stencil, loc = make(shape, **options)
+    return StencilMultivariateNormal(loc, stencil, validate_args=True)
+
+
+def parts(stencil):
+    return [t for t in (stencil.log_diagonal, stencil.neighbours, stencil.ties) if t is not None]
+
+
+def of_parts(stencil, tensors):
+    log_diagonal, neighbours, *ties = tensors
+    return Stencil(log_diagonal, neighbours, *(ties or [None]), stencil.neighbourhood, stencil.channels)
+
+
+def textbook_condition(loc, Sigma, value, observed, variance):
+    """Mean and covariance by the gain Σ₂ᵀ(Σ₂₂ + τ²)⁻¹, item by item."""
+    N = loc.shape[-1]
+    means, covs = [], []
+    flat = zip(loc.reshape(-1, N), Sigma.reshape(-1, N, N), value.reshape(-1, N), observed.reshape(-1, N), strict=True)
+    for m, S, b, o in flat:
+        noise = (torch.zeros(N, dtype=F64) if variance is None else variance.expand(N))[o]
+        gain = S[:, o] @ torch.linalg.inv(S[o][:, o] + noise.diag())
+        means.append(m + gain @ (b[o] - m[o]))
+        covs.append(S - gain @ S[o])
+    if not means:
+        return loc, Sigma
+    return torch.stack(means).reshape(loc.shape), torch.stack(covs).reshape(Sigma.shape)

@@ -11,8 +11,7 @@ import pytest
 import torch
 import torch.distributions as td
 from lowrank_cases import gradients, relative
-from stencil_cases import F64, IDS, SHAPES, Dense, make
-from test_stencil import of_parts, parts, textbook_condition
+from stencil_cases import COLOUR, F64, GREY, IDS, SHAPES, Dense, make, of_parts, parts, textbook_condition
 
 from lowrank_mvn import GlobalLocalNormal, LinearFactor, LinearMean, LowRankMultivariateNormal, Stencil
 
@@ -20,7 +19,7 @@ pytestmark = [
     pytest.mark.usefixtures("everywhere"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning"),
 ]
-GREY, COLOUR, ONE_STENCIL = SHAPES[2], SHAPES[5], SHAPES[7]
+ONE_STENCIL = SHAPES[7]
 R = 3
 
 

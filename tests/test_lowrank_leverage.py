@@ -140,8 +140,17 @@ def test_gradients_of_the_kernels(kind, name, d, dtype, one_d):
     check(kind, name, d, dtype, one_d, ("H", "both"))
 
 
+@each_diagonal
+@each_dtype
+@pytest.mark.parametrize("name", IN_KERNELS)
+@pytest.mark.usefixtures("in_torch")
+def test_grad_d_in_torchs_operators(name, dtype, one_d):
+    check("dense", name, 3e-6, dtype, one_d)
+
+
 @each_kind
 @each_diagonal
+@pytest.mark.usefixtures("in_torch")
 def test_blocks(monkeypatch, kind, one_d):
     """A small factor takes another way in the forward pass."""
     monkeypatch.setattr(residual, "AT_ONCE_VALUES", 0)
@@ -220,7 +229,7 @@ def test_transforms():
 
 
 @pytest.mark.parametrize("layout", ["BNR", "BRN"])
-def test_nothing_is_made_again_where_no_leverage_is_near_one(monkeypatch, layout):
+def test_small_leverages_recompute_nothing(monkeypatch, layout):
     def never(*_):
         raise AssertionError
 

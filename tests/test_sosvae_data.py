@@ -23,10 +23,9 @@ def test_faces_are_400_of_40_people_repaired_and_split_by_person(config):
         warnings.simplefilter("error")  # a file that cannot be decoded would be a warning
         faces = load(config("faces", height=112, width=92, validation=0.1))
     assert faces.images.shape == (400, 1, 112, 92)
-    assert len(faces.validation) == 40
-    people = [{faces.names[i].split("/")[0] for i in part} for part in (faces.train, faces.validation)]
-    assert [len(part) for part in people] == [36, 4]
-    assert not people[0] & people[1]
+    people = {part: {faces.names[i].split("/")[0] for i in indices} for part, indices in faces.indices.items()}
+    assert {part: len(found) for part, found in people.items()} == {"train": 36, "validation": 2, "test": 2}
+    assert len(set.union(*people.values())) == 40
     # A shifted row shows as contrast between neighbouring rows; whole faces have less than 20 grey levels of it.
     contrast = np.abs(np.diff(faces.images[:, 0].astype(int), axis=1)).mean((1, 2))
     assert contrast.max() < 20
@@ -47,7 +46,7 @@ def test_repair_keeps_a_pair_that_was_in_the_image():
 def test_digits_are_mnist(config):
     digits = load(config("digits", height=28, width=28, validation=0.1))
     assert digits.images.shape == (5000, 1, 28, 28)
-    assert (len(digits.train), len(digits.validation)) == (4500, 500)
+    assert [len(indices) for indices in digits.indices.values()] == [4500, 250, 250]
     assert digits.images[:, :, 0, 0].max() == 0
     assert digits.images.max() == 255
 
@@ -57,7 +56,7 @@ def test_folder_takes_a_tree_and_any_format(config, tmp_path):
         write(tmp_path / "in" / name, i)
     images = load(config(f"folder:{tmp_path / 'in'}"))
     assert images.names == ["a.png", "b/c.jpg", "b/d/e.PGM", "f.bmp"]
-    assert sorted([*images.train, *images.validation]) == [0, 1, 2, 3]
+    assert sorted(np.concatenate(list(images.indices.values()))) == [0, 1, 2, 3]
     assert len(images.validation) > 0
     assert images.images.dtype == np.uint8
 
@@ -95,7 +94,10 @@ def test_celeba_follows_the_official_partition(config, tmp_path, height, width, 
     images = load(config(f"celeba:{root}", height=height, width=width, channels=channels))
     assert images.images.shape == (6, channels, height, width)
     assert [images.names[i] for i in images.train] == [f"{i:06d}.jpg" for i in (1, 2, 3, 4)]
-    assert [images.names[i] for i in images.validation] == ["000005.jpg", "000006.jpg"]
+    assert [[images.names[i] for i in images.indices[part]] for part in ("validation", "test")] == [
+        ["000005.jpg"],
+        ["000006.jpg"],
+    ]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16-le", "utf-16-be", "utf-16"])
@@ -148,11 +150,10 @@ def test_brain_slices_are_split_by_person(config, tmp_path):
         for i in range(3):
             write(tmp_path / "brain" / f"{person}_{i:02d}.jpg", i)
     brain = load(config(f"brain:{tmp_path / 'brain'}"))
-    parts = [{brain.names[i].rpartition("_")[0] for i in part} for part in (brain.train, brain.validation)]
-    assert parts[0]
-    assert parts[1]
-    assert not parts[0] & parts[1]
-    assert parts[0] | parts[1] == {"Mi1", "Mi2", "Mi_3", "Mi4"}
+    parts = [{brain.names[i].rpartition("_")[0] for i in part} for part in brain.indices.values()]
+    assert all(parts)
+    assert sum(map(len, parts)) == len(set.union(*parts))
+    assert set.union(*parts) == {"Mi1", "Mi2", "Mi_3", "Mi4"}
 
 
 def test_corrupt_images_are_named_counted_and_left_out(config, tmp_path):
@@ -222,8 +223,8 @@ def test_batches_that_cannot_be_are_clear_errors(config, folder):
     ):
         with pytest.raises(ValueError, match=message):
             images.batch(*arguments)
-    with pytest.raises(ValueError, match="part is 'test', expected one of train, validation"):
-        images.first("test", 1)
+    with pytest.raises(ValueError, match="part is 'other', expected one of train, validation"):
+        images.first("other", 1)
     with pytest.raises(ValueError, match="count is 0"):
         images.first("train", 0)
     with pytest.raises(ValueError, match="count is -1"):
@@ -254,3 +255,20 @@ def test_deviation_of_copies_of_one_image_is_nothing(config, tmp_path, value):
         write(tmp_path / "same" / f"{i}.png", value)
     for name in ("in", "same"):
         assert load(config(f"folder:{tmp_path / name}")).deviation() == 0
+
+
+def test_shifted_images_are_moved_with_their_edges_repeated(tmp_path):
+    for i in range(6):
+        write(tmp_path / "in" / f"{i}.png", 30 * i)
+    still = load(settings(f"folder:{tmp_path / 'in'}", tmp_path / "cache"))
+    moved = load(settings(f"folder:{tmp_path / 'in'}", tmp_path / "cache", shift=3))
+    before, after = still.batch(1, 3, 0), moved.batch(1, 3, 0)
+    assert torch.equal(after, moved.batch(1, 3, 0))
+    found = set()
+    for a, b in zip(before, after, strict=True):
+        padded = torch.nn.functional.pad(a[None], (3, 3, 3, 3), mode="replicate")[0]
+        places = [(i, j) for i in range(7) for j in range(7) if torch.equal(padded[:, i : i + 18, j : j + 20], b)]
+        assert len(places) == 1
+        found |= set(places)
+    assert len(found) > 1
+    assert torch.equal(still.first("validation", 1), moved.first("validation", 1))

@@ -10,7 +10,7 @@ from data_cases import quiet, settings, write
 
 from sosvae import data
 from sosvae.data import ChangedDataError, Split, compare, load
-from sosvae.data.split import divide
+from sosvae.data.split import divide, with_test
 
 
 @pytest.fixture
@@ -30,12 +30,12 @@ def parts(images) -> dict[str, str]:
 
 
 def test_adding_and_removing_files_moves_no_other(config, root):
-    before = parts(load(config(root)))
-    assert set(before.values()) == {"train", "validation"}
+    before = parts(load(config(root, validation=0.5)))
+    assert set(before.values()) == {"train", "validation", "test"}
     for i in range(40):
         write(root / f"new-{i}.png", 20 + i)
     (root / "03.png").unlink()
-    after = parts(load(config(root)))
+    after = parts(load(config(root, validation=0.5)))
     assert {name: part for name, part in after.items() if name in before} == {
         name: part for name, part in before.items() if name != "03.png"
     }
@@ -77,7 +77,8 @@ def test_the_split_is_known():
 def test_faces_are_held_out_as_before_splits_were_kept(config, tmp_path):
     faces = load(settings("faces", tmp_path / "cache", height=48, width=40, validation=0.1))
     assert faces.split.rule == "drawn"
-    assert sorted({faces.names[i].split("/")[0] for i in faces.validation}) == ["s13", "s2", "s31", "s34"]
+    held_out = {faces.names[i].split("/")[0] for part in ("validation", "test") for i in faces.indices[part]}
+    assert sorted(held_out) == ["s13", "s2", "s31", "s34"]
 
 
 def test_a_run_before_splits_were_kept_goes_on_with_its_own(config, root):
@@ -85,7 +86,61 @@ def test_a_run_before_splits_were_kept_goes_on_with_its_own(config, root):
     held_out = set(np.random.default_rng(0).permutation(np.array(names, dtype=object))[:3])
     images = load(config(root), rule="drawn")
     assert {images.names[i] for i in images.validation} == held_out
+    assert list(images.indices) == ["train", "validation"]
     assert load(config(root), split=images.split).split == images.split
+
+
+# --- Three parts --------------------------------------------------------------------------------------------
+
+
+def test_half_of_the_groups_held_out_are_for_the_test_and_none_of_the_others():
+    groups = [f"person-{i // 3}" for i in range(30_000)]
+    before = divide(groups, "hashed", 0.1)
+    after = with_test(groups, before, "hashed")
+    assert [part == "train" for part in after] == [part == "train" for part in before]
+    found = dict(zip(groups, after, strict=True))
+    assert all(found[group] == part for group, part in zip(groups, after, strict=True))  # whole groups
+    count = Counter(found.values())
+    held_out = count["test"] + count["validation"]
+    assert abs(count["test"] - held_out / 2) < 5 * np.sqrt(held_out / 4)  # binomial
+    some = groups[3000:9000]
+    assert all(
+        found[group] == part
+        for group, part in zip(some, with_test(some, divide(some, "hashed", 0.1), "hashed"), strict=True)
+    )
+
+
+@pytest.mark.parametrize("rule", ["hashed", "drawn", "published"])
+def test_there_is_a_group_to_choose_on_and_one_to_report(rule):
+    for seed in range(50):
+        for count in (2, 3, 7):
+            groups = [f"{seed}-{i}" for i in range(count)]
+            assert set(with_test(groups, ["validation"] * count, rule)) == {"validation", "test"}
+    assert with_test(["a", "b"], ["train", "validation"], rule) == ["train", "validation"]
+    assert with_test(["a", "b", "c"], ["test", "validation", "validation"], rule) == [
+        "test",
+        "validation",
+        "validation",
+    ]
+
+
+def test_what_is_for_the_test_is_known():
+    letters = list("abcdefghij")
+    found = with_test(letters, ["validation"] * 10, "hashed")
+    assert [x for x, part in zip(letters, found, strict=True) if part == "test"] == list("bcdehij")
+
+
+def test_a_record_of_two_parts_stays_one_and_gets_a_test_where_that_is_asked_for(config, root):
+    kept = load(config(root, validation=0.5), rule="drawn").split
+    assert list(kept.parts) == ["train", "validation"]
+    assert load(config(root), split=kept).split == kept
+    tested = load(config(root), split=kept, test=True)
+    assert set(tested.split.parts["train"]) == set(kept.parts["train"])
+    assert set(tested.split.parts["validation"]) | set(tested.split.parts["test"]) == set(kept.parts["validation"])
+    assert len(tested.indices["test"]) == 3
+    assert load(config(root), split=tested.split).split == tested.split
+    with pytest.raises(ChangedDataError):
+        load(config(root), split=Split(kept.rule, kept.decoding, {"train": kept.parts["train"]}), test=True)
 
 
 # --- The record ---------------------------------------------------------------------------------------------
@@ -126,7 +181,7 @@ def test_other_data_are_an_error_that_says_what_changed(config, root):
     assert f"folder:{root} is not the data that this was trained on: 1 new images (new.png); " in str(caught.value)
 
 
-def test_told_to_it_goes_on_and_trained_images_stay_trained(config, root):
+def test_accepting_changed_data_keeps_trained_images_in_training(config, root):
     kept = load(config(root), rule="drawn").split
     before = {name: part for part, images in kept.parts.items() for name in images}
     for i in range(30):
@@ -135,7 +190,7 @@ def test_told_to_it_goes_on_and_trained_images_stay_trained(config, root):
     images, found = quiet(config(root), split=kept, accept_changes=True)
     after = parts(images)
     assert all(after[name] == part for name, part in before.items() if name != "03.png")
-    assert {after[f"new-{i}.png"] for i in range(30)} == {"train", "validation"}
+    assert {after[f"new-{i}.png"] for i in range(30)} == {"train", "validation"}  # the parts that there were
     assert found == [
         f"folder:{root}: 30 new images (new-0.png, new-1.png, new-10.png, new-11.png, new-12.png, …); "
         "1 missing images (03.png)"
@@ -152,12 +207,11 @@ def test_new_images_of_a_known_person_follow_the_person(tmp_path):
     for person in "abcdefgh":
         write(tmp_path / "brain" / f"{person}_2.png", ord(person) + 9)
     images, _ = quiet(brain, split=kept, accept_changes=True)
-    people = [{images.names[i][0] for i in indices} for indices in images.indices.values()]
-    assert not people[0] & people[1]
-    assert sorted(people[0] | people[1]) == list("abcdefgh")
+    people = [name for indices in images.indices.values() for name in {images.names[i][0] for i in indices}]
+    assert sorted(people) == list("abcdefgh")
 
 
-def test_data_of_which_a_part_is_gone_cannot_be_gone_on_with(config, root):
+def test_data_without_a_validation_part_are_an_error(config, root):
     kept = load(config(root)).split
     for name in kept.parts["validation"]:
         (root / name).unlink()
@@ -173,13 +227,13 @@ def test_other_decoding_is_other_data(config, root):
         load(config(root), split=former)
 
 
-def test_more_parts_than_two_are_kept(config, root):
+def test_more_parts_than_three_are_kept(config, root):
     split = load(config(root)).split
     train = dict(split.parts["train"])
-    third = {name: train.pop(name) for name in sorted(train)[:2]}
-    images = load(config(root), split=Split("hashed", split.decoding, split.parts | {"train": train, "test": third}))
-    assert list(images.indices) == ["train", "validation", "test"]
-    assert images.first("test", 5).shape == (2, 1, 18, 20)
+    more = {name: train.pop(name) for name in sorted(train)[:2]}
+    images = load(config(root), split=Split("hashed", split.decoding, split.parts | {"train": train, "more": more}))
+    assert sorted(images.indices) == ["more", "test", "train", "validation"]
+    assert images.first("more", 5).shape == (2, 1, 18, 20)
 
 
 @pytest.mark.parametrize(

@@ -383,9 +383,9 @@ def test_conditioning_on_an_edit_is_the_dense_conditional(p):
 def test_conditioning_on_something_that_is_no_image_is_an_error():
     p = VAE(small(channels=3)).decode(torch.randn(2, 4))
     mask = torch.zeros(3, 17, 19, dtype=torch.bool)
-    with pytest.raises(ValueError, match=r"an image has shape \[17, 19\], expected \[\.\.\., channels, H, W\] or"):
+    with pytest.raises(ValueError, match=r"mask has shape \[17, 19\], expected \[\.\.\., channels, H, W\] or"):
         condition(p, torch.rand(3, 17, 19), mask[0])
-    with pytest.raises(ValueError, match=r"an image has shape \[1, 17, 19\]"):
+    with pytest.raises(ValueError, match=r"edited has shape \[1, 17, 19\]"):
         condition(p, torch.rand(1, 17, 19), mask)
     image = torch.rand(3, 17, 19)
     flat = condition(p, image.flatten(), mask.flatten())

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from data_cases import write
-from sosvae_cases import pictures, rows, same, set_training, small
+from sosvae_cases import killed, pictures, rows, same, set_training, small
 
 from sosvae import ChangedDataError, NonFiniteError, Run, Split, load, train
 from sosvae.cli import main
@@ -26,7 +26,7 @@ def run(config, tmp_path):
 
 
 def held_out(run):
-    return set(run.split.parts["validation"])
+    return {name for part, images in run.split.parts.items() if part != "train" for name in images}
 
 
 # --- Data ---------------------------------------------------------------------------------------------------
@@ -66,7 +66,8 @@ def test_the_same_images_under_another_path_are_accepted(config, run, tmp_path):
     args = ["--resume", str(run.folder), "--quiet", "--training.steps=4", moved, "--data.validation=0.5"]
     assert main(["train", *args, f"--data.cache={tmp_path / 'other'}"]) == 0
     assert run.config.data.source == f"folder:{tmp_path / 'moved'}"
-    assert len(held_out(run)) == len(load(config.replace(data={"source": run.config.data.source}).data).validation)
+    images = load(config.replace(data={"source": run.config.data.source}).data)
+    assert len(held_out(run)) == len(images.names) - len(images.train)
     assert main(["reconstruct", str(run.folder)]) == 0
 
 
@@ -221,9 +222,6 @@ def test_an_evaluation_that_fails_costs_no_work(config, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_is_saved_before_its_evaluation(config, tmp_path, monkeypatch):
-    def killed(*args):
-        raise SystemExit
-
     monkeypatch.setattr(loop, "evaluate", killed)
     with pytest.raises(SystemExit):
         train(config, tmp_path / "run", progress=False)

@@ -1,4 +1,8 @@
-"""`StencilMultivariateNormal` as a distribution of torch: copies, shapes, seeds, and bad input."""
+"""`StencilMultivariateNormal` as a distribution of torch's, and bad input.
+
+`test_triton_session.py` runs it a second time with the kernels in Triton's interpreter; with a device they are compiled
+(marker `gpu`).
+"""
 
 import copy
 import pickle
@@ -6,8 +10,7 @@ import pickle
 import pytest
 import torch
 import torch.distributions as td
-from stencil_cases import F64, SHAPES, Dense, make, weights
-from test_stencil import GREY, distribution
+from stencil_cases import F64, GREY, SHAPES, Dense, distribution, make, weights
 
 import lowrank_mvn
 from lowrank_mvn import LinearMean, Stencil, StencilMultivariateNormal

@@ -3,6 +3,7 @@
 python -m bench.static                      R = 10, 25, 64, and a linear factor of 64 features; float32, both layouts,
                                             all targets; R = 25 in bfloat16, and 256 features (minutes)
 python -m bench.static --features 16 64     linear factors alone, R = 25, C = 3, one d and a d per pixel
+python -m bench.static --stencils           stencils alone: 3×3, 5×5, channels, a volume
 python -m bench.static --rank 25 --target sm_90 --json static.json
 python -m bench.static --all                dtypes, diagonals, channels, several samples, padded sizes (hours)
 python -m bench.static --check              fails where a bar is not reached
@@ -21,16 +22,10 @@ from sosvae.files import write_atomically
 from . import model
 from .children import compile_all
 from .compiled import TARGETS
-from .launches import Case, LinearCase, all_cases, all_linear_cases
+from .launches import AnyCase, Case, LinearCase, all_cases, all_linear_cases, stencil_cases
 from .requested import in_interpreter
 from .verdict import verdict
 
-HEADER = (
-    f"{'kernel':32}{'target':8}{'case':36}{'regs':>5}{'spill':>6}{'shared':>8}{'occ.':>6}"
-    f"{'stages × tile × programs = in flight':>38}"
-    f"{'loads':>18}{'stores':>11}{'tensor':>7}{'ins/B':>7}{'cap':>7}  by, then every other pipe"
-    f" [TB/s; memory {model.MEMORY / 1e12:.1f}]"
-)
 # sm_86 takes sm_80's launches, where they fit its shared memory.
 DEFAULT_TARGETS = [target for target in TARGETS if target != "sm_86"]
 # Ranks that fill their padding and ranks that do not, and one that is walked over in tiles.
@@ -43,28 +38,27 @@ ALL_FEATURES = [10, 32, 64, 128, 200]
 LINEAR_LAYOUT = {"BRN": "BKM", "BNR": "BMK"}
 
 
-def line(row: dict) -> str:
-    def widths(name):
-        return " ".join(f"{n}×{w}" for w, n in row.get(name, {}).items())
+SHOWN = "registers", "spills", "shared", "occupancy", "loads", "stores", "tensor", "instructions_per_byte", "error"
 
-    text = f"{row['kernel'] + ' ' + row.get('sizes', ''):32}{row['target']:8}{row['case']:36}"
-    if "error" in row:
-        return text + row["error"]
-    text += f"{row['registers']:5}{row['spills']:6}{row['shared']:8}{row['occupancy']:6.0%}"
-    if "loads" in row:
-        text += f"{model.in_flight(row):>38}{widths('loads'):>18}{widths('stores'):>11}{row['tensor']:7}"
-        text += f"{row['instructions_per_byte']:7.2f}"
+
+def line(row: dict) -> str:
+    """What is known of a kernel, in the words of the JSON; the most that each pipe allows, in TB/s of P, the narrowest
+    first."""
+    shown = {name: row[name] for name in SHOWN if name in row}
+    if "tile" in row:
+        shown["in flight"] = model.in_flight(row)
     if "caps" in row:
-        first, *others = sorted(row["caps"], key=row["caps"].__getitem__)
-        text += f"{row['caps'][first] / 1e12:7.2f}  {first}, "
-        text += " ".join(f"{pipe} {row['caps'][pipe] / 1e12:.1f}" for pipe in others)
-    return text
+        caps = sorted(row["caps"].items(), key=lambda cap: cap[1])
+        shown["at most"] = " ".join(f"{pipe} {cap / 1e12:.1f}" for pipe, cap in caps)
+    words = (f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items())
+    return f"{row['kernel']} {row.get('sizes', '')} {row['case']}, {row['target']}: " + ", ".join(words)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__.split("\n")[0])
     parser.add_argument("--rank", type=int, nargs="+", help="ranks R (default: 10 25 64)")
     parser.add_argument("--features", type=int, nargs="+", help="features K of a linear factor (default: 64)")
+    parser.add_argument("--stencils", action="store_true", help="the kernels of a stencil")
     parser.add_argument(
         "--layout", nargs="+", choices=["BRN", "BNR"], default=["BRN", "BNR"], help="P in memory (F, likewise)"
     )
@@ -76,15 +70,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=2, help="how many compile at once")
     parser.add_argument("--seconds", type=float, default=120.0, help="to give up the compilation of one kernel after")
     options = parser.parse_args(arguments)
-    print(model.ASSUMPTIONS, HEADER, sep="\n\n")
-    named = options.rank or options.features
+    print(model.ASSUMPTIONS)
+    named = options.rank or options.features or options.stencils
     ranks = options.rank or ([] if named else [10, 25, 64])
     features = options.features or ([] if named else [64])
     plain = [Case(R, layout) for R in ranks for layout in options.layout]
     one_d = [LinearCase(K, LINEAR_LAYOUT[layout]) for K in features for layout in options.layout]
     # Half precision is loaded, and given to matrix products, in ways of its own.
     halves = [Case(R, layout, torch.bfloat16) for R in ranks if R == 25 for layout in options.layout]
-    cases: list[Case | LinearCase] = [*plain, *halves]
+    cases: list[AnyCase] = [*plain, *halves]
     # More features than a tile holds: blocks of P.
     many = [] if named else [LinearCase(256, LINEAR_LAYOUT[layout]) for layout in options.layout]
     cases += [case._replace(diagonal=diagonal) for case in (*one_d, *many) for diagonal in ("item", "pixel")]
@@ -92,6 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
         own = [LINEAR_LAYOUT[layout] for layout in options.layout]
         cases = [*all_cases(options.rank or ([] if named else ALL_RANKS), options.layout)]
         cases += all_linear_cases(options.features or ([] if named else ALL_FEATURES), own)
+    if options.stencils or not named:
+        cases += stencil_cases(options.all)
     tasks = [(case, target) for target in options.target for case in cases]
     rows = compile_all(tasks, options.processes, options.seconds, lambda row: print(line(row), flush=True))
     rows.sort(key=lambda row: (options.target.index(row["target"]), row["case"], row["kernel"]))

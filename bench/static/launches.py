@@ -1,6 +1,7 @@
 """The launches of a step, captured with their arguments, as dispatch chooses them."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -10,6 +11,7 @@ import torch
 from lowrank_mvn.device import launch as launches
 from lowrank_mvn.factors.dense import triton as dense
 from lowrank_mvn.factors.linear import triton as linear
+from lowrank_mvn.local.stencil import triton as stencil
 
 # Bytes of shared memory that one program may have (CUDA programming guide, table of technical specifications; CDNA3).
 SHARED = {
@@ -68,7 +70,26 @@ class Case(NamedTuple):
         return self.R
 
     def step(self, make: Callable[..., torch.Tensor]) -> None:
-        step(self, make)
+        """Log-density, entropy and a sample with every gradient; where there are no samples, the entropy alone."""
+        S, B, N, R = self.S, self.B, self.N, self.R
+        others = self.others or self.dtype
+        P = make(B, R, N).to(self.dtype).mT if self.layout == "BRN" else make(B, N, R).to(self.dtype)
+        d = (make(B, N if self.diagonal == "pixel" else 1).abs() + 0.5).to(others)
+        x, loc = make(S, B, N).to(others), make(S if self.means else 1, B, N).to(others)
+        if not self.S:
+            logdet, *kept = dense.logdet(P, d)
+            dense.logdet_backward(logdet, P, d, *kept, [*self.needs[2:]])
+            return
+        q, logdet, *rest = dense.mahalanobis_and_logdet(x, loc, P, d)
+        dense.mahalanobis_and_logdet_backward(q, logdet, x, loc, P, d, *rest, [*self.needs])
+        seed = None if self.given else torch.zeros(self.B, dtype=torch.int64)
+        omega_p = make(self.S, self.B, self.R).to(loc.dtype)
+        omega_d = make(self.S, self.B, self.N).to(loc.dtype) if self.given else None
+        y = dense.rsample(loc, P, d, omega_p, omega_d, seed)
+        _, _, need_P, need_d = self.needs
+        dense.rsample_backward(y, P, d, omega_p, omega_d, seed, [need_P, need_d, self.given])
+        if self.gram:
+            dense.normal_equations(x, loc, P, d)
 
 
 class LinearCase(NamedTuple):
@@ -96,7 +117,75 @@ class LinearCase(NamedTuple):
         return self.K
 
     def step(self, make: Callable[..., torch.Tensor]) -> None:
-        linear_step(self, make)
+        """Log-density and entropy with gradients, and a sample; of a mean that is a tensor, conditioning too; without
+        samples the entropy alone."""
+        (K, R, B, S), others = (self.K, self.R, self.B, self.S), self.others or self.dtype
+        channels, pixels = self.channels, self.pixels
+        F = make(B, K, pixels).to(self.dtype) if self.layout == "BKM" else make(B, pixels, K).to(self.dtype).mT
+        W, m = make(1, channels, R, K + 1).to(others), None if self.loc else make(channels, K + 1).to(others)
+        d = ((make(B, channels, pixels) if self.diagonal == "pixel" else make(B, 1, 1)).abs() + 0.5).to(others)
+        if not S:
+            logdet, *kept = linear.logdet(F, W, d)
+            linear.logdet_backward(logdet, F, W, d, *kept, [*self.needs[1:]])
+            return
+        x, loc = make(S, B, channels, pixels).to(others), make(1, B, channels, pixels).to(others) if self.loc else None
+        problem = x, loc, F, W, m, d
+        q, logdet, *kept = linear.mahalanobis_and_logdet(*problem)
+        linear.mahalanobis_and_logdet_backward(q, logdet, *problem, *kept, [*self.needs])
+        seed, noise = (None, torch.empty_like(x)) if self.loc else (torch.zeros(B, dtype=torch.int64), None)
+        u = make(B, S, channels, K + 1).to(torch.promote_types(others, torch.float32))  # as its operator gives it
+        linear.rsample(loc, F, u, d, noise, seed)
+        if self.loc:
+            linear.normal_equations(*problem)
+
+
+class StencilCase(NamedTuple):
+    """One problem with a stencil for each channel, or, without ties of several channels, one for all."""
+
+    neighbourhood: tuple[int, ...] = (3, 3)
+    spatial: tuple[int, ...] = (64, 64)
+    dtype: torch.dtype = torch.float32
+    channels: int = 1
+    ties: bool = False
+    B: int = 8
+    S: int = 1
+    layout: str = "image"
+    diagonal: str = "pixel"
+
+    @property
+    def name(self) -> str:
+        window, sizes = ("×".join(map(str, numbers)) for numbers in (self.neighbourhood, self.spatial))
+        words = [f"{window} on {sizes}×{self.channels}", _short(self.dtype), *(["ties"] if self.ties else [])]
+        return " ".join([*words, *([f"S={self.S}"] if self.S > 1 else [])])
+
+    @property
+    def rows(self) -> int:
+        """Weights of a pixel."""
+        return 1 + math.prod(self.neighbourhood) // 2
+
+    @property
+    def R(self) -> int:
+        return self.rows
+
+    def step(self, make: Callable[..., torch.Tensor]) -> None:
+        """Log-density with every gradient, products with T, and solves with both triangles."""
+        pixels, stencils = math.prod(self.spatial), self.channels if self.ties else 1
+        x, loc = make(self.S, self.B, self.channels, pixels), make(1, self.B, self.channels, pixels)
+        weights = make(self.B, stencils, pixels), make(self.B, stencils, self.rows - 1, pixels)
+        ties = make(self.B, self.channels * (self.channels - 1) // 2, pixels).to(self.dtype) if self.ties else None
+        x, loc, log_diagonal, neighbours = (t.to(self.dtype) for t in (x, loc, *weights))
+        given = log_diagonal, neighbours, ties
+        where = self.spatial, self.neighbourhood
+        y, q, logdet = stencil.product(x, loc, *given, *where)
+        needs = [False, True, True, True, self.ties]
+        stencil.product_backward(x, loc, *given, y, None, q, logdet, *where, needs)
+        stencil.product_backward(x, None, *given, y, y, None, None, *where, [True, False, *needs[2:]])
+        stencil.transpose(x, *given, *where)
+        for transposed in (False, True):
+            stencil.solve(x, *given, *where, transposed)
+
+
+AnyCase = Case | LinearCase | StencilCase
 
 
 class Launch(NamedTuple):
@@ -155,64 +244,13 @@ class Launch(NamedTuple):
         return rows, tile.COLUMNS
 
 
-def inputs(case: Case, make: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """x, loc, P and d."""
-    S, B, N, R = case.S, case.B, case.N, case.R
-    others = case.others or case.dtype
-    P = make(B, R, N).to(case.dtype).mT if case.layout == "BRN" else make(B, N, R).to(case.dtype)
-    d = (make(B, N if case.diagonal == "pixel" else 1).abs() + 0.5).to(others)
-    return make(S, B, N).to(others), make(S if case.means else 1, B, N).to(others), P, d
-
-
-def step(case: Case, make: Callable[..., torch.Tensor]) -> None:
-    """Log-density, entropy and a sample with every gradient; where there are no samples, the entropy alone."""
-    x, loc, P, d = inputs(case, make)
-    if not case.S:
-        logdet, *kept = dense.logdet(P, d)
-        dense.logdet_backward(logdet, P, d, *kept, [*case.needs[2:]])
-        return
-    q, logdet, *rest = dense.mahalanobis_and_logdet(x, loc, P, d)
-    dense.mahalanobis_and_logdet_backward(q, logdet, x, loc, P, d, *rest, [*case.needs])
-    seed = None if case.given else torch.zeros(case.B, dtype=torch.int64)
-    omega_p = make(case.S, case.B, case.R).to(loc.dtype)
-    omega_d = make(case.S, case.B, case.N).to(loc.dtype) if case.given else None
-    y = dense.rsample(loc, P, d, omega_p, omega_d, seed)
-    _, _, need_P, need_d = case.needs
-    dense.rsample_backward(y, P, d, omega_p, omega_d, seed, [need_P, need_d, case.given])
-    if case.gram:
-        dense.normal_equations(x, loc, P, d)
-
-
-def linear_step(case: LinearCase, make: Callable[..., torch.Tensor]) -> None:
-    """Log-density and entropy with gradients, and a sample; of a mean that is a tensor, conditioning too; where there
-    are no samples, the entropy alone."""
-    (K, R, B, S), others = (case.K, case.R, case.B, case.S), case.others or case.dtype
-    channels, pixels = case.channels, case.pixels
-    F = make(B, K, pixels).to(case.dtype) if case.layout == "BKM" else make(B, pixels, K).to(case.dtype).mT
-    W, m = make(1, channels, R, K + 1).to(others), None if case.loc else make(channels, K + 1).to(others)
-    d = ((make(B, channels, pixels) if case.diagonal == "pixel" else make(B, 1, 1)).abs() + 0.5).to(others)
-    if not S:
-        logdet, *kept = linear.logdet(F, W, d)
-        linear.logdet_backward(logdet, F, W, d, *kept, [*case.needs[1:]])
-        return
-    x, loc = make(S, B, channels, pixels).to(others), make(1, B, channels, pixels).to(others) if case.loc else None
-    problem = x, loc, F, W, m, d
-    q, logdet, *kept = linear.mahalanobis_and_logdet(*problem)
-    linear.mahalanobis_and_logdet_backward(q, logdet, *problem, *kept, [*case.needs])
-    seed, noise = (None, torch.empty_like(x)) if case.loc else (torch.zeros(B, dtype=torch.int64), None)
-    u = make(B, S, channels, K + 1).to(torch.promote_types(others, torch.float32))  # as its operator gives it
-    linear.rsample(loc, F, u, d, noise, seed)
-    if case.loc:
-        linear.normal_equations(*problem)
-
-
-def captured(case: Case | LinearCase, target: str) -> list[Launch]:
+def captured(case: AnyCase, target: str) -> list[Launch]:
     """What a step launches on a device of `target`, each configuration once; of a linear factor, its own dense."""
     seen: dict[tuple, Launch] = {}
 
     def launch(kernel, grid, num_warps, num_stages=1, **arguments):
         found = Launch(kernel, grid, num_warps, num_stages, arguments)
-        if isinstance(case, Case) or found.name.startswith(("linear", "product")):
+        if not isinstance(case, LinearCase) or found.name.startswith(("linear", "product")):
             seen.setdefault(found.configuration, found)
 
     name = "gfx" if target.startswith("gfx") else "sm_80" if target == "sm_86" else target
@@ -225,7 +263,7 @@ def captured(case: Case | LinearCase, target: str) -> list[Launch]:
     return list(seen.values())
 
 
-def distinct(tasks: Iterable[tuple[Case | LinearCase, str]]) -> Iterator[tuple[Case | LinearCase, str, list[int]]]:
+def distinct(tasks: Iterable[tuple[AnyCase, str]]) -> Iterator[tuple[AnyCase, str, list[int]]]:
     """The tasks, with the positions of those of their launches that no earlier task of the same target had."""
     seen: dict[str, set[tuple]] = {}
     for case, target in tasks:
@@ -274,3 +312,13 @@ def all_linear_cases(features: list[int], layouts: list[str]) -> Iterator[Linear
                 yield plain._replace(pixels=pixels)
             for dtype in (torch.float32, torch.bfloat16):  # what a step of training asks for, in either precision
                 yield plain._replace(dtype=dtype, others=torch.float32, needs=(False, True, False))
+
+
+def stencil_cases(everything: bool) -> Iterator[StencilCase]:
+    """Neighbourhoods, channels and volumes in float32, half precision and several samples; or each in every dtype."""
+    plain = [StencilCase(), StencilCase((5, 5)), StencilCase((3, 3), (218, 178), channels=3, ties=True)]
+    plain += [StencilCase((3, 3), channels=3), StencilCase((3, 3, 3), (32, 32, 32))]
+    if not everything:
+        yield from [*plain, StencilCase(dtype=torch.bfloat16), StencilCase(S=64)]
+    for case, dtype, S in itertools.product(plain if everything else [], DTYPES, (1, 2, 64)):
+        yield case._replace(dtype=dtype, S=S)

@@ -31,6 +31,13 @@ def local(t: Tensor) -> Tensor:
     return held
 
 
+def whole(t: Tensor) -> Tensor:
+    """All of a tensor, gathered where it is distributed."""
+    distributed: Any = t
+    gathered: Tensor = distributed.full_tensor() if is_distributed(t) else t
+    return gathered
+
+
 def is_distributed(t: Tensor) -> bool:
     return hasattr(t, "to_local")
 
@@ -70,7 +77,7 @@ def _placements(operator: "Operator") -> Callable[..., list[Placements]]:
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     def at(name: str, shape: torch.Size, B: int, alone: Any) -> Any:
-        """Where the items are in a tensor; `alone` if it has none of its own."""
+        """The dimension of a tensor that holds the items; `alone` if it has none of its own."""
         word = operator.dims[name]
         i = word.find("B")
         if len(word) != len(shape):  # an empty output, which nobody needs

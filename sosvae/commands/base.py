@@ -1,5 +1,6 @@
 """What commands share: presets, runs, and options from a dataclass."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,12 @@ import tyro
 
 from .. import devices
 from ..config import Config
+from ..models.observation import Temperature
 from ..models.vae import VAE
 from ..presets import PRESETS
 from ..training.run import Run
 
-__all__ = ["OfRun", "Settings", "at_least", "parse", "preset"]
+__all__ = ["OfRun", "OfSamples", "Settings", "Temperatures", "at_least", "parse", "preset"]
 
 Options = TypeVar("Options")
 Settings = Annotated[Config, tyro.conf.arg(name="")]
@@ -27,7 +29,7 @@ class OfRun:
     run: tyro.conf.Positional[Path]
     """Folder of the run (path)."""
     step: int | None = None
-    """Of the checkpoint; by default the newest whole one (steps)."""
+    """Checkpoint to open; by default the newest whole one (steps)."""
     out: Path | None = None
     """Picture to write; by default one in figures/ in the run (path)."""
     device: str = "cpu"
@@ -38,6 +40,31 @@ class OfRun:
         device = devices.find(self.device)
         run = Run.open(self.run)
         return run, run.model(self.step, device), device
+
+
+@dataclass(frozen=True)
+class Temperatures:
+    """How far samples are from the mean."""
+
+    temperature_global: float = 1.0
+    """t_P of samples μ + t_P · (what is global) + t_L · (what is local): of the low-rank part (factor)."""
+    temperature_local: float = 1.0
+    """t_L, of the rest: a diagonal or a sparse precision (factor)."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("global", self.temperature_global), ("local", self.temperature_local)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"temperature_{name} is {value}, expected at least 0, finite")
+
+    @property
+    def temperature(self) -> Temperature:
+        """(t_P, t_L)."""
+        return self.temperature_global, self.temperature_local
+
+
+@dataclass(frozen=True)
+class OfSamples(Temperatures, OfRun):
+    """What to do with which checkpoint of a run, and how far samples are from the mean."""
 
 
 def at_least(bound: int, **values: int) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+import socket
 import threading
 import webbrowser
 from dataclasses import dataclass
@@ -46,7 +47,12 @@ def main(args: list[str]) -> int:
 
     o = parse(Options, "edit", args)
     runs = Runs(o.runs)
-    return _serve(runs, o) if o.export is None else _export(runs, o.export, o.codes)
+    if o.export is not None:
+        return _export(runs, o.export, o.codes)
+    # The first code is decoded while the server and the browser start. No daemon: torch does not survive being left
+    # behind at exit.
+    threading.Thread(target=_warm_up, args=(runs,)).start()
+    return _serve(runs, o)
 
 
 def _export(runs: "Runs", path: Path, codes: int) -> int:
@@ -73,15 +79,19 @@ def _serve(runs: "Runs", o: Options) -> int:
     sock = listen(o.host, o.port)
     shown = "127.0.0.1" if o.host in ("0.0.0.0", "") else "[::1]" if o.host == "::" else o.host
     address = f"http://{shown}:{sock.getsockname()[1]}/?token={token}"
-    # The first code is decoded while the browser starts. No daemon: torch does not survive being left behind at exit.
-    threading.Thread(target=_warm_up, args=(runs,)).start()
     app = create_app(runs, token, o.host, o.allowed_host)
     config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="off")
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            # From here on Ctrl-C is the server's: before, it could fall into a place that swallows it.
+            print(f"{address}\nCtrl-C stops.", flush=True)
+            if not o.no_browser:
+                threading.Thread(target=webbrowser.open, args=[address], daemon=True).start()
+
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn has stopped by then, and raises it once more
-        print(f"{address}\nCtrl-C stops.", flush=True)
-        if not o.no_browser:
-            threading.Timer(0.5, webbrowser.open, [address]).start()
-        uvicorn.Server(config).run([sock])
+        Server(config).run([sock])
     return 0
 
 

@@ -3,13 +3,13 @@
 import dataclasses
 from dataclasses import dataclass
 
-from .base import OfRun, at_least, parse
+from .base import OfSamples, at_least, parse
 
 USAGE = "RUN [options]"
 
 
 @dataclass(frozen=True)
-class Options(OfRun):
+class Options(OfSamples):
     """Pictures of held-out images: the image, the mean at its code, and samples of p(x|z)."""
 
     images: int = 8
@@ -17,11 +17,12 @@ class Options(OfRun):
     samples: int = 3
     """Samples below each mean (count)."""
     source: str | None = None
-    """Where the run's images are, if they have moved, like --data.source of `sosvae train`."""
+    """Place of the run's images, if they have moved, like --data.source of `sosvae train`."""
     accept_data_changes: bool = False
     """Go on, although images have come, gone or changed since the run was trained."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(1, images=self.images)
         at_least(0, samples=self.samples)
 
@@ -35,5 +36,6 @@ def main(args: list[str]) -> int:
     moved = dataclasses.replace(config, source=config.source if o.source is None else o.source)
     x = run.images(moved, accept_changes=o.accept_data_changes).first("validation", o.images)
     path = o.out or run.figures / "reconstructions.png"
-    print(figures.save_reconstructions({run.config.model.head: vae}, x, path, o.samples))
+    models = {run.config.model.head: vae}
+    print(figures.save_reconstructions(models, x, path, o.samples, o.temperature))
     return 0

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 
 from ..config import check_seed
-from .base import OfRun, at_least, parse
+from .base import OfSamples, at_least, parse
 
 USAGE = "RUN [options]"
 
 
 @dataclass(frozen=True)
-class Options(OfRun):
+class Options(OfSamples):
     """Pictures at codes from the prior z ~ N(0, I): the mean, and samples of p(x|z)."""
 
     codes: int = 8
@@ -19,9 +19,10 @@ class Options(OfRun):
     samples: int = 4
     """Samples below each mean (count)."""
     seed: int = 0
-    """Of codes and samples."""
+    """Seed of codes and samples."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(1, codes=self.codes)
         at_least(0, samples=self.samples)
         check_seed(self.seed)
@@ -36,6 +37,6 @@ def main(args: list[str]) -> int:
     torch.manual_seed(o.seed)
     p = vae.decode(torch.randn(o.codes, vae.latents, device=device))
     rows = [("mean", vae.unflatten(p.loc).cpu())]
-    rows += [("sample", vae.unflatten(p.rsample()).cpu()) for _ in range(o.samples)]
+    rows += [("sample", vae.unflatten(p.rsample(temperature=o.temperature)).cpu()) for _ in range(o.samples)]
     print(figures.save_images(rows, o.out or run.figures / "samples.png"))
     return 0

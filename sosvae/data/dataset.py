@@ -13,7 +13,7 @@ from . import cache as caches
 from .cache import Cache
 from .decode import VERSION, shown
 from .sources import Source, find
-from .split import PARTS, ChangedDataError, Rule, Split, compare, divide, listing, merged
+from .split import PARTS, TEST, ChangedDataError, Rule, Split, compare, divide, listing, merged, with_test
 
 __all__ = ["Dataset", "load"]
 
@@ -24,19 +24,21 @@ class Dataset:
     Attributes:
         images: uint8 [images, channels, height, width], memory-mapped.
         names: of the images; in a folder the path below it.
-        indices: part → indices into `images`. `train` and `validation` are two of them.
+        indices: part → indices into `images`: `train`, `validation`, and in most cases `test`.
         split: which image is in which part, for a run to keep.
         skipped: names of files that could not be decoded, with the reason.
         remarks: what was left out, in phrases.
     """
 
-    def __init__(self, cache: Cache, parts: Sequence[str], rule: Rule, flip: bool, remarks: Sequence[str]) -> None:
+    def __init__(
+        self, cache: Cache, parts: Sequence[str], rule: Rule, config: DataConfig, remarks: Sequence[str]
+    ) -> None:
         self.folder = cache.folder
         self.images: NDArray[np.uint8] = cache.images
         self.names = cache.names
         self.skipped = cache.skipped
         self.remarks = list(remarks)
-        self._flip = flip
+        self._flip, self._shift = config.flip, config.shift
         self._deviation: float | None = None
         self.indices = {
             wanted: np.array([i for i, part in enumerate(parts) if part == wanted], dtype=np.int64)
@@ -58,7 +60,7 @@ class Dataset:
 
     @property
     def validation(self) -> NDArray[np.int64]:
-        """Indices of the validation images."""
+        """Indices of the validation images, on which everything is chosen."""
         return self.indices["validation"]
 
     def steps_per_epoch(self, batch: int) -> int:
@@ -90,6 +92,9 @@ class Dataset:
         if self._flip:
             mirrored = np.random.default_rng((seed, epoch, position)).random(batch) < 0.5
             images[mirrored] = images[mirrored, ..., ::-1]
+        if self._shift:
+            moves = np.random.default_rng((seed, epoch, position, 1)).integers(0, 2 * self._shift + 1, (batch, 2))
+            images = _moved(images, self._shift, moves)
         return as_intensities(images)
 
     def first(self, part: str, count: int) -> Tensor:
@@ -122,7 +127,12 @@ class Dataset:
 
 
 def load(
-    config: DataConfig, *, split: Split | None = None, accept_changes: bool = False, rule: Rule | None = None
+    config: DataConfig,
+    *,
+    split: Split | None = None,
+    accept_changes: bool = False,
+    rule: Rule | None = None,
+    test: bool = False,
 ) -> Dataset:
     """The images of `config`, decoded now if they are not in the cache.
 
@@ -133,6 +143,8 @@ def load(
         accept_changes: go on where the images are not those of `split`. Those that it knows stay in their parts.
         rule: how the source's groups are held out, in place of its own rule: "drawn" for a run that kept no split
             (unless the source publishes parts).
+        test: make a test part, of half of the people (or files) that are held out, also where what was kept has none.
+            A new split has one in any case, if there are two people to hold out.
 
     Raises:
         ChangedDataError: the images are not those of `split`, and `accept_changes` is not given; it says what changed.
@@ -146,15 +158,20 @@ def load(
     place = {name: i for i, name in enumerate(source.names)}
     kept = [place[name] for name in cache.names]
     groups = [source.groups[i] for i in kept]
+    tested = TEST in split.parts if split else rule is None
     rule = split.rule if split else source.rule if source.parts or rule is None else rule
     parts = [source.parts[i] for i in kept] if source.parts else divide(groups, rule, config.validation)
+    if tested:
+        parts = with_test(groups, parts, rule)
     if split:
         parts = merged(cache.names, groups, parts, split)
-    dataset = Dataset(cache, parts, rule, config.flip, _remarks(cache, source) + remarks)
+    dataset = Dataset(cache, parts, rule, config, _remarks(cache, source) + remarks)
     if split and (changes := compare(split, dataset.split)):
         if not accept_changes:
             raise ChangedDataError(config.source, changes)
         dataset.remarks += changes
+    if test:
+        dataset = Dataset(cache, with_test(groups, parts, rule), rule, config, dataset.remarks)
     for part in PARTS:
         if not len(dataset.indices[part]):
             raise ValueError(
@@ -169,6 +186,13 @@ def load(
 def as_intensities(images: NDArray[np.uint8]) -> Tensor:
     """Bytes 0 to 255 as float32 from 0 to 1."""
     return torch.from_numpy(np.ascontiguousarray(images)).float().div_(255)
+
+
+def _moved(images: NDArray[np.uint8], most: int, moves: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Images [B, channels, H, W] from `moves` [B, 2] on, 0 to 2 · `most`, of themselves with their edges repeated."""
+    H, W = images.shape[2:]
+    padded = np.pad(images, ((0, 0), (0, 0), (most, most), (most, most)), mode="edge")
+    return np.stack([one[:, i : i + H, j : j + W] for one, (i, j) in zip(padded, moves, strict=True)])
 
 
 def _spread(indices: NDArray[np.int64], count: int) -> NDArray[np.int64]:

@@ -1,6 +1,7 @@
 """Which images are held out: the rules, and the record of it that a run keeps.
 
-More parts than the two of today (selection and test) are further names in the same record.
+There are three parts: images to train on, images for every choice (`validation`), and images that are looked at once,
+to report (`test`). Runs of earlier versions kept the first two.
 """
 
 import hashlib
@@ -15,9 +16,21 @@ import numpy as np
 from ..files import write_atomically
 from .decode import shown
 
-__all__ = ["PARTS", "ChangedDataError", "Rule", "Split", "compare", "divide", "listing", "merged"]
+__all__ = [
+    "PARTS",
+    "TEST",
+    "ChangedDataError",
+    "Rule",
+    "Split",
+    "compare",
+    "divide",
+    "listing",
+    "merged",
+    "with_test",
+]
 
-PARTS = ("train", "validation")
+PARTS = ("train", "validation")  # which every data set has
+TEST = "test"
 
 Rule = Literal["hashed", "drawn", "published"]
 """`hashed`: a group's own hash decides, so that other groups may come and go. `drawn`: a permutation of all groups, for
@@ -51,7 +64,7 @@ class Split:
 
     @property
     def digest(self) -> str:
-        """Of names, contents and parts together."""
+        """SHA-256 of names, contents and parts."""
         return hashlib.sha256(json.dumps([self.decoding, self.parts], sort_keys=True).encode()).hexdigest()
 
     def write(self, path: Path) -> None:
@@ -94,6 +107,21 @@ def divide(groups: Sequence[str], rule: Rule, fraction: float) -> list[str]:
     return ["validation" if group in held_out else "train" for group in groups]
 
 
+def with_test(groups: Sequence[str], parts: Sequence[str], rule: Rule) -> list[str]:
+    """`parts` in which half of the groups held out for validation are for the test.
+
+    A group's own hash decides, another one than `divide` goes by: under the rule `hashed` alone, so that other groups
+    may come and go and about half are taken. Parts that have a test already, or one group alone to hold out, stay as
+    they are.
+    """
+    held_out = sorted({group for group, part in zip(groups, parts, strict=True) if part == PARTS[1]}, key=_coin)
+    if TEST in parts or len(held_out) < 2:
+        return list(parts)
+    count = sum(_coin(group) < 0.5 for group in held_out) if rule == "hashed" else len(held_out) // 2
+    test = set(held_out[: max(1, min(count, len(held_out) - 1))])
+    return [TEST if group in test and part == PARTS[1] else part for group, part in zip(groups, parts, strict=True)]
+
+
 def merged(names: Sequence[str], groups: Sequence[str], parts: Sequence[str], kept: Split) -> list[str]:
     """`parts`, but images that `kept` knows stay where they were, and with them new images of the same people."""
     of_image = {name: part for part, images in kept.parts.items() for name in images}
@@ -129,7 +157,11 @@ def _flat(split: Split) -> dict[str, tuple[str, str]]:
     return {name: (part, digest) for part, images in split.parts.items() for name, digest in images.items()}
 
 
-def _place(group: str) -> float:
-    """Where a group stands in [0, 1), from its name alone."""
-    digest = hashlib.blake2b(group.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+def _place(group: str, person: bytes = b"") -> float:
+    """A place in [0, 1) for a group, from its name alone; another `person` gives another order."""
+    digest = hashlib.blake2b(group.encode("utf-8", "surrogatepass"), digest_size=8, person=person).digest()
     return int.from_bytes(digest, "big") / 2**64
+
+
+def _coin(group: str) -> float:
+    return _place(group, b"test")

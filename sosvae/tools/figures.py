@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .. import devices, files
+from ..models.observation import Temperature, own_variance, variance
 from ..models.vae import VAE
 
 __all__ = ["Prediction", "panels", "predict", "save_comparison", "save_images", "save_reconstructions"]
@@ -26,14 +27,17 @@ class Prediction(NamedTuple):
 
     mean: Tensor
     sample: Tensor
+    common: Tensor  # the same sample at temperature (1, 0): what is global alone
     difference: Tensor  # sample − mean
     variance: Tensor
     covariance: Tensor  # of every pixel with the central one, within each channel's own plane
+    how: str = "exact"  # the variance was come by, or an estimate from so many samples
 
 
 TITLES = {
     "mean": "mean",
     "sample": "sample",
+    "common": "the same sample,\nits global part alone",
     "difference": "sample − mean",
     "variance": "variance",
     "positive": "positive covariance to the central pixel",
@@ -42,30 +46,39 @@ TITLES = {
 
 
 @torch.no_grad()
-def predict(vae: VAE, count: int, seed: int = 0) -> Prediction:
+def predict(vae: VAE, count: int, seed: int = 0, temperature: Temperature = (1.0, 1.0)) -> Prediction:
     """Predictions at `count` codes z ~ N(0, I), one at a time. The generator of the caller is left as it was."""
     device = next(vae.parameters()).device
     with devices.seeded(device, seed):
         codes = torch.randn(count, vae.latents, device=device)
-        parts = [_predicted(vae.eval(), z) for z in codes.split(1)]
-    return Prediction(*map(torch.cat, zip(*parts, strict=True)))
+        parts = [_predicted(vae.eval(), z, temperature) for z in codes.split(1)]
+    pictures = [torch.cat(column) for column in list(zip(*parts, strict=True))[:-1]]
+    return Prediction._make([*pictures, parts[0].how])
 
 
-def _predicted(vae: VAE, z: Tensor) -> Prediction:
+def _predicted(vae: VAE, z: Tensor, temperature: Temperature) -> Prediction:
     p = vae.decode(z)
-    y = p.rsample()
+    seed = int(torch.randint(2**62, ()))
+    with devices.seeded(z.device, seed):
+        y = p.rsample(temperature=temperature)
+    with devices.seeded(z.device, seed):
+        common = p.rsample(temperature=(1.0, 0.0))
     channels, height, width = vae.image_shape
     centre = height // 2 * width + width // 2
     rows = [vae.unflatten(p.covariance_row(c * height * width + centre))[:, c] for c in range(channels)]
     covariance = torch.stack(rows, dim=1)
     # Σₙₙ of the central pixel itself holds d and would set the scale of the picture.
-    covariance[..., height // 2, width // 2] -= vae.unflatten(p.cov_diag)[..., height // 2, width // 2]
-    mean, sample, difference, variance = (vae.unflatten(part).cpu() for part in (p.loc, y, y - p.loc, p.variance))
-    return Prediction(mean, sample, difference, variance, covariance.cpu())
+    covariance[..., height // 2, width // 2] -= vae.unflatten(own_variance(p))[..., height // 2, width // 2]
+    spread, how = variance(p)
+    flat = p.loc, y, common, y - p.loc, spread
+    pictures = [*map(vae.unflatten, flat), covariance]
+    return Prediction._make([*(picture.cpu() for picture in pictures), how])
 
 
 @torch.no_grad()
-def reconstruct(vae: VAE, x: Tensor, samples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def reconstruct(
+    vae: VAE, x: Tensor, samples: int, seed: int = 0, temperature: Temperature = (1.0, 1.0)
+) -> tuple[Tensor, Tensor]:
     """Mean [B, channels, H, W] and samples [samples, B, channels, H, W] of p(x|z) at the mean code of images `x`, one
     image at a time."""
     device = next(vae.parameters()).device
@@ -74,7 +87,7 @@ def reconstruct(vae: VAE, x: Tensor, samples: int, seed: int = 0) -> tuple[Tenso
         for image in x.split(1):
             p = vae.eval().decode(vae.encode(image.to(device)).loc)
             means.append(vae.unflatten(p.loc).cpu())
-            drawn.append(vae.unflatten(p.rsample((samples,))).cpu())
+            drawn.append(vae.unflatten(p.rsample((samples,), temperature=temperature)).cpu())
     return torch.cat(means), torch.cat(drawn, 1)
 
 
@@ -90,16 +103,17 @@ def panels(vae: VAE, x: Tensor) -> dict[str, Tensor]:
     }
 
 
-def save_comparison(predictions: Mapping[str, Prediction], folder: Path) -> list[Path]:
+def save_comparison(predictions: Mapping[str, Prediction], folder: Path, table: Sequence[str] = ()) -> list[Path]:
     """One file for each kind of picture, a row per model, and `sheet.png` with everything.
 
     Args:
         predictions: by the name of the model, of the same number of codes.
+        table: lines of text to stand under the sheet.
     """
     folder.mkdir(parents=True, exist_ok=True)
     scales = _scales(predictions)
     paths = []
-    for kind, title in TITLES.items():
+    for kind, title in _titles(predictions).items():
         count = len(next(iter(predictions.values())).mean)
         figure = _figure(len(predictions), count)
         for r, (name, prediction) in enumerate(predictions.items()):
@@ -108,14 +122,16 @@ def save_comparison(predictions: Mapping[str, Prediction], folder: Path) -> list
                 _show(axes, kind, prediction, i, scales[kind][name])
         figure.suptitle(title)
         paths.append(_save(figure, folder / f"{kind}.png"))
-    return [*paths, _save_sheet(predictions, scales, folder / "sheet.png")]
+    return [*paths, _save_sheet(predictions, scales, folder / "sheet.png", table)]
 
 
-def save_reconstructions(models: Mapping[str, VAE], x: Tensor, path: Path, samples: int = 3) -> Path:
+def save_reconstructions(
+    models: Mapping[str, VAE], x: Tensor, path: Path, samples: int = 3, temperature: Temperature = (1.0, 1.0)
+) -> Path:
     """Held-out images `x` [B, channels, H, W]; below each, per model, the mean and samples at its code."""
     rows: list[tuple[str, Tensor]] = [("data", x)]
     for name, vae in models.items():
-        mean, drawn = reconstruct(vae, x, samples)
+        mean, drawn = reconstruct(vae, x, samples, temperature=temperature)
         rows += [(f"{name}\nmean", mean), *((f"{name}\nsample", y) for y in drawn)]
     return save_images(rows, path)
 
@@ -131,23 +147,32 @@ def save_images(rows: Sequence[tuple[str, Tensor]], path: Path) -> Path:
     return _save(figure, path)
 
 
-def _save_sheet(predictions: Mapping[str, Prediction], scales: dict[str, dict[str, float]], path: Path) -> Path:
+def _save_sheet(
+    predictions: Mapping[str, Prediction], scales: dict[str, dict[str, float]], path: Path, table: Sequence[str]
+) -> Path:
     """A column per kind of picture; for each model, a row per code."""
     shown = min(3, *(len(prediction.mean) for prediction in predictions.values()))
     figure = _figure(shown * len(predictions), len(TITLES))
     rows = [(name, i) for name in predictions for i in range(shown)]
     for r, (name, i) in enumerate(rows):
-        for k, (kind, title) in enumerate(TITLES.items()):
+        for k, (kind, title) in enumerate(_titles(predictions).items()):
             label = name if k == 0 and i == 0 else None
             axes = _axes(figure, len(rows), len(TITLES), r * len(TITLES) + k, label=label)
             _show(axes, kind, predictions[name], i, scales[kind][name])
             if r == 0:
                 axes.set_title(title.replace(" covariance to", "\ncovariance to\n"), fontsize=7)
+    if table:
+        figure.supxlabel("\n".join(table), x=0.01, ha="left", family="monospace", fontsize=5)
     return _save(figure, path)
 
 
+def _titles(predictions: Mapping[str, Prediction]) -> dict[str, str]:
+    estimates = sorted({p.how for p in predictions.values()} - {"exact"})
+    return {**TITLES, "variance": " ".join([TITLES["variance"], *(f"({how})" for how in estimates)])}
+
+
 def _show(axes: Axes, kind: str, prediction: Prediction, i: int, scale: float) -> None:
-    if kind in ("mean", "sample"):
+    if kind in ("mean", "sample", "common"):
         axes.imshow(_picture(getattr(prediction, kind)[i]), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         return
     if kind == "positive":
@@ -164,7 +189,7 @@ def _show(axes: Axes, kind: str, prediction: Prediction, i: int, scale: float) -
 
 
 def _scales(predictions: Mapping[str, Prediction]) -> dict[str, dict[str, float]]:
-    """Where the colours of each kind of picture end, by kind and model.
+    """The end of the colour scale of each kind of picture, by kind and model.
 
     A difference is shown on one scale for all models, so that they can be compared; variances and covariances
     each on its own model's, since the point is where they are. The two signs of a covariance share theirs.

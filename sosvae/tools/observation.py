@@ -1,42 +1,72 @@
-"""What can be done in the observation space of one predicted distribution p(x|z) = N(μ, PPᵀ + D) (paper, section 5).
+"""What can be done in the observation space of one predicted distribution p(x|z) (paper, section 5).
 
-All of it is about one latent code: the decoder runs once, and these functions work on what it said.
+All of it is about one latent code: the decoder runs once, and these functions work on what it said. Those that turn or
+stretch the low-rank part take any distribution that has one (N(μ, PPᵀ + D), whatever D is), the others all.
 """
+
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from lowrank_mvn import LowRankMultivariateNormal
+from ..models.observation import Observation, Temperature
 
-__all__ = ["condition", "draw_noise", "interpolate", "scale_components"]
-
-
-def draw_noise(p: LowRankMultivariateNormal, count: int) -> tuple[Tensor, Tensor]:
-    """(ω_p [count, ..., R], ω_d [count, ..., N]) for `p.rsample(noise=...)`, from torch's generator."""
-    omega_p = p.cov_diag.new_empty(count, *p.batch_shape, p.rank()).normal_()
-    return omega_p, p.cov_diag.new_empty(count, *p.batch_shape, *p.event_shape).normal_()
+__all__ = ["LowRank", "condition", "draw_noise", "interpolate", "scale_components"]
 
 
-def interpolate(p: LowRankMultivariateNormal, start: Tensor, end: Tensor, omega_d: Tensor, steps: int) -> Tensor:
+class LowRank(Observation, Protocol):
+    """A distribution with a low-rank part PPᵀ."""
+
+    def rank(self) -> int: ...
+    def factor_gram(self) -> Tensor: ...
+    def mix(self, A: Tensor) -> Any: ...
+
+
+AnyLowRank = TypeVar("AnyLowRank", bound=LowRank)
+AnyObservation = TypeVar("AnyObservation", bound=Observation)
+
+
+def draw_noise(p: LowRank, count: int) -> tuple[Tensor, Tensor]:
+    """(ω_p [count, ..., R], ω_d [count, ..., N]) for `p.rsample(noise=...)`, from torch's generator.
+
+    Raises:
+        TypeError: `p` has no low-rank part.
+    """
+    _check_low_rank(p)
+    omega_p = p.loc.new_empty(count, *p.batch_shape, p.rank()).normal_()
+    return omega_p, p.loc.new_empty(count, *p.batch_shape, *p.event_shape).normal_()
+
+
+def interpolate(
+    p: LowRank,
+    start: Tensor,
+    end: Tensor,
+    omega_d: Tensor,
+    steps: int,
+    temperature: Temperature = (1.0, 1.0),
+) -> Tensor:
     """A smooth path between two samples (equation 4): ω_p turns from one to the other, ω_d is held.
 
     Args:
         start, end: ω_p of the two samples, [..., R].
         omega_d: ω_d of both, [..., N].
         steps: images on the path, both ends included, at least 2.
+        temperature: t_P and t_L, which scale the two.
 
     Returns:
         [steps, ..., N].
 
     Raises:
-        ValueError: `steps` is below 2. TypeError: `start`, `end` or `omega_d` is no tensor.
+        ValueError: `steps` is below 2. TypeError: `start`, `end` or `omega_d` is no tensor, or `p` has no low-rank
+            part.
     """
+    _check_low_rank(p)
     _check_tensors(start=start, end=end, omega_d=omega_d)
     if steps < 2:
         raise ValueError(f"steps is {steps}, expected at least 2: a path has two ends")
     t = torch.linspace(0, 1, steps, dtype=start.dtype, device=start.device)
     t = t.reshape(-1, *[1] * max(start.dim(), end.dim()))
-    return p.rsample((steps,), noise=(slerp(start, end, t), omega_d))
+    return p.rsample((steps,), noise=(slerp(start, end, t), omega_d), temperature=temperature)
 
 
 def slerp(start: Tensor, end: Tensor, t: Tensor) -> Tensor:
@@ -55,7 +85,7 @@ def slerp(start: Tensor, end: Tensor, t: Tensor) -> Tensor:
     return a * start + b * end
 
 
-def scale_components(p: LowRankMultivariateNormal, factors: Tensor) -> LowRankMultivariateNormal:
+def scale_components(p: AnyLowRank, factors: Tensor) -> AnyLowRank:
     """`p` with the principal components of PPᵀ stretched or silenced (equation 5): P = USVᵀ becomes USAVᵀ.
 
     With PᵀP = V diag(s²) Vᵀ that is P V A Vᵀ: an eigenproblem of size R, in float64, and no decomposition of
@@ -68,18 +98,18 @@ def scale_components(p: LowRankMultivariateNormal, factors: Tensor) -> LowRankMu
 
     Raises:
         ValueError: the last dimension of `factors` is not R.
-        TypeError: `p` has independent pixels, and so no components; or `factors` is no tensor.
+        TypeError: `p` has no low-rank part, and so no components; or `factors` is no tensor.
     """
+    _check_low_rank(p)
     _check_tensors(factors=factors)
-    if not isinstance(p, LowRankMultivariateNormal):
-        raise TypeError(f"expected a LowRankMultivariateNormal, got {type(p).__name__}, which has no components")
     if factors.shape[-1:] != (p.rank(),):
         raise ValueError(f"factors has shape {list(factors.shape)}, expected [..., {p.rank()}]")
     V = torch.linalg.eigh(p.factor_gram()).eigenvectors.flip(-1)  # eigenvalues ascend
-    return p.mix((V * factors.to(V)[..., None, :]) @ V.mT)
+    scaled: AnyLowRank = p.mix((V * factors.to(V)[..., None, :]) @ V.mT)
+    return scaled
 
 
-def condition(p: LowRankMultivariateNormal, edited: Tensor, mask: Tensor) -> LowRankMultivariateNormal:
+def condition(p: AnyObservation, edited: Tensor, mask: Tensor) -> AnyObservation:
     """`p` given some pixels (equations 6 and 7): the rest of the image follows an edit, and can be sampled.
 
     Args:
@@ -95,7 +125,13 @@ def condition(p: LowRankMultivariateNormal, edited: Tensor, mask: Tensor) -> Low
     """
     _check_tensors(edited=edited, mask=mask)
     N = p.event_shape[0]
-    return p.condition(_events(edited, N), _events(mask, N))
+    return cast(AnyObservation, p.condition(_events("edited", edited, N), _events("mask", mask, N)))
+
+
+def _check_low_rank(p: object) -> None:
+    if not all(hasattr(p, name) for name in ("rank", "factor_gram", "mix")):
+        found = type(p).__name__
+        raise TypeError(f"expected a distribution with a low-rank part, got {found}, which has no components")
 
 
 def _check_tensors(**values: object) -> None:
@@ -104,11 +140,11 @@ def _check_tensors(**values: object) -> None:
             raise TypeError(f"{name} is {type(value).__name__}, expected a tensor")
 
 
-def _events(images: Tensor, N: int) -> Tensor:
+def _events(name: str, images: Tensor, N: int) -> Tensor:
     if images.shape[-1:] == (N,):
         return images
     if images.dim() < 3 or images.shape[-3:].numel() != N:
         raise ValueError(
-            f"an image has shape {list(images.shape)}, expected [..., channels, H, W] or [..., N] of N = {N} values"
+            f"{name} has shape {list(images.shape)}, expected [..., channels, H, W] or [..., N] of N = {N} values"
         )
     return images.flatten(-3)

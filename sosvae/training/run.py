@@ -278,9 +278,11 @@ class Run:
         Raises: as `load`.
         """
         loaded = self.load(step, device)
-        vae = VAE(self.config)
-        vae.load_state_dict(loaded.weights)
-        return vae.to(devices.find(str(device))).eval()
+        with torch.device("meta"):  # no weights are drawn that are overwritten anyhow
+            vae = VAE(self.config)
+        vae.load_state_dict(loaded.weights, assign=True)
+        vae.arrange()
+        return vae.eval()
 
 
 def plain(values: Any) -> Any:
@@ -293,7 +295,7 @@ def plain(values: Any) -> Any:
 
 
 def _bytes(values: Any) -> int:
-    """Of all tensors in there."""
+    """Bytes of all tensors in a nested structure."""
     if isinstance(values, torch.Tensor):
         return values.nbytes
     if isinstance(values, dict):

@@ -4,5 +4,12 @@ from . import kl
 from .global_local import GlobalLocalNormal
 from .normal import LowRankMultivariateNormal
 from .stencil import StencilMultivariateNormal
+from .student_t import LowRankMultivariateStudentT
 
-__all__ = ["GlobalLocalNormal", "LowRankMultivariateNormal", "StencilMultivariateNormal", "kl"]
+__all__ = [
+    "GlobalLocalNormal",
+    "LowRankMultivariateNormal",
+    "LowRankMultivariateStudentT",
+    "StencilMultivariateNormal",
+    "kl",
+]

@@ -16,6 +16,7 @@ from ..factors.linear.mean import LinearMean
 from ..layout import broadcast, broadcasts_to
 from ..registry import forward_mode, recorded, transformed, without_autocast
 from .cache import Cache
+from .local import Temperature
 
 __all__ = ["LowRankMultivariateNormal"]
 
@@ -118,7 +119,7 @@ class LowRankMultivariateNormal(TorchLowRank):
         return new
 
     def __repr__(self) -> str:
-        """As torch's; of what is linear in features the shape, without making it."""
+        """Torch's text. A linear factor or mean shows its shape and is not built."""
         p, shape = self._parameters, self._batch_shape + self._event_shape
         found: list[str] = []
         for name, t, whole in (
@@ -151,8 +152,10 @@ class LowRankMultivariateNormal(TorchLowRank):
 
     @property
     def _normal(self) -> arguments.Normal:
-        """The parameters; checked together once more where one was assigned: moved by hand to another device, they are
-        on two devices in between."""
+        """The parameters, checked together again after an assignment.
+
+        Not during it: parameters that are moved one by one to another device are on two devices in between.
+        """
         if self._replaced:
             p = self._parameters
             arguments.normal(p.mean, p.factor, p.local.variance())
@@ -267,16 +270,18 @@ class LowRankMultivariateNormal(TorchLowRank):
         sample_shape: torch.Size | list[int] | tuple[int, ...] = (),
         *,
         noise: tuple[Tensor, Tensor] | None = None,
+        temperature: Temperature = (1.0, 1.0),
     ) -> Tensor:
-        """y = μ + P ω_p + √d ⊙ ω_d, of shape `sample_shape + batch_shape + event_shape`.
+        """y = μ + t_P·P ω_p + t_L·√d ⊙ ω_d, of shape `sample_shape + batch_shape + event_shape`.
 
         Args:
             noise: ω_p [..., R] and ω_d [..., N] to use in place of fresh noise, for interpolation and editing.
+            temperature: t_P of what is global, and t_L of what is local; the distribution itself has (1, 1).
         """
         p = self._normal
         impl = p.factor.implementation(None)
         shape = checks.sizes("sample_shape", sample_shape) + self._batch_shape
-        given = arguments.as_noise(noise, p, shape, impl)
+        given = arguments.as_noise(noise, p, shape, impl, temperature)
         return p.local.sample(self._mean, p.factor, shape, given, impl)
 
     def condition(self, value: Tensor, observed: Tensor) -> "LowRankMultivariateNormal":

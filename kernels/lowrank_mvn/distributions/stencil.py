@@ -77,7 +77,7 @@ class StencilMultivariateNormal(LocalDistribution):
         with without_autocast(p.mean.device):
             dtype = p.result_dtype
             deviation = self.stencil.colour(omega, self.stencil.implementation(None)).to(dtype)
-            y: Tensor = p.mean.materialise(dtype).to(dtype) + t_L * deviation
+            y = torch.add(p.mean.materialise(dtype).to(dtype), deviation, alpha=t_L)
             return y.to(p.mean.dtype).expand(*shape, p.N)
 
     def condition(

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from lowrank_mvn import LinearMean
+
 from ...config import ModelConfig
 from ..observation import PixelwiseNormal
 from .base import Head, Variance
@@ -16,9 +18,12 @@ class PixelwiseHead(Head):
         super().__init__(features, channels, config)
         self.variance = Variance(features, channels, config.diagonal)
 
-    def observation(self, features: Tensor) -> PixelwiseNormal:
-        features = features.to(self.mean.weight.dtype)
-        return PixelwiseNormal(self.mean(features).flatten(1), self.variance(features))
+    def prepared(self, features: Tensor) -> Tensor:
+        return features.to(self.variance.weight.dtype)
+
+    def observation(self, loc: Tensor | LinearMean, features: Tensor) -> PixelwiseNormal:
+        assert isinstance(loc, Tensor)
+        return PixelwiseNormal(loc, self.variance(features))
 
 
 HEAD = PixelwiseHead

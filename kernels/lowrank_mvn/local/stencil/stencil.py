@@ -1,5 +1,6 @@
 """`Stencil`: a local part whose precision has a sparse Cholesky factor, predicted for each pixel."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,13 +127,15 @@ class Stencil(Precision):
             else (value.shape[:-1], loc.shape[:-1], self.batch_shape)
         )
         layout = Layout(broadcast(*shapes), self.batch_shape)
-        x, mean = self._images(layout.samples(value)), None if loc is None else self._images(layout.means(loc))
+        x, mean = self._samples(value, layout), None if loc is None else self._samples(loc, layout, layout.means)
         weights = self._weights(layout)
         if _textbook(impl):
             work: Any = [None if t is None else _work(t, impl) for t in (x, mean, *weights)]
             y, q, logdet = reference.stencil(*[*work, *self._where])
         else:
             y, q, logdet = op.product(x, mean, *weights, *self._where, impl)
+        if layout.shape == layout.items_shape:
+            return y.reshape(*layout.shape, value.shape[-1]), q.reshape(layout.shape), logdet.reshape(layout.shape)
         return layout.restore(y.flatten(2)), layout.restore(q), logdet.reshape(self.batch_shape)
 
     def own_logdet(self) -> Tensor:
@@ -150,7 +153,7 @@ class Stencil(Precision):
 
     def _solve(self, value: Tensor, transposed: bool, impl: str) -> Tensor:
         layout = Layout(broadcast(value.shape[:-1], self.batch_shape), self.batch_shape)
-        x, weights = self._images(layout.samples(value)), self._weights(layout)
+        x, weights = self._samples(value, layout), self._weights(layout)
         if _textbook(impl):
             work: Any = [None if t is None else _work(t, impl) for t in weights]
             matrix = reference.stencil_matrix(*[*work, self.channels, *self._where])
@@ -162,7 +165,7 @@ class Stencil(Precision):
         """TTᵀ · value [..., N]."""
         layout = Layout(broadcast(value.shape[:-1], self.batch_shape), self.batch_shape)
         weights, impl = self._weights(layout), self.implementation(None)
-        y = op.product(self._images(layout.samples(value)), None, *weights, *self._where, impl)[0]
+        y = op.product(self._samples(value, layout), None, *weights, *self._where, impl)[0]
         return layout.restore(op.transpose(y, *weights, *self._where, impl).flatten(2))
 
     def banded(self, batch_shape: torch.Size | None = None) -> Banded:
@@ -206,23 +209,29 @@ class Stencil(Precision):
     def _where(self) -> tuple[list[int], list[int]]:
         return list(self.spatial), list(self.neighbourhood)
 
-    def _images(self, t: Tensor) -> Tensor:
-        """[S, B, N] -> [S, B, channels, pixels]."""
-        images: Tensor = t.unflatten(-1, (t.shape[-1] // self.spatial.numel(), self.spatial.numel()))
+    def _samples(self, t: Tensor, layout: Layout, sort: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """[..., N] -> [S, B, channels, pixels], at once where there are items alone."""
+        pixels = self.spatial.numel()
+        image = t.shape[-1] // pixels, pixels
+        if layout.items_shape == layout.shape == t.shape[:-1]:
+            return t.reshape(1, layout.B, *image)
+        images: Tensor = (sort or layout.samples)(t).unflatten(-1, image)
         return images
 
     def _weights(self, layout: Layout) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Of each item: log t, s and m."""
-        n, pixels = len(self.neighbourhood), self.spatial.numel()
+        """log t, s and m of each item."""
+        n, items = len(self.neighbourhood), layout.items_shape
 
-        def canonical(t: Tensor, dims: int) -> Tensor:
-            trailing = t.shape[-dims:-n]
-            one = t.shape[-n:].numel() == 1 and pixels > 1
-            items: Tensor = layout.vectors(t.flatten(-dims)).unflatten(-1, (*trailing, 1 if one else pixels))
-            return items
+        def canonical(t: Tensor, own: int) -> Tensor:
+            """[..., *spatial] with `own` dimensions before these -> [B, ..., pixels], in few views: each is a node."""
+            t = t.flatten(-n)
+            trailing = t.shape[-own - 1 :]
+            if t.shape[: -own - 1] != items:
+                t = t.expand(*items, *trailing)
+            return t if len(items) == 1 else t.reshape(layout.B, *trailing)
 
-        ties = None if self.ties is None else canonical(self.ties, n + 1)
-        return canonical(self.log_diagonal, n + 1), canonical(self.neighbours, n + 2), ties
+        ties = None if self.ties is None else canonical(self.ties, 1)
+        return canonical(self.log_diagonal, 1), canonical(self.neighbours, 2), ties
 
 
 def _wrong(name: str, t: Tensor, expected: str) -> str:

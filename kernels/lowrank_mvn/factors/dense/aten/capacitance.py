@@ -23,10 +23,11 @@ def sums(
 ) -> tuple[Tensor, Tensor]:
     """PᵀD⁻¹P [b, R, R] and w = PᵀD⁻¹δ [b, S, R] of some items, products in `dtype`, float64 out; S = 0 without samples.
 
-    With `mix` [B, R, R] each row pₙ is mix·pₙ. `d` is the diagonal of D or, if `inverted`, of D⁻¹, where 0 stands for a
-    pixel that is not observed. One value of it for all pixels of an item scales the sums; many scale P, pixel by pixel.
-    Products are made in tiles of 8 columns; one or two columns beyond a multiple of 8 cost as much as 8, and less
-    beside δ. Of the rest two rectangles cover the lower triangle, with three quarters of the operations of a square.
+    With `mix` [B, R, R] each row pₙ is mix·pₙ. `d` is the diagonal of D or, if `inverted`, of D⁻¹, where 0 stands
+    for a pixel that is not observed. One value of it for all pixels of an item scales the sums; many scale P, pixel
+    by pixel. The library's tiles are 8 columns wide: one or two columns beyond a multiple of 8 cost as much as 8,
+    so they go beside δ. Two rectangles cover the lower triangle of the rest, with three quarters of the operations
+    of a square.
     """
     S, R = samples[0].shape[0] if samples else 0, P.shape[2]
     gram = P.new_zeros(P.shape[0], R, R, dtype=torch.float64)

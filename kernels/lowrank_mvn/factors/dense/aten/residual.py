@@ -51,7 +51,7 @@ def mahalanobis_and_logdet(
             d_inv = blocks.diagonal(d, b, n, products).reciprocal()
             r, g_part = residual.transpose(0, 1)[b, :, n], g[b]
             for i, j, p in blocks.factor_blocks(part, S, products):
-                # Where d is small, r is what is left of numbers hundreds of times its size: in float64, rounded once.
+                # With a small d, r is the remainder of numbers hundreds of times its size: float64, rounded once.
                 exact = torch.baddbmm(delta[i, :, j], v[b][i], scratch.like(p).copy_(p).mT, alpha=-1)
                 rounded = r[i, :, j].copy_(exact)
                 z = (rounded if products == dtype else exact) * blocks.columns(d_inv, i, j).unsqueeze(1)

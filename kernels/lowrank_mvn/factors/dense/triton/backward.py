@@ -62,7 +62,7 @@ BLOCKS: Table = {
 }
 # None or several samples, or values to be converted, take the registers that 128 columns of 64 rows just leave.
 SPARING_BLOCKS: Table = {**BLOCKS, (64, True): Block(4, 64)}
-# Where tiles of rows are walked over, the accumulators of one and the products with another are in registers at once.
+# A walk over tiles of rows holds the accumulators of one and the products with another in registers at once.
 TILED_BLOCKS: TiledTable = {
     True: Block(4, 64),
     False: Block(8, 32),

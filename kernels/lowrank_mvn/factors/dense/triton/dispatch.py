@@ -199,13 +199,3 @@ def _gram_of_flagged(P: Tensor, precision: Tensor, flags: Tensor, mix: Tensor | 
     parts = capacitance.partial_sums(None, P, precision, "float64", inverted=True, flags=flags, mix=mix)
     solve.whole(parts[0], gram, flags)
     return gram
-
-
-__all__ = [
-    "gram",
-    "logdet",
-    "logdet_backward",
-    "mahalanobis_and_logdet",
-    "mahalanobis_and_logdet_backward",
-    "normal_equations",
-]

@@ -20,12 +20,12 @@ export interface Container {
   shapes: Map<string, number[]>;
 }
 
-const MAGIC = 0x50534f53; // "SOSP"
+const MAGIC = 0x534f5350; // "SOSP"
 
 /** All arrays, or those of `names`. */
 export function readContainer(buffer: ArrayBuffer, names?: string[]): Container {
   const view = new DataView(buffer);
-  if (buffer.byteLength < 8 || view.getUint32(0, true) !== MAGIC) {
+  if (buffer.byteLength < 8 || view.getUint32(0) !== MAGIC) {
     throw new Error("these are no parameters of sosvae edit");
   }
   const length = view.getUint32(4, true);
@@ -42,13 +42,33 @@ export function readContainer(buffer: ArrayBuffer, names?: string[]): Container 
   return { header, arrays, shapes };
 }
 
+export interface Mean {
+  shape: [number, number, number];
+  loc: Float32Array;
+}
+
+/** The mean, where enough of a container has come to read it. */
+export function meanOf(bytes: Uint8Array<ArrayBuffer>): Mean | null {
+  const { buffer, length: have } = bytes;
+  const view = new DataView(buffer, bytes.byteOffset, have);
+  if (have < 8 || view.getUint32(0) !== MAGIC) return null;
+  const start = 8 + view.getUint32(4, true);
+  if (have < start) return null;
+  const header = JSON.parse(new TextDecoder().decode(bytes.subarray(8, start))) as Record<string, unknown>;
+  const entry = (header["arrays"] as ArrayEntry[]).find(({ name }) => name === "loc");
+  const shape = header["shape"] as [number, number, number];
+  const count = shape[0] * shape[1] * shape[2];
+  const size = entry?.dtype === "float16" ? 2 : 4;
+  if (!entry || have < start + entry.offset + size * count) return null;
+  return { shape, loc: decode(buffer, entry, bytes.byteOffset + start + entry.offset, count) as Float32Array };
+}
+
 function decode(buffer: ArrayBuffer, entry: ArrayEntry, offset: number, count: number): Float32Array | Uint8Array {
   switch (entry.dtype) {
     case "float16":
       return halvesToFloats(new Uint16Array(buffer, offset, count));
     case "float32":
       return new Float32Array(buffer, offset, count);
-      return Float32Array.from(new Float64Array(buffer, offset, count));
     case "uint8":
       return new Uint8Array(buffer, offset, count);
   }

@@ -1,9 +1,13 @@
 /** The state and what changes it. Panels listen; none of them holds state of its own that undo would miss. */
+import type { Mean } from "../maths/container";
+import { pictureOf } from "../engine/colours";
+import { LIVE, PATIENT } from "../maths/sparse";
 import { EngineClient } from "../engine/client";
-import type { Frame, Loaded, Stats } from "../engine/engine";
-import { START_VIEW, type Code, type Doc, type Stroke, type View } from "../types";
+import type { Frame, Loaded, Picture, Request, Stats } from "../engine/engine";
+import { START_VIEW, START_WALK, type Code, type Doc, type Stroke, type View } from "../types";
 import { History } from "./history";
 import { loadPrefs, savePrefs, type Prefs } from "./prefs";
+import { Remote } from "./remote";
 import { Refused, type Source } from "./source";
 
 export interface SeenCode {
@@ -15,6 +19,9 @@ export class App {
   readonly engine = new EngineClient();
   readonly prefs: Prefs = loadPrefs();
   readonly history: History;
+  readonly remote = new Remote(this);
+  /** Products that conditioning may take in the page: fewer where there is a server to ask. */
+  private readonly limit: number;
   /** The state that is shown: the history's, or one with a stroke that is being drawn. */
   doc: Doc;
   live: Stroke | null = null;
@@ -22,6 +29,8 @@ export class App {
   loadedOther: Loaded | null = null;
   frame: Frame | null = null;
   stats: Stats | null = null;
+  /** The state that `stats` and what the server works out are of. */
+  rested: Doc | null = null;
   seen: SeenCode[] = [];
   /** Where covariances are to, as a pixel of the image. */
   pointer = { x: 0, y: 0 };
@@ -29,6 +38,8 @@ export class App {
   busy = false;
   /** Milliseconds from opening the page to its first picture. */
   firstImage = 0;
+  /** The same to the first picture that can be painted on. */
+  ready = 0;
   private readonly listeners: (() => void)[] = [];
   private readonly frameListeners: (() => void)[] = [];
   private shownKeys = { main: "", other: "" };
@@ -38,14 +49,14 @@ export class App {
   onMessage: (text: string) => void = () => {};
 
   constructor(readonly source: Source) {
+    this.limit = source.isFile ? PATIENT : LIVE;
     const { runs, codes } = source.settings;
     const code: Code = codes?.[0] ?? { kind: "seed", seed: 0 };
-    this.doc = { run: runs[0]!.name, code, view: START_VIEW, strokes: [], compare: null };
+    this.doc = { run: runs[0]!.name, code, view: START_VIEW, strokes: [], compare: null, walk: START_WALK };
     this.history = new History(this.doc);
     this.engine.onFrame = (frame) => {
-      this.frame = frame;
-      this.frameListeners.forEach((listener) => listener());
-      this.firstImage ||= performance.now();
+      this.showFrame(frame);
+      this.ready ||= performance.now();
     };
   }
 
@@ -199,13 +210,13 @@ export class App {
     this.notify();
     try {
       if (want.main) {
-        const buffer = await this.source.parameters(doc.run, doc.code);
-        this.loaded = await this.engine.ask<Loaded>({ type: "load", slot: "main", buffer });
+        const buffer = await this.source.parameters(doc.run, doc.code, (mean) => this.preview(mean));
+        this.loaded = await this.engine.ask<Loaded>({ type: "load", slot: "main", buffer, limit: this.limit });
         this.remember({ run: doc.run, code: doc.code });
       }
       if (want.other && doc.compare) {
         const buffer = await this.source.parameters(doc.compare, otherCode(doc));
-        this.loadedOther = await this.engine.ask<Loaded>({ type: "load", slot: "other", buffer });
+        this.loadedOther = await this.engine.ask<Loaded>({ type: "load", slot: "other", buffer, limit: this.limit });
       } else if (!doc.compare && this.loadedOther) {
         this.loadedOther = null;
         await this.engine.ask({ type: "drop", slot: "other" });
@@ -225,6 +236,21 @@ export class App {
     this.requestFrame();
     this.atRest();
     this.notify();
+  }
+
+  /** The mean of the first code, while its factor is on its way: the picture, where nothing else is asked for. */
+  private preview({ shape: [channels, height, width], loc }: Mean): void {
+    const { doc, prefs } = this;
+    if (this.frame || doc.strokes.length > 0 || doc.view.mode !== "mean" || prefs.show !== "image") return;
+    const rgba = new Uint8ClampedArray(4 * width * height);
+    pictureOf(loc, channels, rgba);
+    this.showFrame({ main: { width, height, rgba }, mask: new Uint8Array(width * height), pinned: 0, milliseconds: 0 });
+  }
+
+  private showFrame(frame: Frame): void {
+    this.frame = frame;
+    this.frameListeners.forEach((listener) => listener());
+    this.firstImage ||= performance.now();
   }
 
   private pending = { main: false, other: false };
@@ -261,14 +287,22 @@ export class App {
     clearTimeout(this.restTimer);
     this.restTimer = window.setTimeout(async () => {
       if (this.live || !this.loaded) return;
-      if (this.loaded.where === "server") await this.askServer();
+      const { doc } = this;
       try {
-        this.stats = await this.engine.ask<Stats>({ type: "stats", view: this.doc.view });
+        await this.remote.update();
+        this.stats = await this.engine.ask<Stats | null>({ type: "stats", view: this.doc.view });
       } catch (error) {
         this.fail(error);
       }
+      this.rested = doc;
       this.restListeners.forEach((listener) => listener());
     }, 120);
+  }
+
+  /** A small picture; under pins that only the server can condition on, by the server. */
+  thumbnail(request: Extract<Request, { type: "thumbnail" }>): Promise<Picture> {
+    const remote = this.remote.conditions && request.pinned && (this.frame?.pinned ?? 0) > 0 && !request.epsilon;
+    return remote ? this.remote.thumbnail(request.view) : this.engine.ask<Picture>(request);
   }
 
   private readonly restListeners: (() => void)[] = [];
@@ -276,21 +310,6 @@ export class App {
   /** Called when the state has not changed for a moment: time for thumbnails. */
   onRest(listener: () => void): void {
     this.restListeners.push(listener);
-  }
-
-  /** The conditional of a distribution that this page has no formulas for. */
-  private async askServer(): Promise<void> {
-    const { doc } = this;
-    try {
-      const pinned = await this.engine.ask<{ indices: number[] }>({ type: "pinned", slot: "main" });
-      const seed = doc.view.mode === "sample" ? doc.view.seed : null;
-      const buffer = await this.source.condition({ run: doc.run, code: doc.code, seed, ...pinned });
-      if (this.doc !== doc) return;
-      await this.engine.ask({ type: "override", slot: "main", buffer });
-      this.requestFrame();
-    } catch (error) {
-      this.fail(error);
-    }
   }
 
   notify(): void {

@@ -1,5 +1,5 @@
 /** Where parameters come from: a server, or this very file. */
-import { readContainer } from "../maths/container";
+import { meanOf, readContainer, type Mean } from "../maths/container";
 import type { Code, RunInfo } from "../types";
 
 export interface Settings {
@@ -11,11 +11,19 @@ export interface Settings {
 
 export class Refused extends Error {}
 
+/** Parameters that are on their way. */
+interface Asked {
+  buffer: Promise<ArrayBuffer>;
+  mean?: Mean;
+  onMean?: (mean: Mean) => void;
+}
+
 export class Source {
   readonly settings: Settings;
   onState: (reachable: boolean, why: string) => void = () => {};
   private readonly token = new URLSearchParams(location.search).get("token") ?? "";
   private readonly kept = new Map<string, ArrayBuffer>();
+  private readonly asked = new Map<string, Asked>();
   private reachable = true;
   /** Half the bytes where they have a network to cross. */
   private readonly precision = ["127.0.0.1", "localhost", "[::1]"].includes(location.hostname) ? "float32" : "float16";
@@ -28,14 +36,29 @@ export class Source {
     return this.settings.mode === "file";
   }
 
-  /** Parameters of a run at a code; those seen lately are there without a server. */
-  async parameters(run: string, code: Code): Promise<ArrayBuffer> {
+  /**
+   * Parameters of a run at a code; those seen lately are there without a server.
+   *
+   * `onMean` gets the mean as soon as it has come: the factor, which is R times as large, is still on its way.
+   */
+  parameters(run: string, code: Code, onMean?: (mean: Mean) => void): Promise<ArrayBuffer> {
     const key = JSON.stringify([run, code]);
     const kept = this.kept.get(key);
-    if (kept) return kept;
-    const buffer = await (this.isFile ? this.embedded(run, code) : this.decoded(run, code));
-    this.keep(key, buffer);
-    return buffer;
+    if (kept) return Promise.resolve(kept);
+    let asked = this.asked.get(key);
+    if (!asked) {
+      asked = { buffer: this.isFile ? this.embedded(run, code) : this.decoded(key, run, code) };
+      this.asked.set(key, asked);
+      asked.buffer
+        .then((buffer) => this.keep(key, buffer))
+        .catch(() => {}) // whoever waits for it says so
+        .finally(() => this.asked.delete(key));
+    }
+    if (onMean) {
+      if (asked.mean) onMean(asked.mean);
+      else asked.onMean = onMean;
+    }
+    return asked.buffer;
   }
 
   private keep(key: string, buffer: ArrayBuffer): void {
@@ -62,10 +85,30 @@ export class Source {
     return bytes.buffer;
   }
 
-  private async decoded(run: string, code: Code): Promise<ArrayBuffer> {
+  private async decoded(key: string, run: string, code: Code): Promise<ArrayBuffer> {
     const { label: _, ...bare } = code as Code & { label?: string };
     const body = JSON.stringify({ run, code: bare, precision: this.precision });
-    return (await this.request("api/decode", { method: "POST", body })).arrayBuffer();
+    const answer = await this.request("api/decode", { method: "POST", body });
+    const size = Number(answer.headers.get("content-length"));
+    // A proxy that compresses says another length: then all of it is waited for.
+    if (!answer.body || !size || answer.headers.has("content-encoding")) return answer.arrayBuffer();
+    const bytes = new Uint8Array(size);
+    const reader = answer.body.getReader();
+    let at = 0;
+    for (let part = await reader.read(); !part.done; part = await reader.read()) {
+      bytes.set(part.value, at);
+      at += part.value.length;
+      const asked = this.asked.get(key);
+      if (asked && !asked.mean) {
+        const mean = meanOf(bytes.subarray(0, at));
+        if (mean) {
+          asked.mean = mean;
+          asked.onMean?.(mean);
+        }
+      }
+    }
+    if (at !== size) throw new Refused("the server stopped in the middle of an answer");
+    return bytes.buffer;
   }
 
   /** Parameters at the code of an image file. */

@@ -1,0 +1,62 @@
+"""Calibration: whether what the model expects to be off is what it is off by."""
+
+import torch
+from torch import Tensor
+
+from ..models.observation import Observation, variance
+from .counted import log_prob_and_entropy
+
+__all__ = ["INTERVALS", "energy", "inside", "squares"]
+
+INTERVALS = (0.5, 0.9)  # probability of the central intervals whose coverage is looked at
+
+
+def squares(p: Observation, x: Tensor, counted: Tensor | None = None) -> Tensor:
+    """δᵀΣ⁻¹δ/N of images `x` [B, N], [B]: 1 on average where the model is right.
+
+    Of any normal it is 1 + 2 (−log p(x) − H)/N. One constant that is fitted can fake it: coverage, and the energy
+    score, cannot be had that way.
+    """
+    log_prob, entropy = log_prob_and_entropy(p, x, counted)
+    N = x.shape[-1] if counted is None else int(counted.sum())
+    return 1 - 2 * (log_prob.double() + entropy.double()) / N
+
+
+def inside(
+    p: Observation, x: Tensor, intervals: tuple[float, ...] = INTERVALS, counted: Tensor | None = None
+) -> Tensor:
+    """Share of the pixels of each image that lie in their central intervals, by marginal variance (`variance`).
+
+    Returns: [intervals, B]; each row is its probability on average where the model is right.
+    """
+    scaled = (x - p.loc).abs() / variance(p)[0].sqrt()
+    if counted is not None:
+        scaled = scaled[..., counted.to(x.device)]
+    probabilities = torch.tensor(intervals, dtype=torch.float64)
+    # P(|t| < h) = p at h = √2 erf⁻¹(p)
+    ends = (2**0.5 * torch.special.erfinv(probabilities)).to(scaled)
+    return torch.stack([(scaled <= end).double().mean(-1) for end in ends])
+
+
+def energy(samples: Tensor, x: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Energy score E‖y − x‖ − ½ E‖y − y'‖ of each image, [B], in units of intensity; lower is better.
+
+    Strictly proper: on average nothing is below the distribution that images come from.
+
+    Args:
+        samples: [S, B, N] with S of at least 2; the second term is over their pairs, which is unbiased.
+        x: [B, N].
+
+    Raises:
+        ValueError: fewer than two samples.
+    """
+    if samples.dim() != 3 or len(samples) < 2:
+        raise ValueError(f"samples has shape {list(samples.shape)}, expected [S, B, N] with S of at least 2")
+    if counted is not None:
+        samples, x = samples[..., counted.to(x.device)], x[..., counted.to(x.device)]
+    S = len(samples)
+    apart: Tensor = torch.linalg.vector_norm(samples - x, dim=-1).double().mean(0)
+    between = torch.zeros_like(apart)
+    for s in range(1, S):  # S·N values at a time, not S²·N
+        between += torch.linalg.vector_norm(samples[s:] - samples[s - 1], dim=-1).double().sum(0)
+    return apart - between / (S * (S - 1))  # ½ of the mean over S(S − 1)/2 pairs
