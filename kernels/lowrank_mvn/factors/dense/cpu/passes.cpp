@@ -22,7 +22,7 @@ static bool doubtful_rows(const double *L_inv, int64_t R, bool in_double, double
 }
 
 int64_t backward(const Backward &call) {
-    if (of_few(call)) return backward_of_few(call);
+    if (of_few(call) && call.S <= 1) return backward_of_few(call);
     const int64_t B = call.B, N = call.N, R = call.R, units = parts(N, UNIT);
     const bool of_one_d = call.grad_d.data && call.one_d, of_each_d = call.grad_d.data && !call.one_d;
     Scratch room;
@@ -68,6 +68,7 @@ int64_t backward(const Backward &call) {
 }
 
 int64_t samples(const Samples &call) {
+    if (of_few(call)) return samples_of_few(call);
     const int64_t units = parts(call.N, UNIT), groups = parts(call.S, GROUP);
     pool::each(call.B * groups * units, call.threads, [&](int64_t unit) {
         const int64_t b = unit / units / groups, s0 = unit / units % groups * GROUP, s1 = least(call.S, s0 + GROUP);
@@ -79,6 +80,7 @@ int64_t samples(const Samples &call) {
 }
 
 int64_t samples_backward(const SamplesBackward &call) {
+    if (of_few(call)) return samples_backward_of_few(call);
     const int64_t units = parts(call.N, UNIT);
     Scratch room;
     room.reserve(Scratch::bytes<double>(call.B * units));
