@@ -47,8 +47,10 @@ void scatter(const Lanes *from, const Tensor &t, const Group &group, Strides str
     with_type(t, [&](auto *data) {
         for (int64_t k = 0; k < group.count; k++)
             for (int64_t i = 0; i < rows; i++)
-                for (int64_t j = 0; j < columns; j++)
-                    put(data[group.items[k] * stride.item + i * stride.row + j * stride.column], from[i * columns + j][k]);
+                for (int64_t j = 0; j < columns; j++) {
+                    const int64_t at = group.items[k] * stride.item + i * stride.row + j * stride.column;
+                    put(data[at], from[i * columns + j][k]);
+                }
     });
 }
 
@@ -302,7 +304,8 @@ constexpr int64_t UNIT = 256;
 
 template <class Call> void in_groups(const Call &call) {
     pool::each(parts(call.B, UNIT), call.threads, [&](int64_t unit) {
-        for (int64_t b = unit * UNIT; b < least(call.B, (unit + 1) * UNIT); b += 8) with_columns(call, Group(b, call.B));
+        const int64_t last = least(call.B, (unit + 1) * UNIT);
+        for (int64_t b = unit * UNIT; b < last; b += 8) with_columns(call, Group(b, call.B));
     });
 }
 

@@ -32,8 +32,9 @@ int64_t backward(const Backward &call) {
     pool::each(B, call.threads, [&](int64_t b) {
         thread_local Scratch scratch;
         scratch.reserve(Scratch::bytes<double>(R * R + 2 * R));
+        double *work = scratch.take<double>(R * R + 2 * R);
         invert(call.L_inv + b * R * R, R, C_inv + b * R * R);
-        call.doubtful[b] = doubtful_rows(call.L_inv + b * R * R, R, call.in_double, scratch.take<double>(R * R + 2 * R));
+        call.doubtful[b] = doubtful_rows(call.L_inv + b * R * R, R, call.in_double, work);
     });
     pool::each(B * units, call.threads, [&](int64_t unit) {
         const int64_t b = unit / units, from = unit % units * UNIT, to = least(N, from + UNIT);
@@ -87,7 +88,8 @@ int64_t samples_backward(const SamplesBackward &call) {
     double *found = room.take<double>(call.B * units);
     pool::each(call.B * units, call.threads, [&](int64_t unit) {
         const int64_t b = unit / units, from = unit % units * UNIT, to = least(call.N, from + UNIT);
-        found[unit] = call.in_double ? sample_backward<double>(call, b, from, to) : sample_backward<float>(call, b, from, to);
+        const auto pass = call.in_double ? sample_backward<double> : sample_backward<float>;
+        found[unit] = pass(call, b, from, to);
     });
     for (int64_t b = 0; call.grad_d.data && call.one_d && b < call.B; b++) {
         double sum = 0;
