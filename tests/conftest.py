@@ -40,6 +40,24 @@ def in_torch(monkeypatch):
     monkeypatch.setattr(native, "_MISSING", "it was not built")
 
 
+@pytest.fixture(scope="session")
+def editor_folder(tmp_path_factory):
+    """Runs for the editor's tests, made once for all of their files."""
+    from editor_cases import make_runs
+
+    return make_runs(tmp_path_factory.mktemp("page"))
+
+
+@pytest.fixture(scope="session")
+def editor_server(editor_folder):
+    """The address of `sosvae edit` over them."""
+    from editor_cases import browser_path, serving
+
+    browser_path()  # without one nobody asks
+    with serving(editor_folder / "runs" / "sos", editor_folder / "runs" / "beta") as (address, _):
+        yield address
+
+
 @pytest.fixture(params=["cpu"] if INTERPRET else ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def everywhere(request, backend):
     """`backend`, and with a device once more: what a test makes is there, and goes through the compiled kernels."""

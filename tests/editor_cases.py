@@ -237,21 +237,24 @@ class Client:
         return sent[0]["status"], raw, {k.decode(): v.decode() for k, v in sent[0]["headers"]}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, chromium):
-    """Runs of both heads. (Where there is no browser nothing is made.)"""
-    root = tmp_path_factory.mktemp("page")
+def make_runs(root):
+    """Runs of both heads that the paper compares."""
     images = make_images(root / "images")
     make_run(root / "runs" / "sos", images)
     make_run(root / "runs" / "beta", images, head="pixelwise")
     return root
 
 
-@pytest.fixture(scope="module")
-def server(folder):
+@pytest.fixture
+def folder(chromium, editor_folder):
+    """Of the runs. (Where there is no browser nothing is made.)"""
+    return editor_folder
+
+
+@pytest.fixture
+def server(chromium, editor_server):
     """The address of the page."""
-    with serving(folder / "runs" / "sos", folder / "runs" / "beta") as (address, _):
-        yield address
+    return editor_server
 
 
 @pytest.fixture

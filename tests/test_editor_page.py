@@ -216,7 +216,16 @@ def test_a_link_and_a_file_bring_the_session_back(page, tab, server, tmp_path): 
 
 def test_a_broken_session_is_told_and_changes_nothing(page):  # noqa: F811
     panel(page, "Save")
-    for text in ("{", "[]", '{"format": "sosvae-edit", "doc": {"strokes": [{"tool": "rm"}]}}'):
+    sound = {"run": "sos", "code": {"kind": "seed", "seed": 1}, "strokes": []}
+    wrong = (
+        {"strokes": [{"tool": "rm"}]},
+        {"view": {"scales": "x"}},
+        {"view": {"mode": "rm"}},
+        {"view": {"seed": None}},
+        {"walk": {"corners": [1, 2, 3, 4], "edge": 9, "t": 0}},
+    )
+    sessions = [json.dumps({"format": "sosvae-edit", "doc": {**sound, **patch}}) for patch in wrong]
+    for text in ("{", "[]", *sessions):
         page.get_by_label("Session to open").set_input_files(
             {"name": "x.json", "mimeType": "application/json", "buffer": text.encode()}
         )

@@ -212,7 +212,7 @@ def test_a_conditional_worked_out_here(call, runs):
     sampled = {**asked, "seed": 3}
     again = [unpack(call("POST", "/api/condition", json.dumps(sampled).encode())[1])[1]["loc"] for _ in range(2)]
     np.testing.assert_array_equal(*again)
-    assert unpack(raw)[0]["log_density"] == pytest.approx(float(p.log_prob(torch.from_numpy(image)[None])), rel=1e-4)
+    assert unpack(raw)[0]["log_density"] == pytest.approx(float(p.log_prob(torch.tensor(image)[None])), rel=1e-4)
     cold = {**sampled, "temperature": [0, 0]}
     np.testing.assert_allclose(
         unpack(call("POST", "/api/condition", json.dumps(cold).encode())[1])[1]["loc"], image, atol=1e-6

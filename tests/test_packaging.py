@@ -51,6 +51,7 @@ def test_archive_and_wheel_install_into_an_empty_environment(tmp_path):
     metadata = [name for name in names if ".dist-info/" in name]
     allowed = re.compile(
         r".*\.py|.*/py\.typed|lowrank_mvn/_cpu\.[^/]+|lowrank_mvn/device/tuned/[^/]+\.json|sosvae/editor/static/page\.(html|css|js)"
+        r"|sosvae/paper/edits/[^/]+\.json"
     )
     assert "lowrank_mvn/_cpu.abi3.so" in names or not os.environ.get("CI")
     assert all(allowed.fullmatch(name) for name in set(names) - set(metadata))

@@ -1,5 +1,5 @@
 /** A session as JSON, as a link and inside a PNG: codes, seeds and strokes, from which the picture follows. */
-import { START_VIEW, START_WALK, type Doc, type Stroke, type Walk } from "../types";
+import { START_VIEW, START_WALK, type Doc, type Stroke, type View, type Walk } from "../types";
 
 interface Session {
   format: "sosvae-edit";
@@ -23,7 +23,8 @@ export function fromSession(value: unknown): Doc {
     isObject(doc.code) &&
     Array.isArray(doc.strokes) &&
     doc.strokes.every(isStroke) &&
-    (doc.walk === undefined || isWalk(doc.walk));
+    (doc.walk === undefined || isWalk(doc.walk)) &&
+    isView({ ...START_VIEW, ...doc.view });
   if (!sound) throw new Error("this is no session of sosvae edit");
   const view = { ...START_VIEW, ...doc.view };
   const { run, code, strokes, compare = null, walk = START_WALK } = doc;
@@ -43,8 +44,19 @@ function isStroke(stroke: Stroke): boolean {
   );
 }
 
+function isView(view: View): boolean {
+  const { mode, seed, localSeed, globalTemperature, localTemperature, scales, locked } = view;
+  return (
+    ["mean", "sample"].includes(mode) &&
+    [seed, localSeed, globalTemperature, localTemperature].every(Number.isFinite) &&
+    (scales === null || (Array.isArray(scales) && scales.every(Number.isFinite))) &&
+    Array.isArray(locked)
+  );
+}
+
 function isWalk({ corners, edge, t }: Walk): boolean {
-  return Array.isArray(corners) && corners.length === 4 && [...corners, edge, t].every(Number.isFinite);
+  const seeds = Array.isArray(corners) && corners.length === 4 && corners.every(Number.isFinite);
+  return seeds && [0, 1, 2, 3].includes(edge) && t >= 0 && t <= 1;
 }
 
 export async function toLink(doc: Doc): Promise<string> {
