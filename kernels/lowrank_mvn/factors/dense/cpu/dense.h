@@ -60,7 +60,7 @@ constexpr double SMALL = 0.1, TOLERANCE = 1e-7, INFORMED = 1e-4;
 // Items of few pixels: up to so many columns, and values of P.
 constexpr int64_t MOST_COLUMNS = 8, MOST_VALUES = 256;
 template <class Call> INLINE bool of_few(const Call &call) {
-    return call.R <= MOST_COLUMNS && call.N * call.R <= MOST_VALUES && call.S <= 1;
+    return call.R <= MOST_COLUMNS && call.N * call.R <= MOST_VALUES;
 }
 
 // --- The passes. Each is in the file of its name. ----------------------------------------------------------------------
@@ -78,9 +78,12 @@ template <class T, class Out>
 void leave_residual(const Forward &call, int64_t b, int64_t from, int64_t to, int64_t s0, int64_t s1, double *q,
                     double *g);
 
-// few.cpp: both passes over items of few pixels, and how many are rough, or doubtful.
+// few.cpp: the passes over items of few pixels; the first two are for one sample at most, and return how many items are
+// rough, or doubtful.
 int64_t forward_of_few(const Forward &call);
 int64_t backward_of_few(const Backward &call);
+int64_t samples_of_few(const Samples &call);
+int64_t samples_backward_of_few(const SamplesBackward &call);
 
 // backward.cpp
 struct Remainder {
