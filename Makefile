@@ -47,16 +47,19 @@ bench-compare: $(VENV)/.bench
 	@test -n "$(BASE)" || { echo "say which version: make bench-compare BASE=<git ref>"; exit 2; }
 	$(BIN)/python -m bench.compare $(BASE) $(if $(QUICK),--quick)
 
-# A stamp per extra: newer than the files that say what is installed.
-$(VENV)/.train: setup.py constraints.txt | $(VENV)/pyvenv.cfg
+# What the compiled CPU backend is made of.
+NATIVE := $(wildcard kernels/lowrank_mvn/device/csrc/* kernels/lowrank_mvn/factors/*/cpu/*.cpp kernels/lowrank_mvn/factors/*/cpu/*.h)
+
+# A stamp per extra: newer than the files that say what is installed, and what is compiled along.
+$(VENV)/.train: setup.py constraints.txt $(NATIVE) | $(VENV)/pyvenv.cfg
 	$(INSTALL) -e '.[train]'
 	@touch $@
 
-$(VENV)/.test: setup.py constraints.txt | $(VENV)/pyvenv.cfg
+$(VENV)/.test: setup.py constraints.txt $(NATIVE) | $(VENV)/pyvenv.cfg
 	$(INSTALL) -e '.[train,test]'
 	@touch $@
 
-$(VENV)/.bench: setup.py constraints.txt | $(VENV)/pyvenv.cfg
+$(VENV)/.bench: setup.py constraints.txt $(NATIVE) | $(VENV)/pyvenv.cfg
 	$(INSTALL) -e '.[train,test,bench]'
 	@touch $@
 
@@ -64,4 +67,4 @@ $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .coverage .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build dist kernels/lowrank_mvn/_cpu.* *.egg-info .coverage .mypy_cache .ruff_cache .pytest_cache

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lowrank_mvn import Stencil
+from lowrank_mvn.device import native
 from lowrank_mvn.factors.base import Factor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -28,12 +29,18 @@ def _seed():
 def backend(monkeypatch):
     """What ours is computed with where nobody chooses: in the interpreter the kernels, for CPU tensors too."""
     if not INTERPRET:
-        return "aten"
+        return "aten" if native.missing() else "cpu"
     choose = Factor.implementation
     monkeypatch.setattr(Factor, "implementation", lambda factor, impl: choose(factor, impl or "triton"))
     choose_local = Stencil.implementation
     monkeypatch.setattr(Stencil, "implementation", lambda local, impl: choose_local(local, impl or "triton"))
     return "triton"
+
+
+@pytest.fixture
+def in_torch(monkeypatch):
+    """By default everything is computed with torch's operators, as where the compiled backend is missing."""
+    monkeypatch.setattr(native, "_MISSING", "it was not built")
 
 
 @pytest.fixture(params=["cpu"] if INTERPRET else ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -93,8 +93,17 @@ def test_grad_d_of_the_kernels(name, d, dtype, one_d, kind):
     check(kind, name, d, dtype, one_d, joint=d == 3e-6)
 
 
+@each_diagonal
+@each_dtype
+@pytest.mark.parametrize("name", IN_KERNELS)
+@pytest.mark.usefixtures("in_torch")
+def test_grad_d_in_torchs_operators(name, dtype, one_d):
+    check("dense", name, 3e-6, dtype, one_d)
+
+
 @each_kind
 @each_diagonal
+@pytest.mark.usefixtures("in_torch")
 def test_blocks(monkeypatch, kind, one_d):
     """A small factor takes another way in the forward pass."""
     monkeypatch.setattr(residual, "AT_ONCE_VALUES", 0)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import sharding
+from .device import native
 
 NAMESPACE = "lowrank_mvn"
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -42,13 +43,17 @@ class WhenUsed(ModuleType):
 def implementations(room: str) -> dict[str, Any]:
     """The implementations of a kind of factor, modules of its package `room`, by the name that `impl=` gives them."""
     found: dict[str, Any] = {"aten": importlib.import_module(f"{room}.aten")}
-    if importlib.util.find_spec("triton") and importlib.util.find_spec(f"{room}.triton"):
+    # A room without compiled passes takes torch's operators on the CPU, so that rooms can be used together.
+    found["cpu"] = WhenUsed(f"{room}.cpu") if importlib.util.find_spec(f"{room}.cpu") else found["aten"]
+    if importlib.util.find_spec("triton") is not None:
         found["triton"] = WhenUsed(f"{room}.triton")
     return found
 
 
 def runs_on(impl: str, device: torch.device) -> bool:
     """Whether an implementation can take tensors of that device; Triton's takes CPU tensors in its interpreter only."""
+    if impl == "cpu":
+        return device.type == "cpu" and native.missing() is None
     return impl != "triton" or device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -62,9 +67,11 @@ def chosen(impl: str | None, modules: Mapping[str, Any], device: torch.device, k
     if _plain.depth and impl in (None, *modules):
         return "aten"
     if impl is None:
-        return "triton" if device.type == "cuda" and "triton" in available else "aten"
+        own = "triton" if device.type == "cuda" else "cpu"
+        return own if own in available else "aten"
     if impl not in available:
-        raise ValueError(f"impl={impl!r} is not available for {kind} on {device}, expected one of {available}")
+        why = f": {native.missing()}" if impl == "cpu" and device.type == "cpu" and native.missing() else ""
+        raise ValueError(f"impl={impl!r} is not available for {kind} on {device}, expected one of {available}{why}")
     return impl
 
 
