@@ -63,3 +63,7 @@ EXPORT int lowrank_dense_samples(const void *call) { return guarded(chosen->pass
 EXPORT int lowrank_dense_samples_backward(const void *call) {
     return guarded(chosen->passes.dense_samples_backward, call);
 }
+
+EXPORT int lowrank_stencil_product(const void *call) { return guarded(chosen->passes.stencil_product, call); }
+EXPORT int lowrank_stencil_backward(const void *call) { return guarded(chosen->passes.stencil_backward, call); }
+EXPORT int lowrank_stencil_solve(const void *call) { return guarded(chosen->passes.stencil_solve, call); }

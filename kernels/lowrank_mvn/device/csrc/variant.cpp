@@ -2,6 +2,7 @@
 #include "variants.h"
 
 #include "../../factors/dense/cpu/dense.h"
+#include "../../local/stencil/cpu/stencil.h"
 
 namespace VARIANT {
 
@@ -14,6 +15,9 @@ extern const Passes passes = {
     pass<Backward, backward>,
     pass<Samples, samples>,
     pass<SamplesBackward, samples_backward>,
+    pass<stencil::Product, stencil::product>,
+    pass<stencil::ProductBackward, stencil::product_backward>,
+    pass<stencil::Solve, stencil::solve>,
 };
 
 } // namespace VARIANT

@@ -6,6 +6,7 @@ using Pass = void (*)(const void *call);
 
 struct Passes {
     Pass dense_forward, dense_backward, dense_samples, dense_samples_backward;
+    Pass stencil_product, stencil_backward, stencil_solve;
 };
 
 namespace baseline { extern const Passes passes; }
