@@ -10,11 +10,6 @@ namespace {
 
 thread_local Scratch scratch;
 
-// Two registers of samples: a pixel waits for its neighbour, and the second vector is solved in the meantime.
-template <class T> struct Pairs {
-    typedef T type __attribute__((vector_size(2 * VECTOR_BYTES), aligned(VECTOR_BYTES)));
-};
-
 // Samples s0 to s0 + n of a line as rows[pixel][lanes]; lanes without a sample are zero.
 template <class T> void load_samples(T *rows, int64_t lanes, const Image &x, int64_t start, int64_t n, int64_t width) {
     for (int64_t i = n < lanes ? 0 : width * lanes; i < width * lanes; i++) rows[i] = 0;
@@ -64,26 +59,36 @@ template <class T, class V> struct Term {
     int64_t from, to;
 };
 
-// y = x − Σ terms over a line, forwards or backwards; x is scaled first, if at all.
-template <class T, class V>
-void solve_line(V *y, const T *scale, const Term<T, V> *terms, int64_t count, int64_t width, bool forwards) {
+// y = x − Σ terms over a line, forwards or backwards; x is scaled first, if at all. A pixel has VECTORS of samples: it
+// waits for its neighbour, and the second is solved in the meantime. COUNT is the number of terms where that is known.
+template <class T, class V, int VECTORS, int COUNT>
+void solve_line(V *y, const T *scale, const Term<T, V> *given, int64_t any, int64_t width, bool forwards) {
+    const int64_t count = COUNT ? COUNT : any;
+    Term<T, V> own[COUNT ? COUNT : 1]; // where the compiler knows that nobody writes to them
+    const Term<T, V> *terms = given;
     int64_t from = 0, to = width; // where every term counts
-    for (int64_t i = 0; i < count; i++) from = most(from, terms[i].from), to = least(to, terms[i].to);
+    for (int64_t i = 0; i < count; i++) from = most(from, given[i].from), to = least(to, given[i].to);
+    if (COUNT) {
+        for (int i = 0; i < COUNT; i++) own[i] = given[i];
+        terms = own;
+    }
     for (int64_t step = 0; step < width; step++) {
         const int64_t w = forwards ? step : width - 1 - step;
-        V sum = scale ? y[w] * (1 / scale[w]) : y[w];
-        if (w >= from && w < to) {
-            for (int64_t i = 0; i < count; i++) sum -= terms[i].weight[w] * terms[i].y[w];
-        } else {
-            for (int64_t i = 0; i < count; i++)
-                if (w >= terms[i].from && w < terms[i].to) sum -= terms[i].weight[w] * terms[i].y[w];
+        const T factor = scale ? 1 / scale[w] : T(1);
+        V sum[VECTORS];
+        for (int j = 0; j < VECTORS; j++) sum[j] = y[w * VECTORS + j] * factor;
+        const bool inside = w >= from && w < to;
+        for (int64_t i = 0; i < count; i++) {
+            if (!inside && (w < terms[i].from || w >= terms[i].to)) continue;
+            const T weight = terms[i].weight[w];
+            for (int j = 0; j < VECTORS; j++) sum[j] -= weight * terms[i].y[w * VECTORS + j];
         }
-        y[w] = sum;
+        for (int j = 0; j < VECTORS; j++) y[w * VECTORS + j] = sum[j];
     }
 }
 
-template <class T, class V> struct Walk {
-    static constexpr int64_t LANES_OF_V = sizeof(V) / sizeof(T);
+template <class T, class V, int VECTORS> struct Walk {
+    static constexpr int64_t SAMPLES = VECTORS * sizeof(V) / sizeof(T);
     const Solve &call;
     const Lines &lines;
     int64_t b, s0, samples, first, last; // channels first to last − 1
@@ -92,7 +97,7 @@ template <class T, class V> struct Walk {
     T *room; // [terms, width]
     Term<T, V> *terms;
 
-    V *kept_line(int64_t c, int64_t line) { return kept + ((c - first) * ring + line % ring) * lines.width; }
+    V *kept_line(int64_t c, int64_t line) { return kept + ((c - first) * ring + line % ring) * lines.width * VECTORS; }
 
     // What the pixels of a line are tied to, those of their own line last: these are waited for.
     int64_t ties_and_neighbours(int64_t c, int64_t line) {
@@ -111,7 +116,7 @@ template <class T, class V> struct Walk {
             const int64_t shift = sign * lines.shift(k), there = line + sign * lines.jump(k);
             const int64_t at = (call.transposed ? there : line) * width;
             const T *weight = line_of(call.s, k, b, c, at, width, room + count * width);
-            terms[count++] = {call.transposed ? weight + shift : weight, kept_line(c, there) + shift, most(0, -shift),
+            terms[count++] = {call.transposed ? weight + shift : weight, kept_line(c, there) + shift * VECTORS, most(0, -shift),
                               least(width, width - shift)};
         }
         return count;
@@ -120,17 +125,23 @@ template <class T, class V> struct Walk {
     void solve_one(int64_t c, int64_t line) {
         const int64_t width = lines.width, n = line * width, pixels = lines.count * width;
         V *y = kept_line(c, line);
-        load_samples((T *)y, LANES_OF_V, call.x, call.x.at(s0, b, c, n), samples, width);
+        load_samples((T *)y, SAMPLES, call.x, call.x.at(s0, b, c, n), samples, width);
         const T *t = line_of(call.t, 0, b, c, n, width, (T *)nullptr);
         const int64_t count = ties_and_neighbours(c, line);
-        solve_line<T, V>(y, call.transposed ? nullptr : t, terms, count, width, call.transposed);
+        const T *scale = call.transposed ? nullptr : t;
+        switch (count) {
+        case 4: solve_line<T, V, VECTORS, 4>(y, scale, terms, count, width, call.transposed); break; // 3 × 3
+        case 12: solve_line<T, V, VECTORS, 12>(y, scale, terms, count, width, call.transposed); break; // 5 × 5
+        default: solve_line<T, V, VECTORS, 0>(y, scale, terms, count, width, call.transposed);
+        }
         const V *solved = y;
         if (call.transposed) {
-            for (int64_t w = 0; w < width; w++) out[w] = y[w] * (1 / t[w]);
+            for (int64_t w = 0; w < width; w++)
+                for (int j = 0; j < VECTORS; j++) out[w * VECTORS + j] = y[w * VECTORS + j] * (1 / t[w]);
             solved = out;
         }
         T *p = (T *)call.y + ((s0 * call.B + b) * call.channels + c) * pixels + n;
-        store_samples(p, call.B * call.channels * pixels, (const T *)solved, LANES_OF_V, samples, width);
+        store_samples(p, call.B * call.channels * pixels, (const T *)solved, SAMPLES, samples, width);
     }
 
     void all() {
@@ -141,26 +152,26 @@ template <class T, class V> struct Walk {
     }
 };
 
-template <class T, class V> void walk(const Solve &call, const Lines &lines) {
-    constexpr int64_t lanes = sizeof(V) / sizeof(T);
+template <class T, class V, int VECTORS> void walk(const Solve &call, const Lines &lines) {
+    constexpr int64_t lanes = Walk<T, V, VECTORS>::SAMPLES;
     const int64_t groups = parts(call.S, lanes), turns = call.m.data ? 1 : call.channels;
     const int64_t own = call.channels / turns, ring = lines.reach + 1, most_terms = lines.near.count + own;
     pool::each(call.B * groups * turns, call.threads, [&](int64_t unit) {
         const int64_t b = unit / turns / groups, s0 = unit / turns % groups * lanes, first = unit % turns * own;
-        scratch.reserve(Scratch::bytes<V>(own * ring * lines.width) + Scratch::bytes<V>(lines.width) +
+        scratch.reserve(Scratch::bytes<V>((own * ring + 1) * lines.width * VECTORS) +
                         Scratch::bytes<T>(most_terms * lines.width) + Scratch::bytes<Term<T, V>>(most_terms));
-        V *kept = scratch.take<V>(own * ring * lines.width), *out = scratch.take<V>(lines.width);
+        V *kept = scratch.take<V>((own * ring + 1) * lines.width * VECTORS), *out = kept + own * ring * lines.width * VECTORS;
         T *room = scratch.take<T>(most_terms * lines.width);
         auto *terms = scratch.take<Term<T, V>>(most_terms);
-        Walk<T, V>{call, lines, b, s0, least(lanes, call.S - s0), first, first + own, ring, kept, out, room, terms}.all();
+        Walk<T, V, VECTORS>{call, lines, b, s0, least(lanes, call.S - s0), first, first + own, ring, kept, out, room, terms}.all();
     });
 }
 
 template <class T> void solve_in(const Solve &call) {
     const Lines lines(call.near);
-    if (call.S == 1) walk<T, T>(call, lines);
-    else if (call.S <= LANES<T>) walk<T, Vec<T>>(call, lines);
-    else walk<T, typename Pairs<T>::type>(call, lines);
+    if (call.S == 1) walk<T, T, 1>(call, lines);
+    else if (call.S <= LANES<T>) walk<T, Vec<T>, 1>(call, lines);
+    else walk<T, Vec<T>, 2>(call, lines);
 }
 
 } // namespace
