@@ -7,12 +7,14 @@ FOLDER ?= runs/faces
 
 PAGE := sosvae/editor/page
 
-.PHONY: help train test check page page-check bench bench-compare clean
+.PHONY: help train test sanitize check docs page page-check bench bench-compare clean
 
 help:
 	@echo "make train   train the default SOS-VAE and a β-VAE, write the figures ($(FOLDER))"
 	@echo "make test    run the tests (COVERAGE=1: and say which lines they reach)"
+	@echo "make sanitize  the compiled CPU backend under sanitizers (needs GCC)"
 	@echo "make check   lint and type-check; changes nothing"
+	@echo "make docs    build the site from docs/ into build/docs; a warning is an error"
 	@echo "make page    build the editor's page from its sources (needs Node 20)"
 	@echo "make bench   measure against torch, linear_operator and NumPyro; write tables and plots"
 	@echo "make bench-compare BASE=ref   this checkout against another version, in alternation (QUICK=1: five cases)"
@@ -25,10 +27,17 @@ train: $(VENV)/.train
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(if $(COVERAGE),--cov --cov-report=term)
 
+sanitize:
+	.ci/sanitize
+
 check: $(VENV)/.test page-check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+	@echo "build/docs/index.html"
 
 page:
 	cd $(PAGE) && npm ci --ignore-scripts --no-audit --no-fund --silent && npm run --silent format && npm run --silent build
@@ -57,6 +66,10 @@ $(VENV)/.train: setup.py constraints.txt $(NATIVE) | $(VENV)/pyvenv.cfg
 
 $(VENV)/.test: setup.py constraints.txt $(NATIVE) | $(VENV)/pyvenv.cfg
 	$(INSTALL) -e '.[train,test]'
+	@touch $@
+
+$(VENV)/.docs: setup.py constraints.txt | $(VENV)/pyvenv.cfg
+	$(INSTALL) -e '.[docs]'
 	@touch $@
 
 $(VENV)/.bench: setup.py constraints.txt $(NATIVE) | $(VENV)/pyvenv.cfg

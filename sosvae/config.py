@@ -95,6 +95,8 @@ class DataConfig:
     """How another aspect ratio is met: cut the longer side, or add black at the shorter one."""
     flip: bool = False
     """Mirror every other training image, left to right, at random."""
+    shift: int = 0
+    """Move training images by up to so many pixels along each axis, at random; edges are repeated (pixels)."""
     validation: float = 0.1
     """People (or files) held out, where the source does not say which (fraction)."""
     cache: str | None = None
@@ -105,6 +107,10 @@ class DataConfig:
         _require(
             min(self.height, self.width) >= 16,
             f"height and width are {self.height}×{self.width}, expected at least 16×16",
+        )
+        _require(
+            0 <= self.shift < min(self.height, self.width),
+            f"shift is {self.shift}, expected at least 0 and less than height and width",
         )
         _require(0 < self.validation < 1, f"validation is {self.validation}, expected a fraction between 0 and 1")
 
@@ -163,6 +169,9 @@ class ObjectiveConfig:
     """ξ_H = N/2 · (1 + log 2πd) + this · R: what each column of P may add to the fixed diagonal's (nats)."""
     entropy_slack: float | None = None
     """ξ_H itself, in place of `nats_per_rank` (nats)."""
+    mean: Literal["free", "held", "frozen"] = "free"
+    """After the mean-only steps the mean moves with everything else; or ‖x − μ‖² is held at the level that those steps
+    reached; or network and mean stay as they are, and the rest of the head is fitted to their detached features."""
     damping: float = 10.0
     """Damping of the modified differential method of multipliers (1/nat)."""
     multiplier_lr: float = 1.0
@@ -197,7 +206,7 @@ class TrainingConfig:
     clip: float | None = None
     """Largest norm of the gradient, `None` for none (nats per unit of weight)."""
     seed: int = 0
-    """Of the weights, the data's order and all noise."""
+    """Seed of the weights, the data's order and all noise."""
     skip_limit: int = 10
     """Steps with a non-finite loss or gradient that are left out before the run stops (count)."""
     log_every: int = 50
@@ -212,19 +221,22 @@ class TrainingConfig:
     """Checkpoints kept, the newest (count)."""
     tensorboard: bool = True
     """Write scalars and pictures for TensorBoard into the run's folder."""
+    dequantise: bool = False
+    """Add noise to training images, uniform over one grey level, as a learned variance needs: bytes have densities
+    without bound otherwise."""
     accumulate: int = 1
-    """Micro-batches that a step's images go through the network in, one after the other: the memory of one, the
-    gradient of all. Batch norm sees a micro-batch at a time, which is the one difference. Damping needs the whole
-    batch: an extra pass without gradients computes it, for about a third more time. Divides the batch (count)."""
+    """Micro-batches of a step, which go through the network one after the other: the memory of one, the gradient of
+    all. Batch norm sees one micro-batch at a time, which is the only difference. Damping needs the whole batch: an
+    extra pass without gradients computes it, for about a third more time. Divides the batch (count)."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of encoder and decoder while training, by autocast: bfloat16 halves what they keep. Weights, likelihood, KL,
-    multipliers and all evaluation stay in float32."""
+    """Precision of encoder and decoder while training, by autocast: bfloat16 halves what they keep. Weights,
+    likelihood, KL, multipliers and all evaluation stay in float32."""
     memory_format: Literal["channels_last", "channels_first"] = "channels_last"
     """How images lie in memory inside encoder and decoder: the same numbers to rounding. Convolutions are mostly
     faster with channels last."""
     checkpointing: Literal["none", "blocks", "stages"] = "none"
-    """Compute again in the backward pass, for less memory and more time and the same weights: nothing; the inside of
-    each residual block; that of each resolution, and of its blocks once more."""
+    """Activations that the backward pass computes again, for less memory, more time and the same weights: none; those
+    inside each residual block; those inside each resolution, and inside its blocks once more."""
     device: str = "auto"
     """`auto` (a GPU where there is one), or any name that torch knows."""
 
@@ -261,6 +273,10 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        _require(
+            self.objective.mean != "held" or self.training.mean_only_steps > 0,
+            "objective.mean is 'held' and training.mean_only_steps is 0, expected steps that reach a level to hold",
+        )
 
     def replace(self, **sections: dict[str, Any]) -> "Config":
         """This with other values: `config.replace(model={"rank": 5}, training={"steps": 10})`."""
@@ -318,9 +334,10 @@ def differences(a: Config, b: Config) -> list[str]:
     ]
 
 
-# Where images lie and which are held out: a run compares their content, with the record of its split.
+# A run does not compare where images lie or which are held out, but their content, with the record of its split.
 OF_DATA = {"data.source", "data.cache", "data.validation"}
 MOVING = {"mean_only_steps", "batch", "lr", "decay", "clip", "seed", "accumulate", "precision", "memory_format"}
+MOVING |= {"dequantise"}
 
 
 def incompatible(a: Config, b: Config) -> list[str]:

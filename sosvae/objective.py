@@ -5,10 +5,15 @@ Averages over the batch of nats per image:
     minimise   −log p(x|z)   subject to   KL(q(z|x) ‖ p(z)) ≤ ξ_KL   and   H(p(x|z)) ≤ ξ_H
 
 For a constraint with violation g (KL − ξ_KL, or H − ξ_H) and multiplier λ the loss gains (λ + c·[g])·g, where
-[·] takes no gradient and c is the damping; after each step λ ← max(0, λ + η·g), gradient ascent. As in the
-authors' code the damping acts on both sides of the limit: it holds g near 0 rather than below it, so that a
-KL under its slack does not collapse further, and the entropy is drawn up to its slack. They sum over the batch
-where we average, which multiplies c and η by its size.
+[·] takes no gradient and c is the damping; after each step λ ← max(0, λ + η·g), gradient ascent. The damping acts
+on both sides of the limit, as in the authors' code: it holds g near 0 rather than below it, so that a KL under its
+slack does not collapse further, and the entropy is drawn up to its slack. They sum over the batch,
+which multiplies their c and η by its size; we average.
+
+A mean that is held keeps ‖x − μ‖² at the level that the mean-only steps reached. With ē its running average, the
+loss gains (λ + c·[v]₊)·½N·‖x − μ‖²/level, v = ē/level − 1.05: the second factor is what the residual costs under
+independent pixels of the variance reached, so that λ = 1 weighs the mean as a β-VAE of one variance would. The network
+has met that level, so λ stays small; it is at most 10 in any case.
 """
 
 from collections.abc import Mapping
@@ -24,6 +29,11 @@ from .models.observation import Observation
 from .models.vae import VAE
 
 __all__ = ["Constraints", "Terms", "evaluate_terms", "objective"]
+
+
+# Of a mean that is held: steps that ē remembers, room above the level, and of λ the step and the most.
+MEMORY, SLACK, MEAN_LR, MOST = 50, 0.05, 0.1, 10.0
+TINY = 1e-12
 
 
 class Terms(NamedTuple):
@@ -63,25 +73,34 @@ class Constraints:
     Args:
         damping: c, in 1/nat.
         lr: η, the step of the multipliers, in 1/nat.
+        holds_mean: ‖x − μ‖² is held; its λ, level and running average are among the multipliers.
     """
 
     def __init__(
-        self, limits: Mapping[str, float], damping: float = 0.0, lr: float = 0.0, device: torch.device | str = "cpu"
+        self,
+        limits: Mapping[str, float],
+        damping: float = 0.0,
+        lr: float = 0.0,
+        device: torch.device | str = "cpu",
+        holds_mean: bool = False,
     ) -> None:
-        self.limits, self.damping, self.lr = dict(limits), damping, lr
-        self.multipliers = {name: torch.zeros((), device=device) for name in limits}
+        self.limits, self.damping, self.lr, self.holds_mean = dict(limits), damping, lr, holds_mean
+        self.paused: frozenset[str] = frozenset()  # terms that nothing moves at the moment
+        self.error = torch.zeros((), device=device)  # ‖x − μ‖² of the last batch, where the mean is held
+        names = [*limits, *(("mean", "mean_level", "mean_error") if holds_mean else ())]
+        self.multipliers = {name: torch.zeros((), device=device) for name in names}
 
     @classmethod
     def of(cls, config: Config, device: torch.device | str = "cpu") -> "Constraints":
         """Those that a configuration switches on: on the KL, and what its head constrains."""
         o = config.objective
         limits = ({} if o.kl_slack is None else {"kl": o.kl_slack}) | heads.find(config.model.head).limits(config)
-        return cls(limits, o.damping, o.multiplier_lr, device)
+        return cls(limits, o.damping, o.multiplier_lr, device, o.mean == "held")
 
     def violations(self, terms: Terms) -> dict[str, Tensor]:
         """g of each, a 0-d tensor in nats: positive where the limit is passed."""
         means = terms.mean()
-        return {name: means[name] - limit for name, limit in self.limits.items()}
+        return {name: means[name] - limit for name, limit in self.limits.items() if name not in self.paused}
 
     def penalised(self, loss: Tensor, terms: Terms, damped: Mapping[str, Tensor] | None = None) -> Tensor:
         """loss + Σ (λ + c·[g])·g, whose gradient moves the network, never the multipliers.
@@ -99,6 +118,32 @@ class Constraints:
         """λ ← max(0, λ + η·g)."""
         for name, g in self.violations(terms).items():
             self.multipliers[name] = (self.multipliers[name] + self.lr * g).clamp_(min=0)
+
+    def held(self, loss: Tensor, error: Tensor, values: int) -> Tensor:
+        """loss + (λ + c·[v]₊)·½N·error/level once there is a level.
+
+        Args:
+            error: ‖x − μ‖², a 0-d tensor, the mean of the batch or of a part of it.
+            values: N.
+        """
+        m = self.multipliers
+        level = m["mean_level"]
+        weight = m["mean"] + self.damping * self._excess().clamp(min=0)
+        return loss + torch.where(level > 0, weight * 0.5 * values / level.clamp_min(TINY), 0.0) * error
+
+    @torch.no_grad()
+    def notice(self, error: Tensor, mean_only: bool) -> None:
+        """After a step in which ‖x − μ‖² was `error`: ē moves; of mean-only steps the level too, of others λ."""
+        m = self.multipliers
+        m["mean_error"] = torch.where(m["mean_error"] > 0, m["mean_error"].lerp(error, 1 / MEMORY), error)
+        if mean_only:
+            m["mean_level"] = m["mean_error"].clone()
+        else:
+            m["mean"] = (m["mean"] + MEAN_LR * self._excess()).clamp_(0, MOST)
+
+    def _excess(self) -> Tensor:
+        """v."""
+        return self.multipliers["mean_error"] / self.multipliers["mean_level"].clamp_min(TINY) - 1 - SLACK
 
     def load(self, multipliers: Mapping[str, Tensor]) -> None:
         """Goes on with multipliers that were saved."""

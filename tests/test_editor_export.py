@@ -12,12 +12,8 @@ from sosvae.editor.runs import Runs
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("export")
-    images = make_images(root / "images")
-    make_run(root / "runs" / "sos", images)
-    make_run(root / "runs" / "beta", images, head="pixelwise")
-    return root
+def folder(editor_folder):
+    return editor_folder
 
 
 def test_the_file_needs_nothing_else(folder, capsys):

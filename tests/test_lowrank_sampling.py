@@ -7,7 +7,6 @@ import torch
 from lowrank_mvn.factors.dense import aten, cpu
 from lowrank_mvn.factors.dense.aten import blocks
 
-
 BOTH = pytest.mark.parametrize("impl", [aten, cpu], ids=["aten", "cpu"])
 
 

@@ -3,17 +3,18 @@
 import json
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from sosvae_cases import before_step, signalled
 
 from sosvae import PRESETS, Run, commands
 from sosvae.cli import main
-from sosvae.commands.compare import missed
-from sosvae.evaluation.samples import Quality
+from sosvae.commands.compare import FOLDERS, GLOBAL_LOCAL, ONE_SIGMA, missed
 from sosvae.training import loop
 
 # fmt: off
@@ -80,17 +81,26 @@ def comparison(tmp_path_factory, cache):
     return folder, args
 
 
-def test_compare_trains_both_and_writes_figures_and_numbers(comparison):
+def test_compare_trains_all_and_writes_figures_and_numbers(comparison):
     folder, _ = comparison
-    configs = [Run.open(folder / name).config for name in ("sos-vae", "beta-vae")]
-    assert [config.model.head for config in configs] == ["structured", "pixelwise"]
+    configs = {name: Run.open(folder / place).config for name, place in FOLDERS.items()}
+    assert [config.model.head for config in configs.values()] == [
+        "pixelwise",
+        "pixelwise",
+        "global-local",
+        "structured",
+    ]
+    beta, head = (Run.open(folder / name).load().weights for name in ("beta-vae", "global-local"))
+    assert torch.equal(beta["decoder.0.weight"], head["decoder.0.weight"])
     result = json.loads((folder / "comparison.json").read_text())
-    assert result["models"].keys() == {"SOS-VAE", "β-VAE"}
-    for name, values in zip(("sos-vae", "beta-vae"), result["models"].values(), strict=True):
-        last = json.loads((folder / name / "metrics.jsonl").read_text().splitlines()[-1])
-        assert values == {key: last[key] for key in values}  # the numbers are in the metrics too
+    assert result["models"].keys() == {ONE_SIGMA, *FOLDERS}
+    assert (result["part"], result["images"]) == ("test", 40)
+    for name, place in FOLDERS.items():
+        last = json.loads((folder / place / "metrics.jsonl").read_text().splitlines()[-1])
+        assert result["models"][name]["neighbour_correlation"] == last["neighbour_correlation"]
+        assert result["models"][name]["bits"] > 0
     files = sorted(path.name for path in (folder / "figures").iterdir())
-    kinds = ["difference", "mean", "negative", "positive", "reconstructions", "sample", "sheet", "variance"]
+    kinds = ["common", "difference", "mean", "negative", "positive", "reconstructions", "sample", "sheet", "variance"]
     assert files == [f"{kind}.png" for kind in kinds]
     assert sorted(result["figures"]) == [f"figures/{name}" for name in files]
 
@@ -101,40 +111,36 @@ def test_compare_again_trains_nothing_and_prints_the_numbers(comparison, monkeyp
     assert main(args) == 0
     shown = capsys.readouterr().out
     for part in (
-        "SOS-VAE",
-        "β-VAE",
-        "neighbour correlation",
-        "missed: SOS-VAE",
+        *FOLDERS,
+        ONE_SIGMA,
+        "uniform",
+        "δᵀΣ⁻¹δ/N",
+        "residual's",
+        "missed: global-local",
         str(folder / "comparison.json"),
         "sheet.png",
     ):
         assert part in shown
 
 
-def test_compare_that_is_interrupted_can_be_called_again(cache, tmp_path, monkeypatch):
-    import os
-    import signal
-
-    original = loop.train_step
-
-    def interrupted(state, *args):
-        os.kill(os.getpid(), signal.SIGINT)
-        return original(state, *args)
-
+def test_compare_that_is_interrupted_can_be_called_again(cache, tmp_path):
     args = ["compare", *SMALL, *cache, "--folder", str(tmp_path / "c")]
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", interrupted)
+    with before_step(signalled(signal.SIGINT), 0):
         assert main(args) == 130
-    assert not (tmp_path / "c" / "beta-vae").exists()
+    assert not (tmp_path / "c" / "global-local").exists()
     assert main(args) == 0
 
 
 def test_expectations_are_checked_against_the_numbers():
-    assert missed(Quality(0.9, 1.0), Quality(0.0, 1.0)) == []
-    found = missed(Quality(0.7, 2.0), Quality(0.1, 0.1))
-    assert len(found) == 4
-    nan = float("nan")
-    assert len(missed(Quality(nan, nan), Quality(nan, nan))) == 4
+    right = {"bits": 5.0, "squares": 1.0, "inside_0.5": 0.52, "inside_0.9": 0.88}
+    right |= {f"{axis}_{of}": 0.7 for axis in ("horizontal", "vertical") for of in ("samples", "residual")}
+    others = {name: {"bits": 6.4} for name in (ONE_SIGMA, *FOLDERS) if name != GLOBAL_LOCAL}
+    assert missed({**others, GLOBAL_LOCAL: right}) == []
+    wrong = {"bits": 5.2, "squares": 1.3, "inside_0.5": 0.44, "inside_0.9": 0.96, "vertical_samples": 0.4}
+    for name, value in wrong.items():
+        (line,) = missed({**others, GLOBAL_LOCAL: right | {name: value}})
+        assert line.startswith("global-local: ")
+    assert len(missed({**others, GLOBAL_LOCAL: dict.fromkeys(right, float("nan"))})) == 5
 
 
 def test_colour_goes_through_every_picture(tmp_path, cache):
@@ -224,6 +230,8 @@ def test_auto_is_a_device_of_every_command(run, tmp_path, command):
         (["sample", "x", "--codes", "0"], "codes is 0, expected at least 1"),
         (["sample", "x", "--samples", "-1"], "samples is -1, expected at least 0"),
         (["sample", "x", "--seed", "-1"], "seed is -1, expected 0 to"),
+        (["compare", "--temperature-global", "inf"], "temperature_global is inf, expected at least 0, finite"),
+        (["train", "--data.shift", "40"], "shift is 40, expected at least 0 and less than height and width"),
         (["reconstruct", "x", "--images", "0"], "images is 0, expected at least 1"),
         (["reconstruct", "x", "--samples", "-1"], "samples is -1, expected at least 0"),
         (["train", "--training.lr", "inf"], "lr is inf, expected a positive step size"),

@@ -18,7 +18,7 @@ from sosvae.planning.memory import PRIME_BATCH, PRIME_SIDES, StepMemory, _dry_ru
 from sosvae.tools import figures
 from sosvae.tools.observation import draw_noise
 
-LOW_RANK = ["structured", "global-local"]
+LOW_RANK = ["structured", "global-local", "heavy"]
 
 
 def disturbed(vae, std=0.3):
@@ -64,6 +64,15 @@ def test_density_is_that_of_the_dense_covariance(head, channels):
         Lambda = torch.linalg.inv(dense.covariance)[0].view(3, 16, 16, 3, 16, 16)
         assert Lambda[0, 5, 5, 1, 5, 5].abs() > 1e-3
         assert Lambda[2, 5, 5, 2, 5, 6].abs() > 1e-3
+
+
+def test_degrees_of_freedom_are_learned_and_leave_a_covariance():
+    vae, p = predicted("heavy")
+    assert VAE(network(head="heavy")).decode(torch.zeros(1, 4)).df.item() == pytest.approx(10)
+    assert (p.df > 2).all()
+    p.log_prob(p.loc.detach() + 0.5).sum().backward()
+    assert vae.head.degrees.grad.abs() > 0
+    assert {"entropy"} == set(type(vae.head).limits(network(head="heavy")))
 
 
 def test_variance_given_later_pixels_has_a_floor():
@@ -117,7 +126,8 @@ def test_temperatures_scale_what_is_global_and_what_is_local(head, channels):
     # Without given noise: the variance of samples.
     samples = p.rsample((4000,), temperature=(0.5, 0))[:, 0, :20]
     expected = 0.25 * p.cov_factor[0, :20].square().sum(-1) if head in LOW_RANK else torch.zeros(20).double()
-    torch.testing.assert_close(samples.var(0), expected, rtol=0.2, atol=1e-12)
+    widening = p.df[0] / (p.df[0] - 2) if head == "heavy" else 1
+    torch.testing.assert_close(samples.var(0), widening * expected, rtol=0.2, atol=1e-12)
     with pytest.raises((TypeError, ValueError), match="temperature must be a pair"):
         p.rsample(temperature=1.0)
 

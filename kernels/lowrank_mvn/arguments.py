@@ -36,7 +36,7 @@ class Normal(NamedTuple):
 
     @property
     def result_dtype(self) -> torch.dtype:
-        """Of densities and entropies."""
+        """The dtype of densities and entropies."""
         return result_dtype(self.mean, self.factor, *self.local.tensors().values())
 
 
@@ -57,7 +57,7 @@ class LocalNormal(NamedTuple):
 
     @property
     def result_dtype(self) -> torch.dtype:
-        """Of densities and entropies."""
+        """The dtype of densities and entropies."""
         return self.local.result_dtype(self.mean)
 
 
@@ -116,7 +116,7 @@ def normal(loc: Tensor | Mean, cov_factor: Tensor | Factor, cov_diag: Tensor | f
 
 
 def centred(cov_factor: Tensor | Factor, cov_diag: Tensor | float) -> Normal:
-    """The same with mean 0: of an entropy, which has no use for a mean."""
+    """The same with mean 0. An entropy needs no mean."""
     return _normal(None, cov_factor, cov_diag)
 
 
@@ -186,16 +186,30 @@ def as_observed(observed: object, parameters: Normal | LocalNormal) -> Tensor:
     return checks.mask("observed", observed, parameters.N, parameters.mean.device)
 
 
-def as_noise(noise: tuple[Tensor, Tensor] | None, parameters: Normal, shape: torch.Size, impl: str) -> Noise:
-    """Noise for samples of that shape [*shape, N]: given, or drawn; the kernels of "triton" draw ω_d themselves."""
+def as_noise(
+    noise: tuple[Tensor, Tensor] | None,
+    parameters: Normal,
+    shape: torch.Size,
+    impl: str,
+    temperature: tuple[float, float] = (1.0, 1.0),
+) -> Noise:
+    """Noise for samples of that shape [*shape, N], times its temperatures: given, or drawn.
+
+    The kernels of "triton" draw ω_d themselves where nothing scales it.
+    """
     N, R = parameters.N, parameters.factor.shape[-1]
+    t_P, t_L = checks.temperatures(temperature)
+    plain = temperature == (1.0, 1.0)
     if noise is None:
-        return Noise(_drawn(parameters, shape, R), None if impl == "triton" else _drawn(parameters, shape, N))
-    omega_p, omega_d = checks.pair("noise", noise, f"ω_p [..., {R}] and ω_d [..., {N}]")
-    checks.alike(**named(loc=parameters.mean), **{"noise[0]": omega_p, "noise[1]": omega_d})
-    checks.noise("noise[0]", omega_p, shape, R)
-    checks.noise("noise[1]", omega_d, shape, N)
-    return Noise(omega_p.expand(*shape, R), omega_d)
+        by_kernel = impl == "triton" and plain
+        found = Noise(_drawn(parameters, shape, R), None if by_kernel else _drawn(parameters, shape, N))
+    else:
+        omega_p, omega_d = checks.pair("noise", noise, f"ω_p [..., {R}] and ω_d [..., {N}]")
+        checks.alike(**named(loc=parameters.mean), **{"noise[0]": omega_p, "noise[1]": omega_d})
+        checks.noise("noise[0]", omega_p, shape, R)
+        checks.noise("noise[1]", omega_d, shape, N)
+        found = Noise(omega_p.expand(*shape, R), omega_d)
+    return found if plain else Noise(t_P * found.omega_p, None if found.omega_d is None else t_L * found.omega_d)
 
 
 def as_local_noise(noise: tuple[Tensor | None, Tensor] | None, parameters: LocalNormal, shape: torch.Size) -> Tensor:

@@ -16,7 +16,7 @@ from ..models.vae import VAE
 from ..presets import PRESETS
 from ..training.run import Run
 
-__all__ = ["OfRun", "OfSamples", "Settings", "at_least", "parse", "preset"]
+__all__ = ["OfRun", "OfSamples", "Settings", "Temperatures", "at_least", "parse", "preset"]
 
 Options = TypeVar("Options")
 Settings = Annotated[Config, tyro.conf.arg(name="")]
@@ -29,7 +29,7 @@ class OfRun:
     run: tyro.conf.Positional[Path]
     """Folder of the run (path)."""
     step: int | None = None
-    """Of the checkpoint; by default the newest whole one (steps)."""
+    """Checkpoint to open; by default the newest whole one (steps)."""
     out: Path | None = None
     """Picture to write; by default one in figures/ in the run (path)."""
     device: str = "cpu"
@@ -43,8 +43,8 @@ class OfRun:
 
 
 @dataclass(frozen=True)
-class OfSamples(OfRun):
-    """The same, with how far samples are from the mean."""
+class Temperatures:
+    """How far samples are from the mean."""
 
     temperature_global: float = 1.0
     """t_P of samples μ + t_P · (what is global) + t_L · (what is local): of the low-rank part (factor)."""
@@ -60,6 +60,11 @@ class OfSamples(OfRun):
     def temperature(self) -> Temperature:
         """(t_P, t_L)."""
         return self.temperature_global, self.temperature_local
+
+
+@dataclass(frozen=True)
+class OfSamples(Temperatures, OfRun):
+    """What to do with which checkpoint of a run, and how far samples are from the mean."""
 
 
 def at_least(bound: int, **values: int) -> None:

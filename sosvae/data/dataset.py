@@ -30,13 +30,15 @@ class Dataset:
         remarks: what was left out, in phrases.
     """
 
-    def __init__(self, cache: Cache, parts: Sequence[str], rule: Rule, flip: bool, remarks: Sequence[str]) -> None:
+    def __init__(
+        self, cache: Cache, parts: Sequence[str], rule: Rule, config: DataConfig, remarks: Sequence[str]
+    ) -> None:
         self.folder = cache.folder
         self.images: NDArray[np.uint8] = cache.images
         self.names = cache.names
         self.skipped = cache.skipped
         self.remarks = list(remarks)
-        self._flip = flip
+        self._flip, self._shift = config.flip, config.shift
         self._deviation: float | None = None
         self.indices = {
             wanted: np.array([i for i, part in enumerate(parts) if part == wanted], dtype=np.int64)
@@ -90,6 +92,9 @@ class Dataset:
         if self._flip:
             mirrored = np.random.default_rng((seed, epoch, position)).random(batch) < 0.5
             images[mirrored] = images[mirrored, ..., ::-1]
+        if self._shift:
+            moves = np.random.default_rng((seed, epoch, position, 1)).integers(0, 2 * self._shift + 1, (batch, 2))
+            images = _moved(images, self._shift, moves)
         return as_intensities(images)
 
     def first(self, part: str, count: int) -> Tensor:
@@ -160,13 +165,13 @@ def load(
         parts = with_test(groups, parts, rule)
     if split:
         parts = merged(cache.names, groups, parts, split)
-    dataset = Dataset(cache, parts, rule, config.flip, _remarks(cache, source) + remarks)
+    dataset = Dataset(cache, parts, rule, config, _remarks(cache, source) + remarks)
     if split and (changes := compare(split, dataset.split)):
         if not accept_changes:
             raise ChangedDataError(config.source, changes)
         dataset.remarks += changes
     if test:
-        dataset = Dataset(cache, with_test(groups, parts, rule), rule, config.flip, dataset.remarks)
+        dataset = Dataset(cache, with_test(groups, parts, rule), rule, config, dataset.remarks)
     for part in PARTS:
         if not len(dataset.indices[part]):
             raise ValueError(
@@ -181,6 +186,13 @@ def load(
 def as_intensities(images: NDArray[np.uint8]) -> Tensor:
     """Bytes 0 to 255 as float32 from 0 to 1."""
     return torch.from_numpy(np.ascontiguousarray(images)).float().div_(255)
+
+
+def _moved(images: NDArray[np.uint8], most: int, moves: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Images [B, channels, H, W] from `moves` [B, 2] on, 0 to 2 · `most`, of themselves with their edges repeated."""
+    H, W = images.shape[2:]
+    padded = np.pad(images, ((0, 0), (0, 0), (most, most), (most, most)), mode="edge")
+    return np.stack([one[:, i : i + H, j : j + W] for one, (i, j) in zip(padded, moves, strict=True)])
 
 
 def _spread(indices: NDArray[np.int64], count: int) -> NDArray[np.int64]:

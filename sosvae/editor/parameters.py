@@ -9,8 +9,12 @@ end of the header) and, where float16 was asked for, `error`. Arrays:
 - `factor` [R, N], B = PV with PᵀP = V diag(s²) Vᵀ, largest component first; absent for independent pixels;
 - `scale` [R], float16 only: row k of `factor` has to be multiplied with it (a power of two, so that a small component
   does not become subnormal);
-- `d` [N] or [1], always float32: 1e-5 is subnormal in float16;
+- `d` [N] or [1], always float32: 1e-5 is subnormal in float16; or, where the local part is a sparse precision TTᵀ,
+- `t` [stencils, pixels], `s` [stencils, neighbours, pixels] and, where channels are tied, `ties` [pairs, pixels or 1],
+  float32, with the neighbours' `offsets` (row, column) in the header; see `lowrank_mvn.Stencil`;
 - `original` [channels, H, W] of bytes, the image that the code comes from, if there is one.
+
+Student's t has its degrees of freedom, `df`, in the header; factor and d are those of its scale matrix.
 
 A distribution that the page has no formulas for is sent as its mean with `where` = "server": the page says so, and asks
 the server for conditionals.
@@ -25,7 +29,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lowrank_mvn import LowRankMultivariateNormal
+from lowrank_mvn import (
+    GlobalLocalNormal,
+    LowRankMultivariateNormal,
+    LowRankMultivariateStudentT,
+    Stencil,
+    StencilMultivariateNormal,
+)
+from lowrank_mvn.local.stencil.grid import offsets
 
 from ..models.observation import Observation, PixelwiseNormal
 
@@ -39,12 +50,16 @@ class Prediction(NamedTuple):
     """One p(x|z) in its principal basis, float32 on the CPU."""
 
     loc: NDArray[np.float32]  # [N]
-    factor: NDArray[np.float32] | None  # [R, N]
-    d: NDArray[np.float32] | None  # [N] or [1]; None where the page has no formulas
+    factor: NDArray[np.float32] | None = None  # [R, N]
+    d: NDArray[np.float32] | None = None  # [N] or [1]
+    stencil: Mapping[str, NDArray[np.float32]] | None = None  # t, s and ties
+    offsets: tuple[tuple[int, ...], ...] = ()
+    df: float | None = None  # degrees of freedom of Student's t; factor and d are then of its scale matrix
 
     @property
     def where(self) -> str:
-        return "server" if self.d is None else "page"
+        """ "server" where the page has no formulas."""
+        return "server" if self.d is None and self.stencil is None else "page"
 
 
 @torch.no_grad()
@@ -57,12 +72,31 @@ def predict(p: Observation) -> Prediction:
     loc = _float32(p.loc[0])
     if isinstance(p, PixelwiseNormal):
         return Prediction(loc, None, _one_d(p.cov_diag[0]))
-    if not isinstance(p, LowRankMultivariateNormal):
-        return Prediction(loc, None, None)
-    P = p.cov_factor[0].double()
+    if isinstance(p, LowRankMultivariateNormal):
+        return Prediction(loc, _principal(p.cov_factor[0]), _one_d(p.cov_diag[0]))
+    if isinstance(p, LowRankMultivariateStudentT):
+        return Prediction(loc, _principal(p.cov_factor[0]), _one_d(p.cov_diag[0]), df=float(p.df[0]))
+    if isinstance(p, GlobalLocalNormal | StencilMultivariateNormal) and isinstance(p.stencil, Stencil):
+        factor = _principal(p.cov_factor[0]) if isinstance(p, GlobalLocalNormal) else None
+        return Prediction(loc, factor, None, _weights(p.stencil), offsets(p.stencil.neighbourhood))
+    return Prediction(loc)
+
+
+def _principal(P: torch.Tensor) -> NDArray[np.float32]:
+    """B = PV, transposed."""
+    P = P.double()
     V = torch.linalg.eigh(P.mT @ P).eigenvectors.flip(-1)  # eigenvalues ascend
     V = V * torch.where(V.sum(0) < 0, -1.0, 1.0)  # a column's sign is free: fixed, so that pictures are reproducible
-    return Prediction(loc, _float32((P @ V).mT), _one_d(p.cov_diag[0]))
+    return _float32((P @ V).mT)
+
+
+def _weights(stencil: Stencil) -> dict[str, NDArray[np.float32]]:
+    """Of the first item."""
+    t, s, ties = stencil.log_diagonal.exp(), stencil.neighbours, stencil.ties
+    weights = {"t": t.reshape(-1, *t.shape[-3:])[0].flatten(1), "s": s.reshape(-1, *s.shape[-4:])[0].flatten(2)}
+    if ties is not None:
+        weights["ties"] = ties.reshape(-1, *ties.shape[-3:])[0].flatten(1)
+    return {name: _float32(value) for name, value in weights.items()}
 
 
 def pack(
@@ -90,6 +124,11 @@ def pack(
         arrays["factor"] = prediction.factor
     if prediction.d is not None:
         arrays["d"] = prediction.d
+    if prediction.stencil is not None:
+        arrays |= prediction.stencil
+        header["offsets"] = [list(offset) for offset in prediction.offsets]
+    if prediction.df is not None and np.isfinite(prediction.df):
+        header["df"] = prediction.df
     if precision == "float16":
         arrays, header["error"] = _halved(arrays)
     if original is not None:

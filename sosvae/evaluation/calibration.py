@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..models.observation import Observation
+from ..models.observation import Observation, variance
 from .counted import log_prob_and_entropy
 
 __all__ = ["INTERVALS", "energy", "inside", "squares"]
@@ -25,11 +25,11 @@ def squares(p: Observation, x: Tensor, counted: Tensor | None = None) -> Tensor:
 def inside(
     p: Observation, x: Tensor, intervals: tuple[float, ...] = INTERVALS, counted: Tensor | None = None
 ) -> Tensor:
-    """Share of the pixels of each image that lie in their central intervals, by marginal variance.
+    """Share of the pixels of each image that lie in their central intervals, by marginal variance (`variance`).
 
     Returns: [intervals, B]; each row is its probability on average where the model is right.
     """
-    scaled = (x - p.loc).abs() / p.variance.sqrt()
+    scaled = (x - p.loc).abs() / variance(p)[0].sqrt()
     if counted is not None:
         scaled = scaled[..., counted.to(x.device)]
     probabilities = torch.tensor(intervals, dtype=torch.float64)

@@ -22,22 +22,25 @@ BLACK = 0  # grey level up to which a pixel counts as black
 AT_ONCE = 256  # images that are looked at together
 
 
-def changing(images: NDArray[np.uint8], black: int = BLACK) -> Tensor | None:
+def changing(images: NDArray[np.uint8], indices: NDArray[np.int64] | None = None, black: int = BLACK) -> Tensor | None:
     """The pixels that are not black in every image, bool [N]; none where all of them change.
 
     Args:
-        images: uint8, [images, channels, H, W], of the training part: what is left out is not chosen on other images.
+        images: uint8, [images, channels, H, W], possibly memory-mapped.
+        indices: of those that are looked at, the training part: what is left out is not chosen on other images. By
+            default all.
         black: grey level up to which a pixel counts as black, 0 to 255.
 
     Raises:
         ValueError: every pixel is black in every image.
     """
     brightest = np.zeros(images.shape[1:], dtype=np.uint8)
-    for start in range(0, len(images), AT_ONCE):
-        np.maximum(brightest, images[start : start + AT_ONCE].max(0), out=brightest)
+    indices = np.arange(len(images)) if indices is None else indices
+    for start in range(0, len(indices), AT_ONCE):
+        np.maximum(brightest, images[indices[start : start + AT_ONCE]].max(0), out=brightest)
     counted = torch.from_numpy(brightest.reshape(-1) > black)
     if not counted.any():
-        raise ValueError(f"all {len(images)} images are black everywhere, expected pixels that change")
+        raise ValueError(f"all {len(indices)} images are black everywhere, expected pixels that change")
     return None if counted.all() else counted
 
 

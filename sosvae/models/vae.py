@@ -43,6 +43,7 @@ class VAE(nn.Module):
         model, training = config.model, config.training
         self.image_shape = config.image_shape
         self.latents = model.latents
+        self.frozen = False
         self.memory_format = MEMORY_FORMATS[training.memory_format]
         channels, *size = self.image_shape
         widths = stage_widths(model)
@@ -57,6 +58,25 @@ class VAE(nn.Module):
         for parameter in (*self.encoder.parameters(), *self.decoder.parameters()):
             if parameter.dim() == 4:
                 parameter.data = parameter.data.contiguous(memory_format=self.memory_format)
+
+    def freeze(self, frozen: bool = True) -> None:
+        """Everything but the head's covariance stays as it is from now on, or learns (again).
+
+        A forward pass then keeps nothing for a backward pass through encoder and decoder, whose batch norms use what
+        they have counted.
+        """
+        if frozen == self.frozen:
+            return
+        self.frozen = frozen
+        for module in (self.encoder, self.posterior, self.decoder, self.head.mean):
+            module.requires_grad_(not frozen)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "VAE":
+        super().train(mode)
+        for module in (self.encoder, self.decoder):
+            module.train(mode and not self.frozen)
+        return self
 
     def encode(self, x: Tensor) -> td.Normal:
         """q(z|x), independent normals with loc and scale [B, latents].

@@ -241,11 +241,12 @@ def _dry_run(config: Config, formulation: str, mean_only: bool) -> _Record:
             for module in vae.modules():
                 for tensors in (module._parameters, module._buffers):
                     tensors.update({name: _on_cpu(t) for name, t in tensors.items() if t is not None})
+            vae.freeze(config.objective.mean == "frozen" and not mean_only)
             x = torch.empty(config.training.batch, *config.image_shape)
             constraints = Constraints.of(config)
             parameters, buffers = list(vae.parameters()), list(vae.buffers())
             for p in parameters:
-                record.made(3 * p.nbytes, WEIGHTS)  # and Adam's two states
+                record.made((3 if p.requires_grad else 1) * p.nbytes, WEIGHTS)  # and Adam's two states
             record.made(2 * sum(b.nbytes for b in buffers), WEIGHTS)  # and copies, in case the step is not finite
             record.images = record.made(x.nbytes, NETWORK)
             recorder = _Recorder(record)
@@ -283,7 +284,7 @@ class StepMemory:
         config = with_images(config, PRIME_SIDES[0], PRIME_SIDES[0], PRIME_BATCH)
         self.phases = [_sizes(config, formulation, False)]
         if config.training.mean_only_steps:
-            # Of no formulation: the covariance head is left out.
+            # The formulation does not matter here: the covariance head is left out.
             self.phases.append(_sizes(config, "linear", True))
 
     def peak(self, side: int | None = None, batch: int = 1, accumulate: int = 1) -> Peak:

@@ -27,6 +27,7 @@ class Prediction(NamedTuple):
 
     mean: Tensor
     sample: Tensor
+    common: Tensor  # the same sample at temperature (1, 0): what is global alone
     difference: Tensor  # sample − mean
     variance: Tensor
     covariance: Tensor  # of every pixel with the central one, within each channel's own plane
@@ -36,6 +37,7 @@ class Prediction(NamedTuple):
 TITLES = {
     "mean": "mean",
     "sample": "sample",
+    "common": "the same sample,\nits global part alone",
     "difference": "sample − mean",
     "variance": "variance",
     "positive": "positive covariance to the central pixel",
@@ -56,7 +58,11 @@ def predict(vae: VAE, count: int, seed: int = 0, temperature: Temperature = (1.0
 
 def _predicted(vae: VAE, z: Tensor, temperature: Temperature) -> Prediction:
     p = vae.decode(z)
-    y = p.rsample(temperature=temperature)
+    seed = int(torch.randint(2**62, ()))
+    with devices.seeded(z.device, seed):
+        y = p.rsample(temperature=temperature)
+    with devices.seeded(z.device, seed):
+        common = p.rsample(temperature=(1.0, 0.0))
     channels, height, width = vae.image_shape
     centre = height // 2 * width + width // 2
     rows = [vae.unflatten(p.covariance_row(c * height * width + centre))[:, c] for c in range(channels)]
@@ -64,8 +70,9 @@ def _predicted(vae: VAE, z: Tensor, temperature: Temperature) -> Prediction:
     # Σₙₙ of the central pixel itself holds d and would set the scale of the picture.
     covariance[..., height // 2, width // 2] -= vae.unflatten(own_variance(p))[..., height // 2, width // 2]
     spread, how = variance(p)
-    mean, sample, difference, spread = (vae.unflatten(part).cpu() for part in (p.loc, y, y - p.loc, spread))
-    return Prediction(mean, sample, difference, spread, covariance.cpu(), how)
+    flat = p.loc, y, common, y - p.loc, spread
+    pictures = [*map(vae.unflatten, flat), covariance]
+    return Prediction._make([*(picture.cpu() for picture in pictures), how])
 
 
 @torch.no_grad()
@@ -96,11 +103,12 @@ def panels(vae: VAE, x: Tensor) -> dict[str, Tensor]:
     }
 
 
-def save_comparison(predictions: Mapping[str, Prediction], folder: Path) -> list[Path]:
+def save_comparison(predictions: Mapping[str, Prediction], folder: Path, table: Sequence[str] = ()) -> list[Path]:
     """One file for each kind of picture, a row per model, and `sheet.png` with everything.
 
     Args:
         predictions: by the name of the model, of the same number of codes.
+        table: lines of text to stand under the sheet.
     """
     folder.mkdir(parents=True, exist_ok=True)
     scales = _scales(predictions)
@@ -114,7 +122,7 @@ def save_comparison(predictions: Mapping[str, Prediction], folder: Path) -> list
                 _show(axes, kind, prediction, i, scales[kind][name])
         figure.suptitle(title)
         paths.append(_save(figure, folder / f"{kind}.png"))
-    return [*paths, _save_sheet(predictions, scales, folder / "sheet.png")]
+    return [*paths, _save_sheet(predictions, scales, folder / "sheet.png", table)]
 
 
 def save_reconstructions(
@@ -139,7 +147,9 @@ def save_images(rows: Sequence[tuple[str, Tensor]], path: Path) -> Path:
     return _save(figure, path)
 
 
-def _save_sheet(predictions: Mapping[str, Prediction], scales: dict[str, dict[str, float]], path: Path) -> Path:
+def _save_sheet(
+    predictions: Mapping[str, Prediction], scales: dict[str, dict[str, float]], path: Path, table: Sequence[str]
+) -> Path:
     """A column per kind of picture; for each model, a row per code."""
     shown = min(3, *(len(prediction.mean) for prediction in predictions.values()))
     figure = _figure(shown * len(predictions), len(TITLES))
@@ -151,6 +161,8 @@ def _save_sheet(predictions: Mapping[str, Prediction], scales: dict[str, dict[st
             _show(axes, kind, predictions[name], i, scales[kind][name])
             if r == 0:
                 axes.set_title(title.replace(" covariance to", "\ncovariance to\n"), fontsize=7)
+    if table:
+        figure.supxlabel("\n".join(table), x=0.01, ha="left", family="monospace", fontsize=5)
     return _save(figure, path)
 
 
@@ -160,7 +172,7 @@ def _titles(predictions: Mapping[str, Prediction]) -> dict[str, str]:
 
 
 def _show(axes: Axes, kind: str, prediction: Prediction, i: int, scale: float) -> None:
-    if kind in ("mean", "sample"):
+    if kind in ("mean", "sample", "common"):
         axes.imshow(_picture(getattr(prediction, kind)[i]), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         return
     if kind == "positive":
@@ -177,7 +189,7 @@ def _show(axes: Axes, kind: str, prediction: Prediction, i: int, scale: float) -
 
 
 def _scales(predictions: Mapping[str, Prediction]) -> dict[str, dict[str, float]]:
-    """Where the colours of each kind of picture end, by kind and model.
+    """The end of the colour scale of each kind of picture, by kind and model.
 
     A difference is shown on one scale for all models, so that they can be compared; variances and covariances
     each on its own model's, since the point is where they are. The two signs of a covariance share theirs.

@@ -15,6 +15,7 @@ from .. import data, devices
 from ..config import Config, TrainingConfig
 from ..data.decode import shown
 from ..evaluation import samples
+from ..models.observation import Observation
 from ..models.vae import VAE
 from ..objective import Constraints, Terms, evaluate_terms, objective
 from .run import Run
@@ -25,6 +26,7 @@ from .watch import Watch
 
 __all__ = ["NonFiniteError", "train"]
 
+LEVELS = 255  # steps between black and white
 EVALUATED_VALUES = 1 << 20  # of the validation images that go through the network at once
 
 
@@ -40,6 +42,7 @@ def train(
     step: int | None = None,
     accept_data_changes: bool = False,
     split: data.Split | None = None,
+    network: Mapping[str, Tensor] | None = None,
     progress: bool = True,
 ) -> Run:
     """Trains `config` in `folder` and returns the run; after Ctrl-C or SIGTERM it does so early, the state saved.
@@ -54,6 +57,7 @@ def train(
         accept_data_changes: go on, although images have come, gone or changed. Those that the run knows stay training
             or validation images.
         split: which images are in which part, of a new run; by default the source decides.
+        network: weights that a new run begins with, by name, in place of its own start for these.
         progress: show a bar with the terms of the objective in nats, images per second and the time left.
 
     Raises:
@@ -71,7 +75,7 @@ def train(
     if not resume:
         if step is not None:
             raise ValueError(f"step is {step}, which only a run that is resumed has")
-        opened = started(config, folder, split, accept_data_changes)
+        opened = started(config, folder, split, accept_data_changes, network)
     else:
         opened = resumed(config, folder, step, accept_data_changes)
     with opened as start:
@@ -162,7 +166,12 @@ def train_step(state: State, x: Tensor, config: Config) -> tuple[Terms, str | No
     A step with such a term, or such a gradient, moves neither weights nor multipliers nor batch statistics.
     """
     t = config.training
+    frozen = config.objective.mean == "frozen" and state.step >= t.mean_only_steps
+    state.model.freeze(frozen)
+    state.constraints.paused = frozenset({"kl"} if frozen else ())
     state.model.train()
+    if t.dequantise:
+        x = x + (torch.rand_like(x) - 0.5) / LEVELS
     for group in state.optimizer.param_groups:
         group["lr"] = t.lr * _step_size(state.step, t)
     buffers = list(state.model.buffers())
@@ -174,6 +183,8 @@ def train_step(state: State, x: Tensor, config: Config) -> tuple[Terms, str | No
     if fault is None:
         state.optimizer.step()
         state.constraints.ascend(terms)
+        if state.constraints.holds_mean:
+            state.constraints.notice(state.constraints.error, state.step < t.mean_only_steps)
     else:
         torch._foreach_copy_(buffers, before)
     return terms, fault
@@ -192,23 +203,28 @@ def differentiate(
     parts = x.split(t.micro_batch)
     noise = torch.randn(len(x), model.latents, device=x.device, dtype=x.dtype).split(t.micro_batch)
 
-    def terms_of(i: int) -> Terms:
+    def terms_of(i: int) -> tuple[Terms, Observation]:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=t.precision == "bfloat16"):
-            return evaluate_terms(model, parts[i], mean_only, noise[i])[0]
+            return evaluate_terms(model, parts[i], mean_only, noise[i])
 
     if len(parts) > 1 and constraints.limits and constraints.damping:
         buffers = list(model.buffers())
         before = torch._foreach_add(buffers, 0)
         with torch.no_grad():
-            whole = constraints.violations(_joined([terms_of(i) for i in range(len(parts))]))
+            whole = constraints.violations(_joined([terms_of(i)[0] for i in range(len(parts))]))
         torch._foreach_copy_(buffers, before)
-    found, loss = [], x.new_zeros(())
-    for i in range(len(parts)):
-        terms = terms_of(i)
-        part = objective(terms, constraints, config.objective, whole) / len(parts)
+    found, loss, errors = [], x.new_zeros(()), x.new_zeros(())
+    for i, images in enumerate(parts):
+        terms, p = terms_of(i)
+        part = objective(terms, constraints, config.objective, whole)
+        if constraints.holds_mean:
+            error = (images.flatten(1) - p.loc).square().sum(1).mean()
+            part, errors = constraints.held(part, error, config.pixels), errors + error.detach() / len(parts)
+        part = part / len(parts)
         part.backward()
         loss = loss + part.detach()
         found.append(Terms(*(term.detach() for term in terms)))
+    constraints.error = errors
     return _joined(found), loss
 
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+from torch import Tensor
 
 from .. import data, devices
 from ..config import Config, incompatible
@@ -27,7 +29,13 @@ class Start(NamedTuple):
 
 
 @contextmanager
-def started(config: Config, folder: str | Path, split: Split | None, accept_data_changes: bool) -> Iterator[Start]:
+def started(
+    config: Config,
+    folder: str | Path,
+    split: Split | None,
+    accept_data_changes: bool,
+    network: Mapping[str, Tensor] | None = None,
+) -> Iterator[Start]:
     """A new run in `folder`, which no other process can train in meanwhile. Errors are those of `loop.train`."""
     device = devices.find(config.training.device)
     run = Run(folder)
@@ -35,6 +43,8 @@ def started(config: Config, folder: str | Path, split: Split | None, accept_data
     images = data.load(config.data, split=split, accept_changes=accept_data_changes)
     images.steps_per_epoch(config.training.batch)
     state = State(config, device)
+    if network:
+        state.model.load_state_dict(state.model.state_dict() | dict(network))
     with run.locked():
         Run.create(folder, config, images.split)
         run.save(config, 0, state.model, state.state_dict())

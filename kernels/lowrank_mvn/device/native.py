@@ -1,7 +1,7 @@
 """The compiled CPU backend: its library, how a call is packed for it, and why there may be none.
 
-The sources are plain C++ (`csrc/` here, and `cpu/` in the folder of each kind of factor) with a C interface, so that one
-build serves every version of Python and torch. Work is shared out to a small pool of its own, as many threads as
+The sources are plain C++ (`csrc/` here, and `cpu/` in the folder of each kind of factor) with a C interface, so that
+one build serves every version of Python and torch. Work is shared out to a small pool of its own, as many threads as
 `torch.get_num_threads()`, and cut the same way whatever their number: 1 thread and 16 give the same bits.
 """
 
@@ -26,7 +26,9 @@ def _load() -> ctypes.CDLL | str:
     package = Path(__file__).parent.parent
     found = [package / name for name in FILES if (package / name).exists()]
     if not found:
-        return "it was not built when lowrank_mvn was installed, which needs a C++17 compiler (GCC 12, Clang 15 or newer)"
+        return (
+            "it was not built when lowrank_mvn was installed, which needs a C++17 compiler (GCC 12, Clang 15 or newer)"
+        )
     try:
         library = ctypes.CDLL(str(found[0]))
     except OSError as error:
@@ -65,20 +67,28 @@ def use_variant(name: str) -> None:
         raise ValueError(f"the variant {name!r} does not run here")
 
 
-def function(name: str, numbers: int) -> Callable[..., None]:
-    """A function of the library that takes one call of so many numbers: sizes, addresses and strides."""
+def function(name: str, numbers: int) -> Callable[..., int]:
+    """A function of the library that takes one call of so many numbers: sizes, addresses and strides. It returns how
+    many items it is not sure of."""
     pack = struct.Struct(f"={numbers}q").pack
     called: Callable[[bytes], int] | None = None
 
-    def call(*values: int) -> None:
+    def call(*values: int) -> int:
         nonlocal called
         if called is None:
             called = getattr(library(), name)
-            called.argtypes = [ctypes.c_char_p]  # type: ignore[attr-defined]
-        if called(pack(*values)):
+            called.argtypes, called.restype = [ctypes.c_char_p], ctypes.c_int64  # type: ignore[attr-defined]
+        unsure = called(pack(*values))
+        if unsure < 0:
             raise MemoryError(f"no memory for {name}")
+        return unsure
 
     return call
+
+
+def view_of(t: Tensor, i: int, j: int, k: int) -> View:
+    """A tensor with these strides."""
+    return t.data_ptr(), KINDS[t.dtype], i, j, k
 
 
 def view(t: Tensor, samples: int = 0) -> View:

@@ -75,10 +75,9 @@ class GlobalLocalNormal(LocalDistribution):
             temperature: t_P of what is global, and t_L of what is local; the distribution itself has (1, 1).
         """
         p, shape = self._parameters, checks.sizes("sample_shape", sample_shape) + self._batch_shape
-        given = arguments.as_noise(noise, p, shape, "aten")  # ω_d is drawn here
+        given = arguments.as_noise(noise, p, shape, "aten", temperature)  # ω_d is drawn here
         assert given.omega_d is not None
-        t_P, t_L = checks.temperatures(temperature)
-        given = given._replace(omega_p=t_P * given.omega_p, omega_d=(t_L * given.omega_d).expand(*shape, p.N))
+        given = given._replace(omega_d=given.omega_d.expand(*shape, p.N))
         return self.stencil.sample(p.mean, p.factor, shape, given, self.stencil.implementation(None))
 
     def condition(self, value: Tensor, observed: Tensor, variance: Tensor | float | None = None) -> "GlobalLocalNormal":

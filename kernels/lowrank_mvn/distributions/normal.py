@@ -119,7 +119,7 @@ class LowRankMultivariateNormal(TorchLowRank):
         return new
 
     def __repr__(self) -> str:
-        """As torch's; of what is linear in features the shape, without making it."""
+        """Torch's text. A linear factor or mean shows its shape and is not built."""
         p, shape = self._parameters, self._batch_shape + self._event_shape
         found: list[str] = []
         for name, t, whole in (
@@ -152,8 +152,10 @@ class LowRankMultivariateNormal(TorchLowRank):
 
     @property
     def _normal(self) -> arguments.Normal:
-        """The parameters; checked together once more where one was assigned: moved by hand to another device, they are
-        on two devices in between."""
+        """The parameters, checked together again after an assignment.
+
+        Not during it: parameters that are moved one by one to another device are on two devices in between.
+        """
         if self._replaced:
             p = self._parameters
             arguments.normal(p.mean, p.factor, p.local.variance())
@@ -276,14 +278,10 @@ class LowRankMultivariateNormal(TorchLowRank):
             noise: ω_p [..., R] and ω_d [..., N] to use in place of fresh noise, for interpolation and editing.
             temperature: t_P of what is global, and t_L of what is local; the distribution itself has (1, 1).
         """
-        p, (t_P, t_L) = self._normal, checks.temperatures(temperature)
+        p = self._normal
         impl = p.factor.implementation(None)
         shape = checks.sizes("sample_shape", sample_shape) + self._batch_shape
-        plain = temperature == (1.0, 1.0)
-        given = arguments.as_noise(noise, p, shape, impl if plain else "aten")  # ω_d is drawn here if it is scaled
-        if not plain:
-            assert given.omega_d is not None
-            given = given._replace(omega_p=t_P * given.omega_p, omega_d=t_L * given.omega_d)
+        given = arguments.as_noise(noise, p, shape, impl, temperature)
         return p.local.sample(self._mean, p.factor, shape, given, impl)
 
     def condition(self, value: Tensor, observed: Tensor) -> "LowRankMultivariateNormal":

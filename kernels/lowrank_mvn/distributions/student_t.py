@@ -15,6 +15,7 @@ from ..factors.linear.factor import LinearFactor
 from ..factors.linear.mean import LinearMean
 from ..layout import broadcast, broadcasts_to
 from ..registry import without_autocast
+from .local import Temperature
 
 __all__ = ["LowRankMultivariateStudentT"]
 
@@ -187,17 +188,21 @@ class LowRankMultivariateStudentT(Distribution):
         *,
         noise: tuple[Tensor, Tensor] | None = None,
         u: Tensor | None = None,
+        temperature: Temperature = (1.0, 1.0),
     ) -> Tensor:
-        """y = μ + (P ω_p + √d ⊙ ω_d)/√u, of shape `sample_shape + batch_shape + event_shape`; `df` has a gradient too.
+        """y = μ + (t_P·P ω_p + t_L·√d ⊙ ω_d)/√u, of shape `sample_shape + batch_shape + event_shape`.
+
+        `df` has a gradient too.
 
         Args:
             noise: ω_p [..., R] and ω_d [..., N] to use in place of fresh noise, for interpolation and editing.
             u: χ²_ν/ν [...] that broadcasts to `sample_shape + batch_shape`. By default it is drawn; with given noise
                 it is 1, its mean, so that the sample is a function of the noise.
+            temperature: t_P of what is global, and t_L of what is local; the distribution itself has (1, 1).
         """
         p, dtype = self._parameters, self._parameters.result_dtype
         impl, shape = p.factor.implementation(None), checks.sizes("sample_shape", sample_shape) + self._batch_shape
-        given = arguments.as_noise(noise, p, shape, impl)
+        given = arguments.as_noise(noise, p, shape, impl, temperature)
         if u is None:
             u = self._df.new_ones(()) if noise is not None else self._mixing(shape)
         elif not broadcasts_to(checks.floating("u", u).shape, shape):
@@ -269,7 +274,7 @@ class LowRankMultivariateStudentT(Distribution):
         return row.expand(self._batch_shape + self._event_shape)
 
     def _widening(self) -> Tensor:
-        """ν/(ν − 2) where it is finite and positive, else 1, which nobody sees."""
+        """ν/(ν − 2) for ν > 2; the callers replace the 1 that stands elsewhere."""
         df = 2 * self._half_df().expand(self._batch_shape)
         return torch.where(df > 2, df / torch.where(df > 2, df - 2, 1), 1).to(self._parameters.result_dtype)
 

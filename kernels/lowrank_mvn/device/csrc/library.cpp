@@ -1,4 +1,5 @@
-// What Python calls. Each function takes a call as Python packs it, and returns 0, or 1 where there is no memory.
+// What Python calls. Each function takes a call as Python packs it, and returns how many items it is not sure of, or −1
+// where there is no memory.
 #include <cstring>
 #include <new>
 
@@ -34,12 +35,11 @@ const Variant *widest() {
 
 const Variant *chosen = widest();
 
-int guarded(Pass pass, const void *call) {
+int64_t guarded(Pass pass, const void *call) {
     try {
-        pass(call);
-        return 0;
+        return pass(call);
     } catch (const std::bad_alloc &) {
-        return 1;
+        return -1;
     }
 }
 
@@ -57,13 +57,13 @@ EXPORT int lowrank_use_variant(const char *name) {
     return 1;
 }
 
-EXPORT int lowrank_dense_forward(const void *call) { return guarded(chosen->passes.dense_forward, call); }
-EXPORT int lowrank_dense_backward(const void *call) { return guarded(chosen->passes.dense_backward, call); }
-EXPORT int lowrank_dense_samples(const void *call) { return guarded(chosen->passes.dense_samples, call); }
-EXPORT int lowrank_dense_samples_backward(const void *call) {
+EXPORT int64_t lowrank_dense_forward(const void *call) { return guarded(chosen->passes.dense_forward, call); }
+EXPORT int64_t lowrank_dense_backward(const void *call) { return guarded(chosen->passes.dense_backward, call); }
+EXPORT int64_t lowrank_dense_samples(const void *call) { return guarded(chosen->passes.dense_samples, call); }
+EXPORT int64_t lowrank_dense_samples_backward(const void *call) {
     return guarded(chosen->passes.dense_samples_backward, call);
 }
-
-EXPORT int lowrank_stencil_product(const void *call) { return guarded(chosen->passes.stencil_product, call); }
-EXPORT int lowrank_stencil_backward(const void *call) { return guarded(chosen->passes.stencil_backward, call); }
-EXPORT int lowrank_stencil_solve(const void *call) { return guarded(chosen->passes.stencil_solve, call); }
+EXPORT int64_t lowrank_linear_residual(const void *call) { return guarded(chosen->passes.linear_residual, call); }
+EXPORT int64_t lowrank_stencil_product(const void *call) { return guarded(chosen->passes.stencil_product, call); }
+EXPORT int64_t lowrank_stencil_backward(const void *call) { return guarded(chosen->passes.stencil_backward, call); }
+EXPORT int64_t lowrank_stencil_solve(const void *call) { return guarded(chosen->passes.stencil_solve, call); }

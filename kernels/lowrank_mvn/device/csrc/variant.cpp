@@ -2,12 +2,13 @@
 #include "variants.h"
 
 #include "../../factors/dense/cpu/dense.h"
+#include "../../factors/linear/cpu/linear.h"
 #include "../../local/stencil/cpu/stencil.h"
 
 namespace VARIANT {
 
-template <class Call, void (*function)(const Call &)> static void pass(const void *call) {
-    function(*static_cast<const Call *>(call));
+template <class Call, int64_t (*function)(const Call &)> static int64_t pass(const void *call) {
+    return function(*static_cast<const Call *>(call));
 }
 
 extern const Passes passes = {
@@ -15,6 +16,7 @@ extern const Passes passes = {
     pass<Backward, backward>,
     pass<Samples, samples>,
     pass<SamplesBackward, samples_backward>,
+    pass<LinearResidual, linear_residual>,
     pass<stencil::Product, stencil::product>,
     pass<stencil::ProductBackward, stencil::product_backward>,
     pass<stencil::Solve, stencil::solve>,

@@ -3,6 +3,10 @@
 
 #include "vectors.h"
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 namespace VARIANT {
 
 enum Kind : int64_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
@@ -97,7 +101,11 @@ template <class T, class In> INLINE Eight<T> eight_of(const In *p) {
 template <> INLINE Eight<float> eight_of<float, float>(const float *p) { return load8(p); }
 template <> INLINE Eight<double> eight_of<double, double>(const double *p) { return load8(p); }
 template <> INLINE Eight<double> eight_of<double, float>(const float *p) {
+#ifdef __AVX512F__ // GCC 12 converts in halves otherwise, and puts these together
+    return (Eight<double>)_mm512_cvtps_pd(_mm256_loadu_ps(p));
+#else
     return __builtin_convertvector(load8(p), Eight<double>);
+#endif
 }
 
 template <class Out, class T> INLINE void put_eight(Out *p, Eight<T> a) {

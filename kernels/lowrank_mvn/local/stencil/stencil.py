@@ -219,7 +219,7 @@ class Stencil(Precision):
         return images
 
     def _weights(self, layout: Layout) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Of each item: log t, s and m."""
+        """log t, s and m of each item."""
         n, items = len(self.neighbourhood), layout.items_shape
 
         def canonical(t: Tensor, own: int) -> Tensor:

@@ -2,37 +2,33 @@
 
 A pass is a C++ file of the name that it has in `aten`:
 
-    dense.h         the calls, and how they are cut into units, chunks and blocks
+    dense.h         the calls; how they are cut into units, chunks and blocks: `device/csrc/blocks.h`
     capacitance     read P: C, w, log|D|
     residual        read P: r = δ − Pv in float64, q(v), PᵀD⁻¹r
     forward         these two, with the R×R algebra between them and after
     backward        read P, write grad_P, and every other gradient
     sampling        samples from given noise, and their gradients
-    sums, products  tiles of sums over pixels, and over columns
+    few             all of it for items of few pixels, one in each lane of a vector
     passes          how those without a second step are shared out
 
-Where π cancels, `leverage` makes grad_d again in torch's operators. `aten` says what the functions take and give.
+Items for which even float64 needs care (rows of P that outweigh others, leverages near one) are made by `aten`.
+`aten` says what the functions take and give.
 """
 
 import torch
 from torch import Tensor
 
-from ....capacitance import product_dtype, sum_of_pi
+from ....capacitance import product_dtype
 from ....device.native import NOTHING, View, function, view, view_of_diagonal
 from ....device.pages import empty_gradient
-from ....leverage import SMALL, Items, Remainders, doubtful_sums, mend
-from ....registry import kept
-from ..aten.pixels import Pixels
+from .. import aten
 from ..aten.sampling import NO_NOISE, noise
-
-# The residual of the forward pass is an output of it.
-KEEPS_RESIDUAL = True
 
 F64 = torch.float64
 Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
-_forward = function("lowrank_dense_forward", 38)
-_backward = function("lowrank_dense_backward", 61)
+_forward = function("lowrank_dense_forward", 39)
+_backward = function("lowrank_dense_backward", 60)
 _samples = function("lowrank_dense_samples", 37)
 _samples_backward = function("lowrank_dense_samples_backward", 47)
 
@@ -42,51 +38,55 @@ def mahalanobis_and_logdet(
     loc: Tensor,
     P: Tensor,
     d: Tensor,
-    C_inv: Tensor | None = None,
+    L_inv: Tensor | None = None,
     logdet: Tensor | None = None,
     wide: Tensor | None = None,
 ) -> Kept:
-    """q, log|Σ|, C⁻¹, v and its last step C⁻¹g, r and `wide`, as `aten` has them."""
+    """q, log|Σ|, L⁻¹, v and its last step C⁻¹g, r and `wide`, as `aten` has them."""
     (S, B, N), R, dtype = x.shape, P.shape[2], product_dtype(x, loc, P, d)
-    new, given = P.new_empty, C_inv is not None and logdet is not None and wide is not None
-    if C_inv is None or logdet is None or wide is None:
-        C_inv, logdet = new(B, R, R, dtype=F64), new(B, dtype=F64)
+    new, given = P.new_empty, L_inv is not None and logdet is not None and wide is not None
+    if L_inv is None or logdet is None or wide is None:
+        L_inv, logdet = new(B, R, R, dtype=F64), new(B, dtype=F64)
         wide = new(B, dtype=torch.bool)
     else:
-        C_inv, logdet, wide = C_inv.clone(), logdet.clone(), wide.clone()
+        L_inv, logdet, wide = L_inv.clone(), logdet.clone(), wide.clone()
     q, v, step = new(S, B, dtype=F64), new(S, B, R, dtype=F64), new(S, B, R, dtype=F64)
-    residual = new(S, B, N, dtype=dtype)
-    outputs = (t.data_ptr() for t in (C_inv, logdet, wide, q, v, step, residual))
-    sizes = S, B, N, R, torch.get_num_threads()
-    choices = d.shape[1] == 1, False, dtype == F64, given
+    residual, rough = new(S, B, N, dtype=dtype), torch.empty_like(wide)
+    found = q, logdet, L_inv, v, step, residual, wide
+    sizes, choices = (S, B, N, R, torch.get_num_threads()), (d.shape[1] == 1, False, dtype == F64, given)
     views = *view(x), *view(loc, S), *view(P), *view_of_diagonal(d)
-    _forward(*sizes, *views, *choices, 0, 0, *outputs)
-    return q, logdet, C_inv, v, step, residual, wide
+    outputs = (t.data_ptr() for t in (L_inv, logdet, wide, rough, q, v, step, residual))
+    if _forward(*sizes, *views, *choices, 0, 0, *outputs):
+        for t in _flagged(rough):
+            made = aten.mahalanobis_and_logdet(x[:, t], loc[:, t], P[t], d[t])
+            for out, part in zip(found, made, strict=True):
+                out[t if out.dim() == 1 or out is L_inv else (slice(None), t)] = part
+    return found
 
 
 def logdet(P: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log|Σ| [B], C⁻¹ [B, R, R] and `wide` [B]."""
+    """log|Σ| [B], L⁻¹ [B, R, R] and `wide` [B]."""
     B, R, new = P.shape[0], P.shape[2], P.new_empty
-    found = new(B, dtype=F64), new(B, R, R, dtype=F64), new(B, dtype=torch.bool)
-    _sums(None, P, d, False, product_dtype(P, d), (0, 0, found[1].data_ptr(), found[0].data_ptr(), found[2].data_ptr()))
-    return found
+    logdet, L_inv, wide = new(B, dtype=F64), new(B, R, R, dtype=F64), new(B, dtype=torch.bool)
+    rough = _sums(None, P, d, False, product_dtype(P, d), wide, (0, 0, L_inv.data_ptr(), logdet.data_ptr()))
+    for t in _flagged(rough):
+        logdet[t], L_inv[t], wide[t] = aten.logdet(P[t], d[t])
+    return logdet, L_inv, wide
 
 
 def gram(P: Tensor, precision: Tensor) -> Tensor:
     """Pᵀ diag(precision) P [B, R, R], from products in float64."""
-    found = P.new_empty(P.shape[0], P.shape[2], P.shape[2], dtype=F64)
-    wide = P.new_empty(P.shape[0], dtype=torch.bool)
-    _sums(None, P, precision, True, F64, (found.data_ptr(), 0, 0, 0, wide.data_ptr()))
+    found, wide = P.new_empty(P.shape[0], P.shape[2], P.shape[2], dtype=F64), P.new_empty(len(P), dtype=torch.bool)
+    _sums(None, P, precision, True, F64, wide, (found.data_ptr(), 0, 0, 0))
     return found
 
 
 def normal_equations(x: Tensor, loc: Tensor, P: Tensor, precision: Tensor) -> tuple[Tensor, Tensor]:
     """Pᵀ diag(precision) P [B, R, R] and w = Pᵀ diag(precision) δ [S, B, R], float64."""
-    (S, B, _), R, dtype = x.shape, P.shape[2], product_dtype(x, loc, P, precision)
-    found, w, C_inv = P.new_empty(B, R, R, dtype=F64), P.new_empty(S, B, R, dtype=F64), P.new_empty(B, R, R, dtype=F64)
-    wide = P.new_empty(B, dtype=torch.bool)
-    outputs = found.data_ptr(), w.data_ptr(), C_inv.data_ptr(), 0, wide.data_ptr()
-    _sums((x, loc), P, precision, True, dtype, outputs)
+    (S, B, _), R, dtype, new = x.shape, P.shape[2], product_dtype(x, loc, P, precision), P.new_empty
+    found, w, L_inv = new(B, R, R, dtype=F64), new(S, B, R, dtype=F64), new(B, R, R, dtype=F64)
+    outputs = found.data_ptr(), w.data_ptr(), L_inv.data_ptr(), 0
+    _sums((x, loc), P, precision, True, dtype, new(B, dtype=torch.bool), outputs)
     return found, w
 
 
@@ -96,16 +96,28 @@ def _sums(
     d: Tensor,
     inverted: bool,
     dtype: torch.dtype,
-    outputs: tuple[int, ...],
-) -> None:
-    """The forward pass without a residual. `outputs`: addresses of gram, w, C⁻¹, log|Σ| and `wide`."""
+    wide: Tensor,
+    outputs: tuple[int, int, int, int],
+) -> Tensor | None:
+    """The forward pass without a residual; items that are not good enough, if any.
+
+    `outputs` are the addresses of gram, w, L⁻¹ and log|Σ|.
+    """
     B, N, R = P.shape
     S, of_samples = 0, (*NOTHING, *NOTHING)
     if samples:
         S = samples[0].shape[0]
         of_samples = *view(samples[0]), *view(samples[1], S)
     sizes, choices = (S, B, N, R, torch.get_num_threads()), (d.shape[1] == 1, inverted, dtype == F64, False)
-    _forward(*sizes, *of_samples, *view(P), *view_of_diagonal(d), *choices, *outputs, 0, 0, 0, 0)
+    rough = torch.empty_like(wide)
+    flags = wide.data_ptr(), rough.data_ptr()
+    views = *of_samples, *view(P), *view_of_diagonal(d)
+    return rough if _forward(*sizes, *views, *choices, *outputs, *flags, 0, 0, 0, 0) else None
+
+
+def _flagged(flags: Tensor | None) -> list[slice]:
+    """The items that are flagged, one by one: views, of which there are few."""
+    return [] if flags is None else [slice(b, b + 1) for b in flags.nonzero().flatten().tolist()]
 
 
 def mahalanobis_and_logdet_backward(
@@ -115,7 +127,7 @@ def mahalanobis_and_logdet_backward(
     loc: Tensor,
     P: Tensor,
     d: Tensor,
-    C_inv: Tensor,
+    L_inv: Tensor,
     v: Tensor,
     step: Tensor,
     residual: Tensor,
@@ -124,92 +136,38 @@ def mahalanobis_and_logdet_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """grad_x, grad_loc, grad_P, grad_d, each in its input's shape and dtype; empty where `needs` says no."""
     need_x, need_loc, need_P, need_d = needs
-    (S, _, N), R = x.shape, P.shape[2]
-    samples = grad_mahalanobis, x, loc, v, step, residual
-    grad_x, grad_loc = _empty(x, need_x), _empty(loc, need_loc)
-    outputs = _viewed(grad_x, need_x), _viewed(grad_loc, need_loc)
-    grad_P, grad_d, rest = _go_back(samples, grad_logdet, P, d, C_inv, wide, outputs, (need_P, need_d))
-
-    def pixels(t: Items) -> Pixels:
-        return Pixels((x[:, t], loc[:, t]), P[t])
-
-    def with_d_per_pixel(t: Items) -> Tensor:
-        of_q = grad_mahalanobis[:, t], grad_logdet[t], x[:, t], loc[:, t]
-        saved = C_inv[t], v[:, t], step[:, t], residual[:, t], wide[t]
-        each, wanted = d[t].double().expand(-1, N), [False, False, False, True]
-        return mahalanobis_and_logdet_backward(*of_q, P[t], each, *saved, wanted)[3]
-
-    if need_d:
-        doubtful, size = _doubtful(N, C_inv, rest), N * (R + 2 * S)
-        of_q, of_logdet = grad_mahalanobis.T.double(), grad_logdet.double()
-        mend(grad_d, doubtful, pixels, with_d_per_pixel, d, C_inv, of_q, of_logdet, (N, size))
-    return grad_x, grad_loc, grad_P, grad_d.to(d.dtype)
+    S, (B, N, R) = x.shape[0], P.shape
+    grads = _empty(x, need_x), _empty(loc, need_loc), _gradient(P, need_P), _empty(d, need_d)
+    a, b, v, step = (t.to(F64).contiguous() for t in (grad_mahalanobis, grad_logdet, v, step))
+    L_inv, wide, doubtful = L_inv.contiguous(), wide.contiguous(), torch.empty(B, dtype=torch.bool)
+    sizes = S, B, N, R, torch.get_num_threads()
+    views = *view(x), *view(loc, S), *view(P), *view_of_diagonal(d)
+    choices = d.shape[1] == 1, product_dtype(x, loc, P, d) == F64, loc.shape[0]
+    given = (t.data_ptr() for t in (a, b, L_inv, v, step, wide))
+    outputs = (number for grad, need in zip(grads, needs, strict=True) for number in _viewed(grad, need))
+    if _backward(*sizes, *views, *choices, *given, *view(residual), *outputs, doubtful.data_ptr()):
+        for t in _flagged(doubtful):
+            of_q, kept_ = (a[:, t], b[t], x[:, t], loc[:, t]), (v[:, t], step[:, t], residual[:, t], wide[t])
+            made = aten.mahalanobis_and_logdet_backward(*of_q, P[t], d[t], L_inv[t], *kept_, needs)
+            _replace(grads, made, t)
+    return grads
 
 
 def logdet_backward(
-    grad_logdet: Tensor, P: Tensor, d: Tensor, C_inv: Tensor, wide: Tensor, needs: list[bool]
+    grad_logdet: Tensor, P: Tensor, d: Tensor, L_inv: Tensor, wide: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
     """grad_P = 2 grad_logdet D⁻¹PC⁻¹ and grad_d = grad_logdet π; empty where `needs` says no."""
-    need_P, need_d = needs
-    B, N, R = P.shape
-    grad_P, grad_d, rest = _go_back(None, grad_logdet, P, d, C_inv, wide, (NOTHING, NOTHING), (need_P, need_d))
-
-    def pixels(t: Items) -> Pixels:
-        return Pixels(None, P[t])
-
-    def with_d_per_pixel(t: Items) -> Tensor:
-        each = d[t].double().expand(-1, N)
-        return logdet_backward(grad_logdet[t], P[t], each, C_inv[t], wide[t], [False, True])[1]
-
-    if need_d:
-        no_q = grad_logdet.new_empty(B, 0, dtype=F64)
-        doubtful, of_logdet = _doubtful(N, C_inv, rest), grad_logdet.double()
-        mend(grad_d, doubtful, pixels, with_d_per_pixel, d, C_inv, no_q, of_logdet, (N, N * R))
-    return grad_P, grad_d.to(d.dtype)
-
-
-def _go_back(
-    samples: tuple[Tensor, ...] | None,
-    grad_logdet: Tensor,
-    P: Tensor,
-    d: Tensor,
-    C_inv: Tensor,
-    wide: Tensor,
-    outputs: tuple[View, View],
-    needs: tuple[bool, bool],
-) -> tuple[Tensor, Tensor, Remainders | None]:
-    """grad_P, grad_d (float64 where d is one value) and 1 − h where d is one of each pixel and has a gradient.
-
-    `samples` are grad_q, x, loc, v, step and the residual.
-    """
-    (B, N, R), one_d, (need_P, need_d) = P.shape, d.shape[1] == 1, needs
-    grad_P = empty_gradient(P) if need_P else P.new_empty(0)
-    b = grad_logdet.to(F64).contiguous()
-    rest = None
-    if not need_d:
-        grad_d = d.new_empty(0)
-    elif one_d:
-        grad_d = (b * sum_of_pi(d[:, 0], N, C_inv)).unsqueeze(1)
-    else:
-        grad_d = torch.empty_like(d, memory_format=torch.contiguous_format)
-        rest = Remainders(N, C_inv, wide)
-        rest.total = torch.empty_like(rest.least)
-    of_rest = (rest.least.data_ptr(), rest.total.data_ptr()) if rest and rest.total is not None else (0, 0)
-    S, loc_samples, dtype, of_q = 0, 0, product_dtype(P, d), (*NOTHING, *NOTHING)
-    a, v, step, residual = 0, 0, 0, NOTHING
-    alive = [C_inv.contiguous(), wide.contiguous()]
-    if samples:
-        x, loc = samples[1:3]
-        S, loc_samples, dtype, of_q = len(x), len(loc), product_dtype(x, loc, P, d), (*view(x), *view(loc, len(x)))
-        alive += [samples[0].to(F64).contiguous(), samples[3].contiguous(), samples[4].contiguous(), samples[5]]
-        a, v, step = (t.data_ptr() for t in alive[2:5])
-        residual = view(alive[5])
-    sizes = S, B, N, R, torch.get_num_threads()
-    choices = one_d, dtype == F64, loc_samples
-    given = a, b.data_ptr(), alive[0].data_ptr(), v, step, alive[1].data_ptr()
-    made = *outputs[0], *outputs[1], *_viewed(grad_P, need_P), *_viewed(grad_d, need_d)
-    _backward(*sizes, *of_q, *view(P), *view_of_diagonal(d), *choices, *given, *residual, *made, *of_rest)
-    return grad_P, grad_d, rest
+    (B, N, R), grads = P.shape, (_gradient(P, needs[0]), _empty(d, needs[1]))
+    b, L_inv, wide = grad_logdet.to(F64).contiguous(), L_inv.contiguous(), wide.contiguous()
+    doubtful = torch.empty(B, dtype=torch.bool)
+    views = *NOTHING, *NOTHING, *view(P), *view_of_diagonal(d)
+    choices, given = (d.shape[1] == 1, product_dtype(P, d) == F64, 0), (0, b.data_ptr(), L_inv.data_ptr(), 0, 0)
+    outputs = (number for grad, need in zip(grads, needs, strict=True) for number in _viewed(grad, need))
+    sizes, no_samples = (0, B, N, R, torch.get_num_threads()), (*NOTHING, *NOTHING, *NOTHING)
+    if _backward(*sizes, *views, *choices, *given, wide.data_ptr(), *no_samples, *outputs, doubtful.data_ptr()):
+        for t in _flagged(doubtful):
+            _replace(grads, aten.logdet_backward(b[t], P[t], d[t], L_inv[t], wide[t], needs), t)
+    return grads
 
 
 def _viewed(grad: Tensor, need: bool) -> View:
@@ -219,16 +177,18 @@ def _viewed(grad: Tensor, need: bool) -> View:
 
 
 def _empty(t: Tensor, need: bool) -> Tensor:
-    return kept(torch.empty_like(t, memory_format=torch.contiguous_format), need)
+    return torch.empty_like(t, memory_format=torch.contiguous_format) if need else t.new_empty(0)
 
 
-def _doubtful(N: int, C_inv: Tensor, rest: Remainders | None) -> Tensor:
-    """Indices of the items whose grad_d `leverage` makes again."""
-    if rest is None:
-        return doubtful_sums(N, C_inv)
-    if not bool((rest.least < SMALL).any() | rest.wide.any()):
-        return torch.empty(0, dtype=torch.int64)
-    return rest.doubtful()
+def _gradient(P: Tensor, need: bool) -> Tensor:
+    return empty_gradient(P) if need else P.new_empty(0)
+
+
+def _replace(grads: tuple[Tensor, ...], made: tuple[Tensor, ...], t: slice) -> None:
+    """The last two are grad_P and grad_d, the others have samples first."""
+    for i, (grad, part) in enumerate(zip(grads, made, strict=True)):
+        if part.numel():
+            grad[t if i >= len(grads) - 2 else (slice(None), t)] = part
 
 
 def rsample(loc: Tensor, P: Tensor, d: Tensor, omega_p: Tensor, omega_d: Tensor | None, seed: Tensor | None) -> Tensor:
@@ -256,18 +216,14 @@ def rsample_backward(
     need_P, need_d, need_omega_d = needs
     (S, B, N), R, one_d = grad_y.shape, P.shape[2], d.shape[1] == 1
     in_double = product_dtype(grad_y, P, d) == F64
-    grad_P = empty_gradient(P) if need_P else P.new_empty(0)
-    grad_d = d.new_empty(d.shape, dtype=F64 if one_d else d.dtype) if need_d else d.new_empty(0)
-    grad_omega_d = omega_d.new_empty(omega_d.shape if need_omega_d else 0)
+    grads = _gradient(P, need_P), _empty(d, need_d), _empty(omega_d, need_omega_d)
     views = *view(grad_y), *view(P), *view_of_diagonal(d), *view(omega_p), *view(omega_d, S)
-    made = (grad_P, need_P), (grad_d, need_d), (grad_omega_d, need_omega_d)
-    outputs = (number for grad, need in made for number in _viewed(grad, need))
+    outputs = (number for grad, need in zip(grads, needs, strict=True) for number in _viewed(grad, need))
     _samples_backward(S, B, N, R, torch.get_num_threads(), *views, one_d, in_double, *outputs)
-    return grad_P, grad_d.to(d.dtype), grad_omega_d
+    return grads
 
 
 __all__ = [
-    "KEEPS_RESIDUAL",
     "gram",
     "logdet",
     "logdet_backward",

@@ -3,35 +3,14 @@
 // P and δ are brought to rows and scaled by D^-1/2; then all are sums of products of two rows.
 #include <cmath>
 
+#include "../../../device/csrc/logarithm.h"
+#include "../../../device/csrc/sums.h"
 #include "dense.h"
-#include "sums.h"
 
 namespace VARIANT {
 namespace {
 
 thread_local Scratch scratch;
-
-// log of a product: significands are multiplied and exponents added, so that one logarithm is taken for all.
-struct Logarithm {
-    Eight<double> product = Eight<double>{} + 1;
-    Eight<int64_t> exponents = {}, improper = {};
-
-    INLINE void multiply(Eight<double> a) {
-        improper |= ~((a > 0) & (a < INFINITY));
-        product *= a;
-        const Eight<int64_t> bits = (Eight<int64_t>)product;
-        exponents += ((bits >> 52) & 0x7FF) - 1023;
-        product = (Eight<double>)((bits & 0x000FFFFFFFFFFFFF) | 0x3FF0000000000000);
-    }
-    double value() const {
-        double sum = 0;
-        for (int i = 0; i < 8; i++) {
-            if (improper[i]) return NAN;
-            sum += std::log(product[i]) + double(exponents[i]) * M_LN2;
-        }
-        return sum;
-    }
-};
 
 // D^-1/2 of a block.
 template <class T> void roots(T *scale, int64_t n, bool inverted) {
@@ -48,13 +27,12 @@ template <class T> void multiply_rows(T *rows, int64_t count, int64_t width, con
 
 template <class T>
 void sums(const Forward &call, int64_t b, int64_t from, int64_t to, int64_t s0, int64_t s1, bool triangle, double *out) {
-    const int64_t R = call.R, S = s1 - s0, width = row_width<T>(R), places = Sums<T>::places(R, S);
+    const int64_t R = call.R, S = s1 - s0, width = row_width<T>(R), places = Sums<T>::places(R, S, triangle);
     scratch.reserve(Scratch::bytes<T>((R + S) * width) + 2 * Scratch::bytes<double>(width) +
                     Scratch::bytes<Vec<T>>(places));
     T *rows = scratch.take<T>((R + S) * width), *scale = (T *)scratch.take<double>(width);
     double *d = scratch.take<double>(width);
-    Sums<T> made{R, S, triangle, Sums<T>::are_few(R, S), out, scratch.take<Vec<T>>(places)};
-    made.clear(places);
+    Sums<T> made(R, S, triangle, out, scratch.take<Vec<T>>(places));
     Logarithm log_D;
     const bool logarithm = triangle && !call.one_d && !call.inverted;
     for_blocks<T>(from, to, R, [&](int64_t n0, int64_t n, int64_t padded) {
@@ -79,7 +57,7 @@ void sums(const Forward &call, int64_t b, int64_t from, int64_t to, int64_t s0, 
         made.add(rows, width, padded);
     });
     made.finish();
-    if (logarithm) out[R * (R + 1) / 2 + S * R] = log_D.value();
+    if (logarithm) out[R * (R + 1) / 2 + S * R] = log_D.total();
 }
 
 } // namespace

@@ -1,9 +1,7 @@
-// What the passes over a dense factor share: the call as Python packs it, and how it is cut.
-//
-// A block is a few hundred pixels, brought to rows P[r][pixel] in the first-level cache whatever the layout of P. A
-// chunk is what one unit of work goes over; sums over pixels are made chunk by chunk, and added up in their order.
+// What the passes over a dense factor share: the calls as Python packs them.
 #pragma once
 
+#include "../../../device/csrc/blocks.h"
 #include "../../../device/csrc/pool.h"
 #include "../../../device/csrc/scratch.h"
 #include "../../../device/csrc/views.h"
@@ -17,10 +15,10 @@ struct Forward {
     int64_t one_d;    // d has one value for all pixels of an item
     int64_t inverted; // d is the diagonal of D⁻¹
     int64_t in_double; // products in float64 for every item; else for those that float32 is too rough for
-    int64_t given;    // C_inv, logdet and wide are known
-    double *gram, *w;      // [B, R, R], [S, B, R]; not wanted where null, and nothing else is where given
-    double *C_inv, *logdet; // [B, R, R], [B]
-    uint8_t *wide;         // [B]
+    int64_t given;     // L_inv, logdet and wide are known
+    double *gram, *w;       // [B, R, R], [S, B, R]; outputs are not wanted where null
+    double *L_inv, *logdet; // [B, R, R], [B]
+    uint8_t *wide, *rough;  // [B]: made with products in float64; and not even these are good enough
     double *q, *v, *step;  // [S, B], [S, B, R], [S, B, R]
     char *residual;        // [S, B, N], float64 if in_double, else float32
 };
@@ -30,11 +28,11 @@ struct Backward {
     Tensor x, loc, P, d; // x and loc for their dtypes alone
     int64_t one_d, in_double, loc_samples;
     const double *a, *b; // gradients of q [S, B] and of log|Σ| [B]
-    const double *C_inv, *v, *step;
+    const double *L_inv, *v, *step;
     const uint8_t *wide;
     Tensor residual;
-    Tensor grad_x, grad_loc, grad_P, grad_d; // not wanted where null; grad_d float64 where d is one value
-    double *least, *rest;                    // [B]: the least 1 − hₙ, and their sum, where grad_d is wanted per pixel
+    Tensor grad_x, grad_loc, grad_P, grad_d; // not wanted where null
+    uint8_t *doubtful;                       // [B]: an item whose gradients are to be made with more care
 };
 
 struct Samples {
@@ -48,30 +46,21 @@ struct SamplesBackward {
     int64_t S, B, N, R, threads;
     Tensor grad_y, P, d, omega_p, omega_d;
     int64_t one_d, in_double;
-    Tensor grad_P, grad_d, grad_omega_d; // not wanted where null; grad_d float64 where d is one value
+    Tensor grad_P, grad_d, grad_omega_d; // not wanted where null
 };
 
-// Up to so many columns the sums of a block stay vectors, which are added up once a chunk; beyond, they would leave the
-// cache, and blocks are larger so that adding up lanes is a small part.
-constexpr int64_t FEW_COLUMNS = 32;
-// Samples that one unit takes.
-constexpr int64_t GROUP = 32;
+constexpr double EPS = 0x1p-52;
+// As `capacitance.GOOD_ENOUGH`: the largest ε Cⱼⱼ C⁻¹ⱼⱼ of a C that is made of P itself, for results in the dtype.
+INLINE double good_enough(bool in_double) { return in_double ? 1e-7 : 1e-4; }
 
-template <class T> INLINE int64_t block_pixels(int64_t R) { return (R <= FEW_COLUMNS ? 1024 : 2048) / sizeof(T); }
+// As in leverage.py: below the first, 1 − h is made again; the error of a sum of leverages that float64 may leave; and
+// where every C⁻¹ⱼⱼ is below the third, P says much in all directions.
+constexpr double SMALL = 0.1, TOLERANCE = 1e-7, INFORMED = 1e-4;
 
-// Rows are padded, because rows a power of two apart share few places in the cache.
-template <class T> INLINE int64_t row_width(int64_t R) { return block_pixels<T>(R) + 64 / sizeof(T); }
-
-// Pixels of a chunk: many enough that sums of R² numbers are a small part of what is read.
-INLINE int64_t chunk_pixels(int64_t R) { return 4096 * parts(R, 256); }
-
-// Calls f(n0, n, padded) for the blocks of pixels `from` to `to`.
-template <class T, class F> INLINE void for_blocks(int64_t from, int64_t to, int64_t R, const F &f) {
-    const int64_t step = block_pixels<T>(R);
-    for (int64_t n0 = from; n0 < to; n0 += step) {
-        const int64_t n = least(step, to - n0);
-        f(n0, n, up_to_multiple(n, LANES<T>));
-    }
+// Items of few pixels: up to so many columns, and values of P.
+constexpr int64_t MOST_COLUMNS = 8, MOST_VALUES = 256;
+template <class Call> INLINE bool of_few(const Call &call) {
+    return call.R <= MOST_COLUMNS && call.N * call.R <= MOST_VALUES && call.S <= 1;
 }
 
 // --- The passes. Each is in the file of its name. ----------------------------------------------------------------------
@@ -89,18 +78,23 @@ template <class T, class Out>
 void leave_residual(const Forward &call, int64_t b, int64_t from, int64_t to, int64_t s0, int64_t s1, double *q,
                     double *g);
 
+// few.cpp: both passes over items of few pixels, and how many are rough, or doubtful.
+int64_t forward_of_few(const Forward &call);
+int64_t backward_of_few(const Backward &call);
+
 // backward.cpp
 struct Remainder {
     double least, sum; // of 1 − h
     double grad_d;     // what q contributes, where d is one value
 };
-template <class T> Remainder go_back(const Backward &call, int64_t b, int64_t from, int64_t to);
+template <class T>
+Remainder go_back(const Backward &call, const double *C_inv, int64_t b, int64_t from, int64_t to);
 
-// What the library offers: forward.cpp, passes.cpp.
-void forward(const Forward &call);
-void backward(const Backward &call);
-void samples(const Samples &call);
-void samples_backward(const SamplesBackward &call);
+// What the library offers: forward.cpp, passes.cpp. The first two return how many items are rough, or doubtful.
+int64_t forward(const Forward &call);
+int64_t backward(const Backward &call);
+int64_t samples(const Samples &call);
+int64_t samples_backward(const SamplesBackward &call);
 
 // sampling.cpp
 template <class T> void sample(const Samples &call, int64_t b, int64_t from, int64_t to, int64_t s0, int64_t s1);

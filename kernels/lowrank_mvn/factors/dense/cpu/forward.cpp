@@ -13,16 +13,34 @@ namespace {
 
 thread_local Scratch parts_of_item, matrices;
 
-constexpr double EPS = 0x1p-23;             // rounding of float32
-constexpr double LOG_DET_TOLERANCE = 0.01;  // nats; capacitance.py has the same
+constexpr double FLOAT32_EPS = 0x1p-23;
+constexpr double LOG_DET_TOLERANCE = 0.01; // nats; as `capacitance.LOG_DET_TOLERANCE`
 constexpr int64_t ITEMS_PER_THREAD = 4;
 
 class Run {
   public:
     explicit Run(const Forward &call) : call(call) {}
 
-    void run() {
-        for (int64_t b = 0; !call.given && b < B; b++) call.wide[b] = call.in_double != 0;
+    int64_t run() {
+        work_through();
+        int64_t rough = 0;
+        for (int64_t b = 0; !call.given && b < B; b++) rough += call.rough[b];
+        return rough;
+    }
+
+  private:
+    const Forward &call;
+    const int64_t S = call.S, B = call.B, N = call.N, R = call.R;
+    const int64_t chunk = chunk_pixels(R), chunks = parts(N, chunk), groups = parts(S, GROUP);
+    const bool apart = S && (call.given || S > GROUP); // w is made in a pass of its own
+    const int64_t joined = apart ? 0 : S;              // samples whose w is made with PᵀD⁻¹P
+    // Sums of an item: of each chunk PᵀD⁻¹P, w, log|D|; w of a pass of its own; q(v) and PᵀD⁻¹r.
+    const int64_t of_C = sums_size(R, joined), of_w = apart ? S * R : 0, of_q = S, of_g = S * R;
+    const int64_t size = chunks * (of_C + of_w + of_q + of_g);
+    double *everywhere = nullptr;
+
+    void work_through() {
+        for (int64_t b = 0; !call.given && b < B; b++) call.wide[b] = call.in_double != 0, call.rough[b] = 0;
         if (B >= ITEMS_PER_THREAD * call.threads) {
             pool::each(B, call.threads, [this](int64_t b) { item(b); });
             return;
@@ -46,17 +64,6 @@ class Run {
         in_chunks(groups, [this](int64_t b, int64_t g, int64_t c) { residual(b, g, c); });
         pool::each(B, call.threads, [this](int64_t b) { correct(b); });
     }
-
-  private:
-    const Forward &call;
-    const int64_t S = call.S, B = call.B, N = call.N, R = call.R;
-    const int64_t chunk = chunk_pixels(R), chunks = parts(N, chunk), groups = parts(S, GROUP);
-    const bool apart = S && (call.given || S > GROUP); // w is made in a pass of its own
-    const int64_t joined = apart ? 0 : S;              // samples whose w is made with PᵀD⁻¹P
-    // Sums of an item: of each chunk PᵀD⁻¹P, w, log|D|; w of a pass of its own; q(v) and PᵀD⁻¹r.
-    const int64_t of_C = sums_size(R, joined), of_w = apart ? S * R : 0, of_q = S, of_g = S * R;
-    const int64_t size = chunks * (of_C + of_w + of_q + of_g);
-    double *everywhere = nullptr;
 
     double *place(int64_t b) const { return everywhere ? everywhere + b * size : parts_of_item.take<double>(0); }
     bool doubled(int64_t b) const { return call.in_double || call.wide[b]; }
@@ -91,13 +98,13 @@ class Run {
         else add_up<float>(call, b, first(c), last(c), joined, sums);
     }
 
-    // C⁻¹ and log|Σ|, whether float32 was too rough for them, and v = C⁻¹w.
+    // L⁻¹ and log|Σ|, whether they are good enough, and v = C⁻¹w.
     void solve(int64_t b) const {
         const int64_t triangle = R * (R + 1) / 2;
-        matrices.reserve(Scratch::bytes<double>(of_C) + 3 * Scratch::bytes<double>(R * R));
-        double *sums = matrices.take<double>(of_C), *L_inv = matrices.take<double>(R * R);
-        double *work = matrices.take<double>(R * R), *C_inv = matrices.take<double>(R * R);
-        if (call.C_inv) C_inv = call.C_inv + b * R * R;
+        matrices.reserve(Scratch::bytes<double>(of_C) + 2 * Scratch::bytes<double>(R * R) + Scratch::bytes<double>(R));
+        double *sums = matrices.take<double>(of_C), *work = matrices.take<double>(R * R);
+        double *L_inv = matrices.take<double>(R * R), *diagonal = matrices.take<double>(R);
+        if (call.L_inv) L_inv = call.L_inv + b * R * R;
         const double *of_chunks = place(b);
         for (int64_t i = 0; i < of_C; i++) {
             sums[i] = 0;
@@ -114,17 +121,26 @@ class Run {
                 call.gram[(b * R + i) * R + j] = call.gram[(b * R + j) * R + i] = sums[i * (i + 1) / 2 + j];
         for (int64_t s = 0; call.w && s < joined; s++)
             memcpy(call.w + (s * B + b) * R, sums + triangle + s * R, sizeof(double) * R);
-        if (!call.C_inv && call.in_double) return; // nothing but sums was asked for
+        if (!call.L_inv && call.in_double) return; // nothing but sums was asked for
         double log_C;
-        factorise(sums, R, L_inv, C_inv, &log_C, work);
-        if (!doubled(b)) {
-            double root = 0;
-            for (int64_t j = 0; j < R; j++) root += std::sqrt((sums[j * (j + 1) / 2 + j] + 1) * C_inv[j * R + j]);
-            if (!(EPS * root * root <= LOG_DET_TOLERANCE)) call.wide[b] = 1;
-        }
+        factorise(sums, R, L_inv, &log_C, work);
         if (call.logdet) call.logdet[b] = log_C + log_D;
+        inverse_diagonal(L_inv, R, diagonal);
+        judge(b, sums, diagonal);
         for (int64_t s = 0; call.v && s < joined; s++)
-            multiply(C_inv, sums + triangle + s * R, call.v + (s * B + b) * R);
+            VARIANT::solve(L_inv, R, sums + triangle + s * R, call.v + (s * B + b) * R, work);
+    }
+
+    // Whether rounding has moved log|C|, or a root of C, too far: README.md of the package has the bounds.
+    void judge(int64_t b, const double *sums, const double *inverse) const {
+        double root = 0, largest = 0;
+        for (int64_t j = 0; j < R; j++) {
+            const double inflation = (sums[j * (j + 1) / 2 + j] + 1) * inverse[j];
+            root += std::sqrt(inflation);
+            largest = inflation > largest ? inflation : largest;
+        }
+        if (!doubled(b)) call.wide[b] = !(FLOAT32_EPS * root * root <= LOG_DET_TOLERANCE);
+        else call.rough[b] = EPS * largest > good_enough(call.in_double);
     }
 
     void projection(int64_t b, int64_t g, int64_t c) const {
@@ -139,8 +155,8 @@ class Run {
     void coefficients(int64_t b) const {
         double weight = 1;
         if (call.one_d) weight = call.inverted ? value(call.d, b) : 1 / value(call.d, b);
-        matrices.reserve(Scratch::bytes<double>(R));
-        double *w = matrices.take<double>(R);
+        matrices.reserve(2 * Scratch::bytes<double>(R));
+        double *w = matrices.take<double>(R), *half = matrices.take<double>(R);
         const double *of_chunks = place(b) + chunks * of_C;
         for (int64_t s = 0; s < S; s++) {
             for (int64_t k = 0; k < R; k++) {
@@ -149,7 +165,7 @@ class Run {
                 w[k] *= weight;
             }
             if (call.w) memcpy(call.w + (s * B + b) * R, w, sizeof(double) * R);
-            if (call.v) multiply(call.C_inv + b * R * R, w, call.v + (s * B + b) * R);
+            if (call.v) VARIANT::solve(call.L_inv + b * R * R, R, w, call.v + (s * B + b) * R, half);
         }
     }
 
@@ -164,8 +180,8 @@ class Run {
 
     // q = q(v) − gᵀC⁻¹g and v ← v + C⁻¹g with g = PᵀD⁻¹r − v.
     void correct(int64_t b) const {
-        matrices.reserve(Scratch::bytes<double>(R));
-        double *g = matrices.take<double>(R);
+        matrices.reserve(2 * Scratch::bytes<double>(R));
+        double *g = matrices.take<double>(R), *half = matrices.take<double>(R);
         const double *of_q_ = place(b) + chunks * (of_C + of_w), *of_g_ = of_q_ + chunks * of_q;
         for (int64_t s = 0; s < S; s++) {
             double *v = call.v + (s * B + b) * R, *step = call.step + (s * B + b) * R, q = 0;
@@ -175,20 +191,9 @@ class Run {
                 g[k] = -v[k];
                 for (int64_t c = 0; c < chunks; c++) g[k] += of_g_[(c * S + s) * R + k];
             }
-            multiply(call.C_inv + b * R * R, g, step);
-            for (int64_t k = 0; k < R; k++) {
-                q -= g[k] * step[k];
-                v[k] += step[k];
-            }
-            call.q[s * B + b] = q;
+            call.q[s * B + b] = q - VARIANT::solve(call.L_inv + b * R * R, R, g, step, half);
+            for (int64_t k = 0; k < R; k++) v[k] += step[k];
         }
-    }
-
-    // C⁻¹a of a symmetric matrix.
-    void multiply(const double *C_inv, const double *a, double *out) const {
-        for (int64_t j = 0; j < R; j++) out[j] = 0;
-        for (int64_t k = 0; k < R; k++)
-            for (int64_t j = 0; j < R; j++) out[j] += a[k] * C_inv[k * R + j];
     }
 
     static double value(const Tensor &d, int64_t b) {
@@ -200,6 +205,9 @@ class Run {
 
 } // namespace
 
-void forward(const Forward &call) { Run(call).run(); }
+int64_t forward(const Forward &call) {
+    const bool density = !call.given && !call.inverted && !call.gram;
+    return density && of_few(call) ? forward_of_few(call) : Run(call).run();
+}
 
 } // namespace VARIANT

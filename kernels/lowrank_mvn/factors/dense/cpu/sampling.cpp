@@ -3,8 +3,8 @@
 //     grad_P = Σ_s grad_y ω_pᵀ        grad_d = Σ_s grad_y ω_d / (2√d)        grad_ω_d = √d grad_y
 #include <cmath>
 
+#include "../../../device/csrc/products.h"
 #include "dense.h"
-#include "products.h"
 
 namespace VARIANT {
 namespace {
@@ -36,7 +36,9 @@ template <class T> void sample(const Samples &call, int64_t b, int64_t from, int
         load_block(P, width, call.P, b, n0, n, padded, call.N, R);
         load_root(root, call.d, call.one_d, b, n0, n, padded);
         products(Matrix<T>{omega, R, 1}, S, P, width, R, padded,
-                 [&](int64_t s, int64_t i, Vec<T> sum) { store(y + s * width + i, sum); });
+                 [&](int64_t s, int64_t i, const auto &sums) {
+                     for (int m = 0; m < count_of(sums); m++) store(y + (s + m) * width + i, sums[m]);
+                 });
         for (int64_t s = 0; s < S; s++) {
             load_row(loc, call.loc, call.loc.at(s0 + s, b, n0), call.loc.stride[2], n, n);
             load_row(noise, call.omega_d, call.omega_d.at(s0 + s, b, n0), call.omega_d.stride[2], n, n);
@@ -75,9 +77,11 @@ template <class T> double sample_backward(const SamplesBackward &call, int64_t b
                 }
             }
             if (of_P)
-                products(Matrix<T>{omega, 1, R}, R, g, width, S, padded, [&](int64_t r, int64_t i, Vec<T> sum) {
-                    T *at = out + r * width + i;
-                    store(at, s0 ? load(at) + sum : sum);
+                products(Matrix<T>{omega, 1, R}, R, g, width, S, padded, [&](int64_t r, int64_t i, const auto &sums) {
+                    for (int m = 0; m < count_of(sums); m++) {
+                        T *at = out + (r + m) * width + i;
+                        store(at, s0 ? load(at) + sums[m] : sums[m]);
+                    }
                 });
         }
         if (of_P) store_block(call.grad_P, out, width, b, n0, n, R);

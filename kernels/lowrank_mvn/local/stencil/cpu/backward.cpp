@@ -175,6 +175,9 @@ template <class T> void backward_in(const ProductBackward &call) {
 
 } // namespace
 
-void product_backward(const ProductBackward &call) { call.in_double ? backward_in<double>(call) : backward_in<float>(call); }
+int64_t product_backward(const ProductBackward &call) {
+    call.in_double ? backward_in<double>(call) : backward_in<float>(call);
+    return 0;
+}
 
 } // namespace VARIANT::stencil

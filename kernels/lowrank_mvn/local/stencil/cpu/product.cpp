@@ -88,6 +88,9 @@ template <class T> void product_in(const Product &call) {
 
 } // namespace
 
-void product(const Product &call) { call.in_double ? product_in<double>(call) : product_in<float>(call); }
+int64_t product(const Product &call) {
+    call.in_double ? product_in<double>(call) : product_in<float>(call);
+    return 0;
+}
 
 } // namespace VARIANT::stencil

@@ -176,6 +176,9 @@ template <class T> void solve_in(const Solve &call) {
 
 } // namespace
 
-void solve(const Solve &call) { call.in_double ? solve_in<double>(call) : solve_in<float>(call); }
+int64_t solve(const Solve &call) {
+    call.in_double ? solve_in<double>(call) : solve_in<float>(call);
+    return 0;
+}
 
 } // namespace VARIANT::stencil

@@ -132,8 +132,9 @@ INLINE int64_t lines_of_unit(const Lines &lines) { return most(parts(2048, lines
 
 // --- What the library offers: a file each ------------------------------------------------------------------------------
 
-void product(const Product &call);
-void product_backward(const ProductBackward &call);
-void solve(const Solve &call);
+// They return 0: no item is in doubt.
+int64_t product(const Product &call);
+int64_t product_backward(const ProductBackward &call);
+int64_t solve(const Solve &call);
 
 } // namespace VARIANT::stencil

@@ -5,15 +5,13 @@
 // vectors of 16); lanes and chunks are added in float64.
 #pragma once
 
-#include "dense.h"
+#include "blocks.h"
 
 namespace VARIANT {
 
 template <class T, int M, int K>
 static void tile(const T *a, const T *b, int64_t width, int64_t n, Vec<T> *kept) {
-    Vec<T> sums[M][K];
-    for (int m = 0; m < M; m++)
-        for (int k = 0; k < K; k++) sums[m][k] = kept[m * K + k];
+    Vec<T> sums[M][K] = {};
     for (int64_t i = 0; i < n; i += LANES<T>) {
         Vec<T> left[M];
         for (int m = 0; m < M; m++) left[m] = load(a + m * width + i);
@@ -23,7 +21,7 @@ static void tile(const T *a, const T *b, int64_t width, int64_t n, Vec<T> *kept)
         }
     }
     for (int m = 0; m < M; m++)
-        for (int k = 0; k < K; k++) kept[m * K + k] = sums[m][k];
+        for (int k = 0; k < K; k++) kept[m * K + k] += sums[m][k];
 }
 
 template <class T> using Tile = void (*)(const T *, const T *, int64_t, int64_t, Vec<T> *);
@@ -54,9 +52,17 @@ template <class T> struct Sums {
     double *out;
     Vec<T> *kept;
 
-    static bool are_few(int64_t R, int64_t S) { return R <= FEW_COLUMNS && S <= FEW_COLUMNS; }
-    static int64_t places(int64_t R, int64_t S) {
-        return are_few(R, S) ? (R + TILE) * (R + TILE) + S * R : TILE * TILE;
+    Sums(int64_t R, int64_t S, bool triangle, double *out, Vec<T> *kept)
+        : R(R), S(S), triangle(triangle), few(are_few(R, S, triangle)), out(out), kept(kept) {
+        clear(places(R, S, triangle));
+    }
+    // Places of `kept`.
+    static int64_t places(int64_t R, int64_t S, bool triangle) {
+        const int64_t of_triangle = triangle ? (R + TILE) * (R + TILE) : 0;
+        return are_few(R, S, triangle) ? of_triangle + S * R : TILE * TILE;
+    }
+    static bool are_few(int64_t R, int64_t S, bool triangle) {
+        return S * R <= FEW_COLUMNS * FEW_COLUMNS && (R <= FEW_COLUMNS || !triangle);
     }
     void clear(int64_t count) {
         for (int64_t i = 0; i < count; i++) kept[i] = Vec<T>{};
