@@ -7,11 +7,12 @@ FOLDER ?= runs/faces
 
 PAGE := sosvae/editor/page
 
-.PHONY: help train test check docs page page-check bench bench-compare clean
+.PHONY: help train test sanitize check docs page page-check bench bench-compare clean
 
 help:
-	@echo "make train   train the default SOS-VAE and a β-VAE, write the figures ($(FOLDER))"
+	@echo "make train   train a β-VAE, the global-local head on it and the paper's recipe; figures and numbers ($(FOLDER))"
 	@echo "make test    run the tests (COVERAGE=1: and say which lines they reach)"
+	@echo "make sanitize  the compiled CPU backend under sanitizers (needs GCC)"
 	@echo "make check   lint and type-check; changes nothing"
 	@echo "make docs    build the site from docs/ into build/docs; a warning is an error"
 	@echo "make page    build the editor's page from its sources (needs Node 20)"
@@ -25,6 +26,9 @@ train: $(VENV)/.train
 # interpreter is traced too.
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(if $(COVERAGE),--cov --cov-report=term)
+
+sanitize:
+	.ci/sanitize
 
 check: $(VENV)/.test page-check
 	$(BIN)/ruff check .
@@ -52,12 +56,15 @@ bench-compare: $(VENV)/.bench
 	@test -n "$(BASE)" || { echo "say which version: make bench-compare BASE=<git ref>"; exit 2; }
 	$(BIN)/python -m bench.compare $(BASE) $(if $(QUICK),--quick)
 
-# A stamp per extra: newer than the files that say what is installed.
-$(VENV)/.train: setup.py constraints.txt | $(VENV)/pyvenv.cfg
+# What the compiled CPU backend is made of.
+NATIVE := $(wildcard kernels/lowrank_mvn/device/csrc/* kernels/lowrank_mvn/factors/*/cpu/*.cpp kernels/lowrank_mvn/factors/*/cpu/*.h)
+
+# A stamp per extra: newer than the files that say what is installed, and what is compiled along.
+$(VENV)/.train: setup.py constraints.txt $(NATIVE) | $(VENV)/pyvenv.cfg
 	$(INSTALL) -e '.[train]'
 	@touch $@
 
-$(VENV)/.test: setup.py constraints.txt | $(VENV)/pyvenv.cfg
+$(VENV)/.test: setup.py constraints.txt $(NATIVE) | $(VENV)/pyvenv.cfg
 	$(INSTALL) -e '.[train,test]'
 	@touch $@
 
@@ -65,7 +72,7 @@ $(VENV)/.docs: setup.py constraints.txt | $(VENV)/pyvenv.cfg
 	$(INSTALL) -e '.[docs]'
 	@touch $@
 
-$(VENV)/.bench: setup.py constraints.txt | $(VENV)/pyvenv.cfg
+$(VENV)/.bench: setup.py constraints.txt $(NATIVE) | $(VENV)/pyvenv.cfg
 	$(INSTALL) -e '.[train,test,bench]'
 	@touch $@
 
@@ -73,4 +80,4 @@ $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .coverage .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build dist kernels/lowrank_mvn/_cpu.* *.egg-info .coverage .mypy_cache .ruff_cache .pytest_cache

@@ -5,6 +5,7 @@ import torch
 from triton_cases import INTERPRET
 
 from lowrank_mvn import Stencil
+from lowrank_mvn.device import native
 from lowrank_mvn.factors.base import Factor
 
 
@@ -25,12 +26,18 @@ def _seed():
 def backend(monkeypatch):
     """What ours is computed with where nobody chooses: in the interpreter the kernels, for CPU tensors too."""
     if not INTERPRET:
-        return "aten"
+        return "aten" if native.missing() else "cpu"
     choose = Factor.implementation
     monkeypatch.setattr(Factor, "implementation", lambda factor, impl: choose(factor, impl or "triton"))
     choose_local = Stencil.implementation
     monkeypatch.setattr(Stencil, "implementation", lambda local, impl: choose_local(local, impl or "triton"))
     return "triton"
+
+
+@pytest.fixture
+def in_torch(monkeypatch):
+    """By default everything is computed with torch's operators, as where the compiled backend is missing."""
+    monkeypatch.setattr(native, "_MISSING", "it was not built")
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from sosvae_cases import faces
 from sosvae import Run, train
 from sosvae.cli import main
 from sosvae.data import Split
-from sosvae.evaluation import evaluate, ledger, measure, normal
+from sosvae.evaluation import evaluate, features, ledger, measure, normal
 from sosvae.presets import beta_vae
 
 HEADS = {"structured": {}, "pixelwise": {}, "precision": {}, "global-local": {}}
@@ -34,8 +34,9 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _small_chunks(monkeypatch):
+def _small(monkeypatch):
     monkeypatch.setattr(ledger, "CHUNK", 2 * measure.BLOCK)
+    monkeypatch.setattr(features, "SIDE", 4)  # eigenvalues of 48×48 take no time
 
 
 SMALL = ["--quiet", "--features=pixels", "--codes=2", "--samples=2", "--repeats=2", "--refit-steps=5"]
@@ -67,7 +68,7 @@ def test_every_head_has_every_row(runs, tmp_path, capsys):
         assert row["called"] == "FD"
         assert row["real_images"] == row["generated_images"] == 20
         assert "antialiased" in row["resize"]
-        assert "fewer images than the 768 features" in row["notes"]
+        assert "fewer images than the 48 features" in row["notes"]
         assert row["floor"] > 0
     rows = {(row["run"], name) for row in result["samples"] for name in row["row"].split(", ")}
     for head in HEADS:
@@ -80,7 +81,7 @@ def test_every_head_has_every_row(runs, tmp_path, capsys):
     assert (tmp_path / "evaluation.md").read_text().strip() in printed
     table = [line for line in printed.splitlines() if line.startswith("| global-local | samples |")]
     weights = likelihood["global-local", "global-local"]["weights"][:8]
-    for part in ("(1, 1)", "†", "clipped and rounded to bytes", "16×16, bilinear, antialiased", weights):
+    for part in ("(1, 1)", "†", "clipped and rounded to bytes", "4×4, bilinear, antialiased", weights):
         assert part in table[0]
     with (tmp_path / "samples.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == len(result["samples"])

@@ -87,7 +87,7 @@ def test_density_and_every_gradient(linear_kernels, case):
     dtype, S, B = case[:3]
     args, ab = inputs(*case), weights(S, B)
     (expected, expected_grads), (out, grads) = oracle(args, *ab), both(linear_kernels, args, *ab)
-    for what, ours, theirs in zip(("q", "logdet", "C_inv", "v"), out, expected, strict=False):
+    for what, ours, theirs in zip(("q", "logdet", "L_inv", "v"), out, expected, strict=False):
         assert (ours.dtype, ours.shape) == (F64, theirs.shape)
         assert relative(ours, theirs) < (TOLERANCE[F64] if dtype == F64 else 2e-6), what
     residual, F = out[-2], args[2]

@@ -262,17 +262,17 @@ def test_the_flag_of_one_item_for_all(kernels):
     """What is expanded over the items has a stride of 0, and nothing behind it is read."""
     x, loc, P, d = inputs(F32, 1, 1, 12, 3, "BRN", "pixel", True)
     a, b = weights(1, 1)
-    _, _, C_inv, v, *kept = kernels.mahalanobis_and_logdet(x, loc, P, d)
+    _, _, L_inv, v, *kept = kernels.mahalanobis_and_logdet(x, loc, P, d)
     flags = torch.tensor([True, False, False, False], device=DEVICE)
     expected = kernels.mahalanobis_and_logdet_backward(
-        a, b, x, loc, P, d, C_inv, v, *kept[:2], flags[:1].clone(), [True] * 4
+        a, b, x, loc, P, d, L_inv, v, *kept[:2], flags[:1].clone(), [True] * 4
     )
 
     def items(t, at=0):
         return t.expand(*t.shape[:at], 4, *t.shape[at + 1 :])
 
     ours = kernels.mahalanobis_and_logdet_backward(
-        items(a, 1), items(b), items(x, 1), items(loc, 1), items(P), items(d), items(C_inv), items(v, 1),
+        items(a, 1), items(b), items(x, 1), items(loc, 1), items(P), items(d), items(L_inv), items(v, 1),
         *kept[:2], items(flags[:1]), [True] * 4,
     )  # fmt: skip
     for what, mine, theirs, at in zip(NAMES[4:], ours, expected, (1, 1, 0, 0), strict=True):

@@ -20,7 +20,7 @@ MARKS = [
 
 # Rounding of the outputs, and of float32 inside: C is summed from products with an error of 2⁻²¹.
 TOLERANCE = {F32: 2e-6, F64: 1e-12, BF16: 8e-3, F16: 1e-3}
-NAMES = ("q", "logdet", "C_inv", "v", "grad_x", "grad_loc", "grad_P", "grad_d")
+NAMES = ("q", "logdet", "L_inv", "v", "grad_x", "grad_loc", "grad_P", "grad_d")
 
 
 def name(case) -> str:

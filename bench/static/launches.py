@@ -203,8 +203,7 @@ class Launch(NamedTuple):
     @property
     def wide(self) -> bool:
         """Whether it is for the items that float32 is not good enough for."""
-        flags = self.arguments
-        return flags["FINAL"] if "FINAL" in flags else flags.get("KIND") in ("float64", "outer")
+        return self.arguments.get("KIND") in ("float64", "outer")
 
     @property
     def sizes(self) -> str | None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import sharding
+from .device import native
 
 NAMESPACE = "lowrank_mvn"
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -42,6 +43,8 @@ class WhenUsed(ModuleType):
 def implementations(room: str) -> dict[str, Any]:
     """The implementations of a kind of factor, modules of its package `room`, by the name that `impl=` gives them."""
     found: dict[str, Any] = {"aten": importlib.import_module(f"{room}.aten")}
+    # A room without compiled passes takes torch's operators on the CPU, so that rooms can be used together.
+    found["cpu"] = WhenUsed(f"{room}.cpu") if importlib.util.find_spec(f"{room}.cpu") else found["aten"]
     if importlib.util.find_spec("triton") and importlib.util.find_spec(f"{room}.triton"):
         found["triton"] = WhenUsed(f"{room}.triton")
     return found
@@ -49,6 +52,8 @@ def implementations(room: str) -> dict[str, Any]:
 
 def runs_on(impl: str, device: torch.device) -> bool:
     """Whether an implementation can take tensors of that device; Triton's takes CPU tensors in its interpreter only."""
+    if impl == "cpu":
+        return device.type == "cpu" and native.missing() is None
     return impl != "triton" or device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -58,13 +63,15 @@ def chosen(impl: str | None, modules: Mapping[str, Any], device: torch.device, k
     Raises:
         ValueError: it is not available for that `kind` of argument; the error lists what is.
     """
-    available = [name for name in (*modules, "reference") if runs_on(name, device)]
     if _plain.depth and impl in (None, *modules):
         return "aten"
     if impl is None:
-        return "triton" if device.type == "cuda" and "triton" in available else "aten"
+        own = "triton" if device.type == "cuda" else "cpu"
+        return own if own in modules and runs_on(own, device) else "aten"
+    available = [name for name in (*modules, "reference") if runs_on(name, device)]
     if impl not in available:
-        raise ValueError(f"impl={impl!r} is not available for {kind} on {device}, expected one of {available}")
+        why = f": {native.missing()}" if impl == "cpu" and device.type == "cpu" and native.missing() else ""
+        raise ValueError(f"impl={impl!r} is not available for {kind} on {device}, expected one of {available}{why}")
     return impl
 
 
@@ -124,7 +131,9 @@ def transformed() -> bool:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """The operators choose their own precision. Tensors without values have no autocast."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    if device.type == "meta" or not (torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type)):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def pull_back(function: Callable[..., Any], inputs: Sequence[Tensor], cotangents: Any) -> tuple[Tensor, ...]:
@@ -189,6 +198,19 @@ def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+PLAIN_TENSORS = Tensor, torch.nn.Parameter
+
+
+def _only_autograd(inputs: Sequence[Any]) -> bool:
+    """Whether nobody but autograd looks at what is done with these tensors, on the CPU: no compiler, trace, transform
+    or mode, and no other kind of tensor."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return False
+    return all(type(t) in PLAIN_TENSORS and t.is_cpu and not t.is_neg() for t in inputs if isinstance(t, Tensor))
+
+
 class Operator:
     """An operator of this package: call it with the arguments of its schema.
 
@@ -210,7 +232,8 @@ class Operator:
         library.impl(self.name, self.kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", self._shapes, lib=library)
         self._operator = getattr(torch.ops.lowrank_mvn, self.name)
-        self._function: Any = None
+        self._function: Any = None  # as an `autograd.Function`, for transforms
+        self._direct: Any = None  # and for autograd alone, without the dispatcher
         operators.append(self)
 
     def _shapes(self, *inputs: Any) -> Any:
@@ -222,6 +245,9 @@ class Operator:
     def __call__(self, *inputs: Any) -> Any:
         if _plain.depth:
             return self.kernel(*inputs)
+        if self._direct and _only_autograd(inputs):
+            recorded = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
+            return self._direct.apply(*inputs) if recorded else self.kernel(*inputs)
         return self._function.apply(*inputs) if self._function and transformed() else self._operator(*inputs)
 
     def register(
@@ -272,6 +298,14 @@ class Operator:
         qualname = f"{NAMESPACE}::{self.name}"
         torch.library.register_autograd(qualname, backward, setup_context=setup_context, lib=library)
         torch.library.register_vmap(qualname, vmap, lib=library)
+
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = self.kernel(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        direct = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._direct = type(self.name, (torch.autograd.Function,), direct)
         members = {
             "forward": staticmethod(lambda *inputs: self._operator(*inputs)),
             "setup_context": staticmethod(setup_context),
@@ -283,6 +317,9 @@ class Operator:
     def cotangents(self, names: Sequence[str], saved: SimpleNamespace, grads: SimpleNamespace) -> dict[str, Tensor]:
         """The gradients of these outputs, zeros in float64 where one has none: sizes are those of the letters of `dims`
         in what was saved."""
+        given = {n: getattr(grads, n) for n in names}
+        if all(grad is not None for grad in given.values()):
+            return given
         known = [(self.dims[n], t) for n, t in vars(saved).items() if isinstance(t, Tensor)]
         sizes: dict[str, int] = {}
         for word, t in known:
@@ -291,7 +328,7 @@ class Operator:
         def zeros(name: str) -> Tensor:
             return known[0][1].new_zeros([sizes[letter] for letter in self.dims[name]], dtype=torch.float64)
 
-        return {n: zeros(n) if getattr(grads, n) is None else getattr(grads, n) for n in names}
+        return {n: zeros(n) if grad is None else grad for n, grad in given.items()}
 
     def differentiate_by(
         self,

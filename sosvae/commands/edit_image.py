@@ -76,7 +76,7 @@ def _read(path: Path, config: DataConfig) -> tuple[Tensor, tuple[int, int]]:
             width, height = picture.size
     except Exception as error:  # a decoder raises anything
         raise ValueError(f"{shown(str(path))} cannot be read as a picture: {reason(error)}") from None
-    return torch.from_numpy(np.ascontiguousarray(pixels)).float() / 255, (height, width)
+    return torch.from_numpy(np.array(pixels)).float() / 255, (height, width)
 
 
 def _form(size: tuple[int, int]) -> str:

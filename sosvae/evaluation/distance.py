@@ -8,10 +8,34 @@ from torch import Tensor
 
 from .moments import Moments
 
-__all__ = ["frechet", "kernel"]
+__all__ = ["Reference", "frechet", "kernel"]
 
 AT_ONCE = 1024  # vectors, of each side, whose products are made together
 MOST = 10_000  # vectors of each side that the kernel distance goes over: its cost grows with their product
+
+
+class Reference:
+    """One side of Fréchet distances, whose root is kept.
+
+    Args:
+        moments: of two images or more.
+
+    Raises:
+        ValueError: of fewer.
+    """
+
+    def __init__(self, moments: Moments) -> None:
+        self._moments, self._covariance = moments, moments.covariance()
+        values, U = torch.linalg.eigh(self._covariance)
+        self._root = (U * _roots(values)) @ U.mT
+
+    def frechet(self, other: Moments) -> float:
+        """`frechet` of this side and another."""
+        B = other.covariance()
+        inner = self._root @ B @ self._root
+        crossed = _roots(torch.linalg.eigvalsh(0.5 * (inner + inner.mT))).sum()
+        apart = (self._moments.mean - other.mean).square().sum()
+        return float(apart + self._covariance.trace() + B.trace() - 2 * crossed)
 
 
 def frechet(a: Moments, b: Moments) -> float:
@@ -23,12 +47,7 @@ def frechet(a: Moments, b: Moments) -> float:
     Raises:
         ValueError: a side has fewer than two images.
     """
-    A, B = a.covariance(), b.covariance()
-    values, U = torch.linalg.eigh(A)
-    root = (U * _roots(values)) @ U.mT
-    inner = root @ B @ root
-    crossed = _roots(torch.linalg.eigvalsh(0.5 * (inner + inner.mT))).sum()
-    return float((a.mean - b.mean).square().sum() + A.trace() + B.trace() - 2 * crossed)
+    return Reference(a).frechet(b)
 
 
 def _roots(values: Tensor) -> Tensor:

@@ -234,6 +234,7 @@ class _Distances:
         self._subject, self._plan, self._network, self._bars = subject, plan, network, bars
         self._generator = Generator(subject.vae, subject.weights, ledger, network, plan.batch)
         self._cache = cache_folder(subject.config.data) / "features"
+        self._global = has_global(subject.vae, network.device)
 
     def rows(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Rows on test images, and the curve on selection images."""
@@ -246,32 +247,34 @@ class _Distances:
         settings: dict[Temperature, list[str]] = {(0.0, 0.0): ["means"], (1.0, 1.0): ["samples"]}
         for label, point in (("best temperatures", best), (f"best with t_P ≥ {self._plan.least_global:g}", selected)):
             if point is not None:
-                settings.setdefault((point["t_P"], point["t_L"]), []).append(label)
+                # Without a global part (1, 0) is the mean too.
+                is_mean = not self._global and point["t_L"] == 0
+                settings.setdefault((0.0, 0.0) if is_mean else (point["t_P"], point["t_L"]), []).append(label)
         rows = [self._row(", ".join(labels), t, real, floor) for t, labels in settings.items()]
         return [*rows, self._train(real, floor)], curve
 
     def _curve(self) -> list[dict[str, Any]]:
         """Distance from selection images at each pair of temperatures, with one seed."""
         grid = self._plan.grid
-        if not has_global(self._subject.vae, self._network.device):
+        if not self._global:
             grid = tuple(dict.fromkeys((1.0, t_L) for _, t_L in grid))  # t_P changes nothing
         if not grid:
             return []
         real = self._real(SELECTION, None)
-        moments = Moments.of(real)
+        reference = distance.Reference(Moments.of(real))
         points = []
         for t_P, t_L in grid:
             made = self._made((t_P, t_L), len(real), self._plan.seed)
-            found = {"distance": distance.frechet(moments, Moments.of(made)), "kernel": distance.kernel(real, made)}
+            found = {"distance": reference.frechet(Moments.of(made)), "kernel": distance.kernel(real, made)}
             points.append({"t_P": t_P, "t_L": t_L, "images": len(real), **found})
         return points
 
     def _row(self, name: str, temperature: Temperature, real: Tensor, floor: dict[str, Any]) -> dict[str, Any]:
-        moments = Moments.of(real)
+        reference = distance.Reference(Moments.of(real))
         found, kernels = [], []
         for repeat in range(self._plan.repeats):
             made = self._made(temperature, len(real), self._plan.seed + 1 + repeat)
-            found.append(distance.frechet(moments, Moments.of(made)))
+            found.append(reference.frechet(Moments.of(made)))
             kernels.append(distance.kernel(real, made))
         return self._described(name, len(real), len(real), found, kernels, floor) | {
             "t_P": temperature[0],

@@ -117,7 +117,8 @@ class Normal(NamedTuple):
     def components(self) -> Tensor:
         """Principal components of PPᵀ times their standard deviations, [R, N], the largest first, of either sign."""
         V = torch.linalg.eigh(self.factor.mT @ self.factor).eigenvectors.flip(-1)  # eigenvalues ascend
-        return (self.factor @ V).mT
+        found: Tensor = (self.factor @ V).mT
+        return found
 
 
 class Constant:

@@ -18,7 +18,7 @@ LIKELIHOOD = (
     *("vertical", "images", "values", "codes", "samples", "seed"),
 )
 DISTANCE = (
-    *("KID × 1000", "floor", "real", "generated", "of the floor", "repeats", "seed", "features", "resize", "rounding"),
+    *("floor", "real", "generated", "of the floor", "repeats", "seed", "features", "resize", "rounding"),
     "weights",
 )
 
@@ -68,6 +68,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     ]
     if result["samples"]:
         name = result["samples"][0]["called"]
+        kernel = f"{'KID' if name == 'FID' else 'kernel distance'} × 1000"
         lines += [
             "",
             f"## {'FID' if name == 'FID' else 'Fréchet distance'} and kernel distance",
@@ -76,7 +77,7 @@ def markdown(result: Mapping[str, Any]) -> str:
             "means. The floor is the distance between two halves of the real images.",
             "",
             _table(
-                ("run", "row", "(t_P, t_L)", name, *DISTANCE),
+                ("run", "row", "(t_P, t_L)", name, kernel, *DISTANCE),
                 [_distance(row) for row in result["samples"]],
             ),
         ]
@@ -136,10 +137,16 @@ def _picture(result: Mapping[str, Any], path: Path) -> Path:
     for ax, (name, points) in zip(axes, curves.items(), strict=True):
         for t_P in sorted({point["t_P"] for point in points}):
             line = sorted((p["t_L"], p["distance"]) for p in points if p["t_P"] == t_P)
-            ax.plot(*zip(*line, strict=True), marker="o", markersize=3, label=f"$t_P$ = {t_P:g}")
+            ax.plot(
+                *zip(*line, strict=True),
+                marker="o",
+                markersize=3,
+                label=f"$t_P$ = {t_P:g}" if len({p["t_P"] for p in points}) > 1 else None,
+            )
         ax.set_title(name, fontsize=9)
         ax.set_xlabel("$t_L$")
-        ax.legend(fontsize=7)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=7)
         ax.grid(alpha=0.3)
     axes[0].set_ylabel(f"{called}, {points[0]['images']} selection images")
     with files.atomic_writer(path) as file:

@@ -25,7 +25,7 @@ DIMS = {
     **dict.fromkeys(("mahalanobis", "grad_mahalanobis"), "SB"),
     **dict.fromkeys(("P", "grad_P"), "BNR"),
     **dict.fromkeys(("d", "precision", "grad_d"), "BN"),
-    **dict.fromkeys(("gram", "C_inv"), "BRR"),
+    **dict.fromkeys(("gram", "L_inv"), "BRR"),
     **dict.fromkeys(("logdet", "grad_logdet", "wide", "seed"), "B"),
 }
 
@@ -33,24 +33,23 @@ DIMS = {
 # --- q = δᵀΣ⁻¹δ and log|Σ| ------------------------------------------------------------------------------------------
 
 
-def _forward_fake(x, loc, P, d, C_inv, logdet, wide, impl):  # type: ignore[no-untyped-def]
+def _forward_fake(x, loc, P, d, L_inv, logdet, wide, impl):  # type: ignore[no-untyped-def]
     (S, B, N), R = x.shape, P.shape[2]
-    keeps = IMPLEMENTATIONS[impl].KEEPS_RESIDUAL
     new = P.new_empty
     return (
         new(S, B, dtype=torch.float64),
         new(B, dtype=torch.float64),
         new(B, R, R, dtype=torch.float64),
         new(S, B, R, dtype=torch.float64),
-        new(S, B, R if keeps else 0, dtype=torch.float64),
-        new(S, B, N if keeps else 0, dtype=product_dtype(x, loc, P, d) if keeps else torch.float64),
+        new(S, B, R, dtype=torch.float64),
+        new(S, B, N, dtype=product_dtype(x, loc, P, d)),
         new(B, dtype=torch.bool),
     )
 
 
 mahalanobis_and_logdet = Operator(
-    "mahalanobis_and_logdet(Tensor x, Tensor loc, Tensor P, Tensor d, Tensor? C_inv, Tensor? logdet, Tensor? wide,"
-    " str impl) -> (Tensor mahalanobis, Tensor logdet, Tensor C_inv, Tensor v, Tensor step,"
+    "mahalanobis_and_logdet(Tensor x, Tensor loc, Tensor P, Tensor d, Tensor? L_inv, Tensor? logdet, Tensor? wide,"
+    " str impl) -> (Tensor mahalanobis, Tensor logdet, Tensor L_inv, Tensor v, Tensor step,"
     " Tensor residual, Tensor wide)",
     lambda *inputs: IMPLEMENTATIONS[inputs[-1]].mahalanobis_and_logdet(*inputs[:-1]),
     _forward_fake,
@@ -66,7 +65,7 @@ def _backward_fake(*inputs: Any) -> tuple[Tensor, ...]:
 
 mahalanobis_and_logdet_backward = Operator(
     "mahalanobis_and_logdet_backward(Tensor grad_mahalanobis, Tensor grad_logdet, Tensor x, Tensor loc, Tensor P,"
-    " Tensor d, Tensor C_inv, Tensor v, Tensor step, Tensor residual, Tensor wide, bool[4] needs, str impl)"
+    " Tensor d, Tensor L_inv, Tensor v, Tensor step, Tensor residual, Tensor wide, bool[4] needs, str impl)"
     " -> (Tensor grad_x, Tensor grad_loc, Tensor grad_P, Tensor grad_d)",
     lambda *inputs: IMPLEMENTATIONS[inputs[-1]].mahalanobis_and_logdet_backward(*inputs[:-1]),
     _backward_fake,
@@ -76,14 +75,14 @@ PARAMETERS = "x", "loc", "P", "d"
 
 
 def _batched(op: Operator, V: int, given: dict[str, Any], mapped: dict[str, int]) -> Any:
-    if mapped.keys() & {"P", "d", "C_inv", "logdet", "wide"}:
+    if mapped.keys() & {"P", "d", "L_inv", "logdet", "wide"}:
         return into_items(op, V, given, mapped)
     return into_samples(op, V, given, mapped, shared="loc")
 
 
 def _batched_backward(op: Operator, V: int, given: dict[str, Any], mapped: dict[str, int]) -> Any:
     _, need_loc, need_P, need_d = given["needs"]
-    if need_P or need_d or mapped.keys() & {"P", "d", "C_inv", "wide"}:
+    if need_P or need_d or mapped.keys() & {"P", "d", "L_inv", "wide"}:
         return into_items(op, V, given, mapped)
     if "grad_logdet" in mapped:  # without grad_P and grad_d nothing depends on it
         given = given | {"grad_logdet": torch.zeros_like(given["grad_logdet"].select(mapped["grad_logdet"], 0))}
@@ -106,19 +105,19 @@ def _logdet_fake(P, d, impl):  # type: ignore[no-untyped-def]
 
 
 logdet = Operator(
-    "logdet(Tensor P, Tensor d, str impl) -> (Tensor logdet, Tensor C_inv, Tensor wide)",
+    "logdet(Tensor P, Tensor d, str impl) -> (Tensor logdet, Tensor L_inv, Tensor wide)",
     lambda P, d, impl: IMPLEMENTATIONS[impl].logdet(P, d),
     _logdet_fake,
     DIMS,
 )
 
 
-def _logdet_backward_fake(grad_logdet, P, d, C_inv, wide, needs, impl):  # type: ignore[no-untyped-def]
+def _logdet_backward_fake(grad_logdet, P, d, L_inv, wide, needs, impl):  # type: ignore[no-untyped-def]
     return kept(torch.empty_like(P), needs[0]), kept(like(d), needs[1])
 
 
 logdet_backward = Operator(
-    "logdet_backward(Tensor grad_logdet, Tensor P, Tensor d, Tensor C_inv, Tensor wide, bool[2] needs, str impl)"
+    "logdet_backward(Tensor grad_logdet, Tensor P, Tensor d, Tensor L_inv, Tensor wide, bool[2] needs, str impl)"
     " -> (Tensor grad_P, Tensor grad_d)",
     lambda *inputs: IMPLEMENTATIONS[inputs[-1]].logdet_backward(*inputs[:-1]),
     _logdet_backward_fake,

@@ -22,7 +22,7 @@ DIMS = {
     **dict.fromkeys(("W", "grad_W"), "BcRk"),
     **dict.fromkeys(("m", "grad_m"), "ck"),
     **dict.fromkeys(("d", "precision", "grad_d", "grad_precision", "norms", "grad_norms"), "Bcn"),
-    **dict.fromkeys(("gram", "grad_gram", "C_inv"), "BRR"),
+    **dict.fromkeys(("gram", "grad_gram", "L_inv"), "BRR"),
     **dict.fromkeys(("v", "step", "w", "grad_w"), "SBR"),
     **dict.fromkeys(("mahalanobis", "grad_mahalanobis"), "SB"),
     **dict.fromkeys(("logdet", "grad_logdet", "wide"), "B"),
@@ -102,7 +102,7 @@ def _forward(x, loc, F, W, m, d, impl):  # type: ignore[no-untyped-def]
 
 mahalanobis_and_logdet = Operator(
     "linear_mahalanobis_and_logdet(Tensor x, Tensor? loc, Tensor F, Tensor W, Tensor? m, Tensor d, str impl)"
-    " -> (Tensor mahalanobis, Tensor logdet, Tensor C_inv, Tensor v, Tensor step, Tensor WG, Tensor zF,"
+    " -> (Tensor mahalanobis, Tensor logdet, Tensor L_inv, Tensor v, Tensor step, Tensor WG, Tensor zF,"
     " Tensor residual, Tensor wide)",
     _forward,
     _forward_fake,
@@ -123,7 +123,7 @@ def _backward_fake(*inputs: Any) -> tuple[Tensor, ...]:
 
 mahalanobis_and_logdet_backward = Operator(
     "linear_mahalanobis_and_logdet_backward(Tensor grad_mahalanobis, Tensor grad_logdet, Tensor x, Tensor? loc,"
-    " Tensor F, Tensor W, Tensor? m, Tensor d, Tensor C_inv, Tensor v, Tensor step, Tensor WG, Tensor zF,"
+    " Tensor F, Tensor W, Tensor? m, Tensor d, Tensor L_inv, Tensor v, Tensor step, Tensor WG, Tensor zF,"
     " Tensor residual, Tensor wide, bool[3] needs, str impl)"
     " -> (Tensor grad_x, Tensor grad_F, Tensor grad_W, Tensor grad_m, Tensor grad_d)",
     lambda *inputs: IMPLEMENTATIONS[inputs[-1]].mahalanobis_and_logdet_backward(*inputs[:-1]),
@@ -189,19 +189,19 @@ def _logdet_fake(F, W, d, impl):  # type: ignore[no-untyped-def]
 
 
 logdet = Operator(
-    "linear_logdet(Tensor F, Tensor W, Tensor d, str impl) -> (Tensor logdet, Tensor C_inv, Tensor WG, Tensor wide)",
+    "linear_logdet(Tensor F, Tensor W, Tensor d, str impl) -> (Tensor logdet, Tensor L_inv, Tensor WG, Tensor wide)",
     lambda F, W, d, impl: IMPLEMENTATIONS[impl].logdet(F, W, d),
     _logdet_fake,
     DIMS,
 )
 
 
-def _logdet_backward_fake(grad_logdet, F, W, d, C_inv, WG, wide, needs, impl):  # type: ignore[no-untyped-def]
+def _logdet_backward_fake(grad_logdet, F, W, d, L_inv, WG, wide, needs, impl):  # type: ignore[no-untyped-def]
     return kept(torch.empty_like(F), needs[0]), like(W), kept(like(d), needs[1])
 
 
 logdet_backward = Operator(
-    "linear_logdet_backward(Tensor grad_logdet, Tensor F, Tensor W, Tensor d, Tensor C_inv, Tensor WG, Tensor wide,"
+    "linear_logdet_backward(Tensor grad_logdet, Tensor F, Tensor W, Tensor d, Tensor L_inv, Tensor WG, Tensor wide,"
     " bool[2] needs, str impl) -> (Tensor grad_F, Tensor grad_W, Tensor grad_d)",
     lambda *inputs: IMPLEMENTATIONS[inputs[-1]].logdet_backward(*inputs[:-1]),
     _logdet_backward_fake,
