@@ -16,7 +16,7 @@ from sosvae.data import Split
 from sosvae.evaluation import evaluate, features, ledger, measure, normal
 from sosvae.presets import beta_vae
 
-HEADS = {"structured": {}, "pixelwise": {}, "precision": {}, "global-local": {}}
+HEADS = {"structured": {}, "pixelwise": {}, "precision": {}, "global-local": {}, "heavy": {}}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_every_head_has_every_row(runs, tmp_path, capsys):
             assert (head, name) in rows
         points = {(p["t_P"], p["t_L"]) for p in result["curves"][head]}
         both = {(0.5, 0.0), (0.5, 1.0), (1.0, 0.0), (1.0, 1.0)}
-        assert points == (both if head in ("structured", "global-local") else {(1.0, 0.0), (1.0, 1.0)})
+        assert points == (both if head in ("structured", "global-local", "heavy") else {(1.0, 0.0), (1.0, 1.0)})
     printed = capsys.readouterr().out
     assert (tmp_path / "evaluation.md").read_text().strip() in printed
     table = [line for line in printed.splitlines() if line.startswith("| global-local | samples |")]
