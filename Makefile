@@ -10,7 +10,7 @@ PAGE := sosvae/editor/page
 .PHONY: help train test sanitize check docs page page-check bench bench-compare clean
 
 help:
-	@echo "make train   train the default SOS-VAE and a β-VAE, write the figures ($(FOLDER))"
+	@echo "make train   train a β-VAE, the global-local head on it and the paper's recipe; figures and numbers ($(FOLDER))"
 	@echo "make test    run the tests (COVERAGE=1: and say which lines they reach)"
 	@echo "make sanitize  the compiled CPU backend under sanitizers (needs GCC)"
 	@echo "make check   lint and type-check; changes nothing"

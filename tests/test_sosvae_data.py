@@ -255,3 +255,20 @@ def test_deviation_of_copies_of_one_image_is_nothing(config, tmp_path, value):
         write(tmp_path / "same" / f"{i}.png", value)
     for name in ("in", "same"):
         assert load(config(f"folder:{tmp_path / name}")).deviation() == 0
+
+
+def test_shifted_images_are_moved_with_their_edges_repeated(tmp_path):
+    for i in range(6):
+        write(tmp_path / "in" / f"{i}.png", 30 * i)
+    still = load(settings(f"folder:{tmp_path / 'in'}", tmp_path / "cache"))
+    moved = load(settings(f"folder:{tmp_path / 'in'}", tmp_path / "cache", shift=3))
+    before, after = still.batch(1, 3, 0), moved.batch(1, 3, 0)
+    assert torch.equal(after, moved.batch(1, 3, 0))
+    found = set()
+    for a, b in zip(before, after, strict=True):
+        padded = torch.nn.functional.pad(a[None], (3, 3, 3, 3), mode="replicate")[0]
+        places = [(i, j) for i in range(7) for j in range(7) if torch.equal(padded[:, i : i + 18, j : j + 20], b)]
+        assert len(places) == 1
+        found |= set(places)
+    assert len(found) > 1
+    assert torch.equal(still.first("validation", 1), moved.first("validation", 1))

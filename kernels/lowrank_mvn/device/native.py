@@ -76,8 +76,10 @@ def function(name: str, numbers: int) -> Callable[..., int]:
     def call(*values: int) -> int:
         nonlocal called
         if called is None:
-            called = getattr(library(), name)
-            called.argtypes, called.restype = [ctypes.c_char_p], ctypes.c_int64  # type: ignore[attr-defined]
+            found = getattr(library(), name)
+            found.argtypes, found.restype = [ctypes.c_char_p], ctypes.c_int64
+            called = found
+        assert called is not None
         unsure = called(pack(*values))
         if unsure < 0:
             raise MemoryError(f"no memory for {name}")
