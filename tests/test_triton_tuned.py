@@ -127,9 +127,10 @@ def launched_kernels():
 
 ROOM = "lowrank_mvn.factors"
 MODULES = [
-    "lowrank_mvn.device.solve",
+    *(f"lowrank_mvn.device.{name}" for name in ("again", "solve")),
     *(f"{ROOM}.dense.triton.{name}" for name in ("capacitance", "residual", "backward", "sampling")),
     *(f"{ROOM}.linear.triton.{name}" for name in ("moments", "residual", "backward", "sampling", "product")),
+    *(f"lowrank_mvn.local.stencil.triton.{name}" for name in ("product", "backward", "solve")),
 ]
 
 

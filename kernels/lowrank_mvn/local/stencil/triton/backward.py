@@ -106,7 +106,6 @@ def stencil_backward_kernel(
     sizes,  # S, B, channels
     image,  # planes, rows and columns
     ONE_LOC: tl.constexpr,
-    SHARED: tl.constexpr,
     KIND: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -124,9 +123,8 @@ def stencil_backward_kernel(
     mask_n = offs_n < pixels
     place = coordinates(offs_n, image)
     n = offs_n.to(tl.int64)
-    first, last = stencil, stencil + 1
-    if SHARED:
-        first, last = 0, channels
+    # One stencil is shared by all channels.
+    first, last = stencil, tl.where(tl.num_programs(1) == 1, channels, stencil + 1)
     log_t_item, s_item = of_item(log_t_at, b, 1), of_item(s_at, b, 1)
     m_item = None if m_at is None else of_item(m_at, b, 1)
     y_item = None if y_at is None else of_item(y_at, b, 1)
@@ -226,7 +224,6 @@ def _launch(
         sizes=(S, B, channels),
         image=three(spatial),
         ONE_LOC=loc is not None and loc.shape[0] == 1,
-        SHARED=stencils < channels,
         KIND=KIND,
         WINDOW=Window(*three(neighbourhood)),
         BLOCK_N=BLOCK_N,
