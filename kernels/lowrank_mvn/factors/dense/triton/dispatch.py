@@ -1,5 +1,7 @@
 """Which kernels make the density, its gradients and the normal equations of a dense factor."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,8 +26,12 @@ def _factorised(
     parts = capacitance.partial_sums(vectors, P, d, kind)
     solve.solve(parts, d, N, (L_inv, v, logdet, flags), launch.ROUNDING[kind], launch.tolerance(kind, R))
     bits = flags.view(torch.uint8)
-    parts = capacitance.partial_sums(vectors, P, d, "float64", flags=bits, mix=L_inv)
-    again.again(parts, d, N, (L_inv, v, logdet), bits)
+    mix = L_inv if kind == "float64" else None  # from products in float32 it would be no start
+    parts = capacitance.partial_sums(vectors, P, d, "float64", flags=bits, mix=mix)
+    if mix is None:
+        solve.solve(parts, d, N, (L_inv, v, logdet, flags), launch.ROUNDING["float64"], math.inf, bits)
+    else:
+        again.again(parts, d, N, (L_inv, v, logdet), bits)
     return L_inv, v, logdet, torch.ones_like(flags) if kind == "float64" else flags
 
 
