@@ -1,5 +1,7 @@
 """Which kernels make the density, its gradients and the normal equations of a dense factor."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,7 @@ from ....capacitance import inverse, sum_of_pi
 from ....device import again, heaviest, launch, solve
 from ....leverage import Gradients as Mended
 from ....leverage import Listed
-from ..aten import backward as closed_form
+from .. import aten
 from . import backward, capacitance, residual
 from .backward import Gradients, Samples
 
@@ -24,8 +26,12 @@ def _factorised(
     parts = capacitance.partial_sums(vectors, P, d, kind)
     solve.solve(parts, d, N, (L_inv, v, logdet, flags), launch.ROUNDING[kind], launch.tolerance(kind, R))
     bits = flags.view(torch.uint8)
-    parts = capacitance.partial_sums(vectors, P, d, "float64", flags=bits, mix=L_inv)
-    again.again(parts, d, N, (L_inv, v, logdet), bits)
+    mix = L_inv if kind == "float64" else None  # from products in float32 it would be no start
+    parts = capacitance.partial_sums(vectors, P, d, "float64", flags=bits, mix=mix)
+    if mix is None:
+        solve.solve(parts, d, N, (L_inv, v, logdet, flags), launch.ROUNDING["float64"], math.inf, bits)
+    else:
+        again.again(parts, d, N, (L_inv, v, logdet), bits)
     return L_inv, v, logdet, torch.ones_like(flags) if kind == "float64" else flags
 
 
@@ -52,6 +58,8 @@ def normal_equations(x: Tensor, loc: Tensor, P: Tensor, precision: Tensor) -> tu
 
 def logdet(P: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """log|Σ| [B], L⁻¹ [B, R, R] (float64) and `wide` [B]."""
+    if _few(P):
+        return aten.logdet(P, d)
     L_inv, _, log_det, wide = _factorised(P, d, launch.products(P, d))
     return log_det, L_inv, wide
 
@@ -61,7 +69,7 @@ def logdet_backward(
 ) -> tuple[Tensor, Tensor]:
     """grad_P = 2b D⁻¹PC⁻¹ and grad_d = bπ, each in its input's shape and dtype; empty where `needs` says no."""
     if _few(P):
-        return closed_form.logdet_backward(grad_logdet, P, d, L_inv, wide, needs)
+        return aten.logdet_backward(grad_logdet, P, d, L_inv, wide, needs)
     grad_P, grad_d, top = _gradients(None, grad_logdet, P, d, L_inv, wide, None, None, needs, launch.products(P, d))
     if top is not None:
         none = P.new_empty(0, *P.shape[::2], dtype=torch.float64)
@@ -80,6 +88,8 @@ def mahalanobis_and_logdet(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """q = δᵀΣ⁻¹δ [S, B], log|Σ| [B], L⁻¹ [B, R, R], v and its last step [S, B, R] (all float64), r [S, B, N] and `wide`
     [B], as `aten`'s."""
+    if _few(P):
+        return aten.mahalanobis_and_logdet(x, loc, P, d, L_inv, logdet, wide)
     S, (B, N, R), kind = x.shape[0], P.shape, launch.products(P, x, loc, d)
     q = P.new_empty(S, B, dtype=torch.float64)
     v = None
@@ -113,7 +123,7 @@ def mahalanobis_and_logdet_backward(
     """grad_x, grad_loc, grad_P, grad_d, each in its input's shape and dtype; empty where `needs` says no."""
     if _few(P):
         given = x, loc, P, d, L_inv, v, step, residual, wide
-        return closed_form.mahalanobis_and_logdet_backward(grad_mahalanobis, grad_logdet, *given, needs)
+        return aten.mahalanobis_and_logdet_backward(grad_mahalanobis, grad_logdet, *given, needs)
     need_x, need_loc, *others = needs
     kind, shared = launch.products(P, x, loc, d), loc.shape[0] != x.shape[0]
     chunks = launch.sample_chunks(x.shape[0], *P.shape[1:])

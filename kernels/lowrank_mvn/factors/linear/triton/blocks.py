@@ -16,6 +16,7 @@ grad_x, follows on the way from P to the features:
 Items that need float64 get their blocks of P in float64, made by a kernel that leaves the others alone.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -101,10 +102,11 @@ def factorised(
     if kind != "float64":
         wide |= _too_rough(F, W, d, L_inv, inverted, launch.ROUNDING[kind])
     flags = wide.view(torch.uint8)
-    if gram is None:
+    if kind != "float64":
+        out = L_inv, None, logdet, wide
+        solve.solve(add_up("float64", flags), *size, out, launch.ROUNDING["float64"], math.inf, flags)
+    elif gram is None:
         again.again(add_up("float64", flags, L_inv), *size, (L_inv, None, logdet), flags)
-    elif kind != "float64":
-        add_up("float64", flags)
     return L_inv, logdet, torch.ones_like(wide) if kind == "float64" else wide
 
 
