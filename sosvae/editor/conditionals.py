@@ -58,7 +58,7 @@ class Conditionals:
         with self._lock:
             if self._kept is None or self._kept[0] != key:
                 self._kept = key, self._made(name, asked)
-            return self._kept[1]  # type: ignore[no-any-return]
+            return self._kept[1]
 
     def _made(self, name: str, asked: dict[str, Any]) -> tuple[Any, Any]:
         p: Any = self.runs.distribution(name, asked.get("code", {}))

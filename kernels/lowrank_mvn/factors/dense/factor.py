@@ -134,8 +134,8 @@ class DenseFactor(_Dense, Factor):
                     made = op.mahalanobis_and_logdet(*observations, precision.reciprocal(), *none, impl)
                 return made[2], made[3]
 
-            found = posterior(gram, w.permute(1, 2, 0), layout.vectors(given), exactly, high)
-            L_inv_t, v = (t.to(high) for t in found)
+            root_and_v = posterior(gram, w.permute(1, 2, 0), layout.vectors(given), exactly, high)
+            L_inv_t, v = (t.to(high) for t in root_and_v)
             P = P.to(high)
             deviation = layout.restore(torch.bmm(v.mT, P.mT).transpose(0, 1))
             factor = torch.bmm(P, L_inv_t) if P.stride(-1) <= P.stride(-2) else torch.bmm(L_inv_t.mT, P.mT).mT

@@ -167,9 +167,12 @@ class LinearFactor(Linear, Factor):
                 return concatenated([a for a, _ in parts], 0), concatenated([b for _, b in parts], 1)
 
             def exactly() -> tuple[Tensor, Tensor]:
+                made = []
                 with torch.no_grad():
-                    made = (op.mahalanobis_and_logdet(*c[:-1], c[-1].reciprocal(), impl)[2:4] for c in calls)
-                    return joined([*made])
+                    for *rest, precision in calls:
+                        assert precision is not None
+                        made.append(op.mahalanobis_and_logdet(*rest, precision.reciprocal(), impl)[2:4])
+                return joined(made)
 
             gram, w = joined([op.normal_equations(*tensors, impl) for tensors in calls])
             L_inv_t, v = posterior(gram, w.permute(1, 2, 0), layout.vectors(given), exactly, high)
