@@ -51,7 +51,7 @@ struct SamplesBackward {
 
 constexpr double EPS = 0x1p-52;
 // As `capacitance.GOOD_ENOUGH`: the largest ε Cⱼⱼ C⁻¹ⱼⱼ of a C that is made of P itself, for results in the dtype.
-INLINE double good_enough(bool in_double) { return in_double ? 1e-7 : 1e-4; }
+INLINE double good_enough(bool in_double) { return in_double ? 1e-8 : 1e-5; }
 
 // As in leverage.py: below the first, 1 − h is made again; the error of a sum of leverages that float64 may leave; and
 // where every C⁻¹ⱼⱼ is below the third, P says much in all directions.
