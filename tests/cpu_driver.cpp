@@ -1,5 +1,5 @@
-// Calls of the compiled CPU backend on ragged sizes, from one thread and from several at once, to be run under sanitizers
-// (make sanitize): every byte of what is read and written has its own allocation. The numbers are tested in Python.
+// Calls of the compiled CPU backend on ragged sizes, from one thread and from several at once, to be run under
+// sanitizers (make sanitize): every byte of what is read and written has its own allocation. The numbers are tested in Python.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -58,7 +58,8 @@ struct Call {
 void all_passes(int64_t S, int64_t B, int64_t N, int64_t R, int64_t kind, bool swapped, bool one_d, int64_t threads) {
     const int64_t result = kind == 1, size = S * B;
     Array x(kind, S, B, N), loc(kind, S, B, N), P(kind, B, N, R, swapped), d(kind, 1, B, one_d ? 1 : N);
-    Array L_inv(1, B, R, R), logdet(1, 1, 1, B), q(1, 1, S, B), v(1, S, B, R), step(1, S, B, R), a(1, 1, S, B), b(1, 1, 1, B);
+    Array L_inv(1, B, R, R), logdet(1, 1, 1, B), q(1, 1, S, B), v(1, S, B, R), step(1, S, B, R);
+    Array a(1, 1, S, B), b(1, 1, 1, B);
     Array residual(result, S, B, N), grad_x(kind, S, B, N), grad_loc(kind, S, B, N), grad_P(kind, B, N, R, swapped);
     Array grad_d(kind, 1, B, one_d ? 1 : N), omega_p(kind, S, B, R), y(kind, S, B, N);
     std::vector<uint8_t> wide(B), flags(B);

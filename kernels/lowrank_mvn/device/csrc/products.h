@@ -12,7 +12,8 @@ template <class T> struct Matrix {
 };
 
 template <class T, int M, int U, class F>
-INLINE void product_tile(const Matrix<T> &c, int64_t m0, const T *rows, int64_t width, int64_t K, int64_t i, const F &f) {
+INLINE void product_tile(const Matrix<T> &c, int64_t m0, const T *rows, int64_t width, int64_t K, int64_t i,
+                         const F &f) {
     Vec<T> sums[M][U] = {};
     for (int64_t k = 0; k < K; k++)
         for (int m = 0; m < M; m++) {
@@ -33,10 +34,11 @@ INLINE void product_tiles(const Matrix<T> &c, int64_t m0, int64_t count, const T
     if constexpr (M > 1) product_tiles<T, M - 1, U>(c, m0, count, rows, width, K, i, f);
 }
 
-// f(m, i, sums) with the sums m, m + 1, ... of some pixels, for all m < count and all vectors i of `n` pixels, a multiple
-// of the lanes. Pixels are the outer loop, so that a few vectors of every row stay in the first-level cache.
+// f(m, i, sums) with the sums m, m + 1, ... of some pixels, for all m < count and all vectors i of `n` pixels, a
+// multiple of the lanes. Pixels are the outer loop, so that a few vectors of every row stay in the first-level cache.
 template <class T, class F>
-INLINE void products(const Matrix<T> &c, int64_t count, const T *rows, int64_t width, int64_t K, int64_t n, const F &f) {
+INLINE void products(const Matrix<T> &c, int64_t count, const T *rows, int64_t width, int64_t K, int64_t n,
+                     const F &f) {
     int64_t i = 0;
     for (; i + TILE_VECTORS * LANES<T> <= n; i += TILE_VECTORS * LANES<T>)
         product_tiles<T, TILE, TILE_VECTORS>(c, 0, count, rows, width, K, i, f);

@@ -26,13 +26,13 @@ struct float16 { uint16_t bits; };
 template <class U> INLINE U bits_of(float value) { U bits; memcpy(&bits, &value, sizeof bits); return bits; }
 INLINE float float_of(uint32_t bits) { float value; memcpy(&value, &bits, sizeof value); return value; }
 
-// --- One value. Without branches, so that the compiler makes vectors of the loops around them. ------------------------
+// --- One value. Without branches, so that the compiler makes vectors of the loops around them. ----------------------
 
 INLINE float value_of(float a) { return a; }
 INLINE double value_of(double a) { return a; }
 INLINE float value_of(bfloat16 a) { return float_of(uint32_t(a.bits) << 16); }
 INLINE float value_of(float16 a) {
-    // Exponent and significand moved into place are too small by 2^112; a subnormal is the fraction behind a leading one.
+    // Exponent and significand, moved into place, are too small by 2^112; a subnormal is a fraction behind a one.
     const uint32_t word = uint32_t(a.bits) << 16, sign = word & 0x80000000u, twice = word + word;
     const float normal = float_of((twice >> 4) + (0xE0u << 23)) * 0x1.0p-112f;
     const float subnormal = float_of((twice >> 17) | (126u << 23)) - 0.5f;
@@ -67,7 +67,7 @@ template <class F> INLINE void with_type(const Tensor &t, const F &f) {
     }
 }
 
-// --- Rows of pixels ---------------------------------------------------------------------------------------------------
+// --- Rows of pixels -------------------------------------------------------------------------------------------------
 
 // `n` values from index (i, j, k) on, `stride` apart; zeros behind them up to `padded`.
 template <class T> void load_row(T *row, const Tensor &t, int64_t start, int64_t stride, int64_t n, int64_t padded) {
@@ -133,8 +133,8 @@ template <class T> INLINE void transpose(Eight<T> (&a)[8]) {
     for (int i = 0; i < 8; i++) a[i] = b[i];
 }
 
-// rows[r][i] = p[i * stride + r] for columns that lie together, by squares of 8 x 8. The last square of columns overlaps
-// the one before it; where there are fewer than 8 columns it reads into the next pixels, as far as `there` pixels go.
+// rows[r][i] = p[i * stride + r] for columns that lie together, by squares of 8 x 8. The last square of columns
+// overlaps the one before it; where there are fewer than 8 columns it reads into the next pixels, as far as `there` pixels go.
 template <class T, class In>
 void load_columns(T *rows, int64_t width, const In *p, int64_t stride, int64_t n, int64_t there, int64_t R) {
     const int64_t beyond = R < 8 ? parts(8 - R, stride) : 0;

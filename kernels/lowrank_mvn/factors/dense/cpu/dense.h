@@ -63,7 +63,7 @@ template <class Call> INLINE bool of_few(const Call &call) {
     return call.R <= MOST_COLUMNS && call.N * call.R <= MOST_VALUES;
 }
 
-// --- The passes. Each is in the file of its name. ----------------------------------------------------------------------
+// --- The passes. Each is in the file of its name. --------------------------------------------------------------------
 
 // capacitance.cpp: the sums of a chunk for the first `samples` samples: lower half of PᵀD⁻¹P, w [samples, R], log|D|.
 INLINE int64_t sums_size(int64_t R, int64_t samples) { return R * (R + 1) / 2 + samples * R + 1; }
