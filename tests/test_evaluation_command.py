@@ -15,8 +15,9 @@ from sosvae.cli import main
 from sosvae.data import Split
 from sosvae.evaluation import evaluate, features, ledger, measure, normal
 from sosvae.presets import beta_vae
+from sosvae.training.head import of_run, train_head
 
-HEADS = {"structured": {}, "pixelwise": {}, "precision": {}, "global-local": {}}
+HEADS = {"structured": {}, "pixelwise": {}, "precision": {}, "global-local": {}, "heavy": {}}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_every_head_has_every_row(runs, tmp_path, capsys):
             assert (head, name) in rows
         points = {(p["t_P"], p["t_L"]) for p in result["curves"][head]}
         both = {(0.5, 0.0), (0.5, 1.0), (1.0, 0.0), (1.0, 1.0)}
-        assert points == (both if head in ("structured", "global-local") else {(1.0, 0.0), (1.0, 1.0)})
+        assert points == (both if head in ("structured", "global-local", "heavy") else {(1.0, 0.0), (1.0, 1.0)})
     printed = capsys.readouterr().out
     assert (tmp_path / "evaluation.md").read_text().strip() in printed
     table = [line for line in printed.splitlines() if line.startswith("| global-local | samples |")]
@@ -161,6 +162,20 @@ def test_normals_over_the_training_images_are_rows(runs, tmp_path, monkeypatch):
     for name in ("PCA, rank 3", "PPCA, closed form, rank 3", "factor analysis, EM, rank 3"):
         assert 4 < likelihood[name]["bits"] < 8
         assert likelihood[name]["bits"] == pytest.approx(likelihood[name]["bits_likelihood"], abs=1e-6)  # no code
+
+
+def test_heads_on_one_network_share_the_rows_beside_them(runs, tmp_path):
+    base = Run.open(runs["pixelwise"])
+    head = of_run(base.config).replace(training={"steps": 1, "save_every": 1, "evaluate_every": 1})
+    other = train_head(base, head.replace(model={"head_layers": 0}), tmp_path / "head", progress=False)
+    result = run_command([base.folder, other.folder], tmp_path / "out", "--features=none", "--images=20")
+    assert [(row["run"], row["row"]) for row in result["likelihood"]] == [
+        ("pixelwise", "pixelwise"),
+        ("pixelwise", "one σ for all pixels"),
+        ("pixelwise", "pixel-wise head refitted"),
+        ("head", "global-local"),
+        ("", "uniform"),
+    ]
 
 
 def test_features_none_leaves_distances_out(runs, tmp_path):

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lowrank_mvn import LowRankMultivariateNormal
+from lowrank_mvn import LowRankMultivariateNormal, LowRankMultivariateStudentT
 
 from ..models.observation import Observation, PixelwiseNormal
 
@@ -76,4 +76,11 @@ def _(p: PixelwiseNormal, x: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
 def _(p: LowRankMultivariateNormal, x: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
     parts = p.loc[..., counted], p.cov_factor[..., counted, :], p.cov_diag[..., counted]
     rows = LowRankMultivariateNormal(*parts, validate_args=False)
+    return rows.log_prob_and_entropy(x[..., counted])
+
+
+@_marginal.register
+def _(p: LowRankMultivariateStudentT, x: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    parts = p.df, p.loc[..., counted], p.cov_factor[..., counted, :], p.cov_diag[..., counted]
+    rows = LowRankMultivariateStudentT(*parts, validate_args=False)
     return rows.log_prob_and_entropy(x[..., counted])

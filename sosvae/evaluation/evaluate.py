@@ -83,8 +83,13 @@ def evaluate(subjects: Sequence[Subject], plan: Plan, folder: Path, bars: Bars) 
     likelihood: list[dict[str, Any]] = []
     samples: list[dict[str, Any]] = []
     curves: dict[str, list[dict[str, Any]]] = {}
+    seen: set[tuple[str, str]] = set()
     for subject in subjects:
-        likelihood += _likelihoods(subject, plan, ledger, bars)
+        likelihood.append(_likelihood(subject, plan, ledger, bars, subject.head, "", subject.vae))
+        network = subject.network, subject.digest(TEST, plan.count)
+        if plan.baselines and network not in seen:
+            likelihood += _baselines(subject, plan, ledger, bars)
+        seen.add(network)
     likelihood += _of_data(subjects, plan, ledger, bars)
     if plan.network is not None:
         for subject in subjects:
@@ -111,12 +116,9 @@ def _check(subject: Subject, plan: Plan) -> None:
 # --- Likelihood and calibration -----------------------------------------------------------------------------------
 
 
-def _likelihoods(subject: Subject, plan: Plan, ledger: Ledger, bars: Bars) -> Iterator[dict[str, Any]]:
-    """The model, one σ on its means, and the pixel-wise head refitted on its features."""
+def _baselines(subject: Subject, plan: Plan, ledger: Ledger, bars: Bars) -> Iterator[dict[str, Any]]:
+    """One σ on a network's means, and the pixel-wise head refitted on its features."""
     device = next(subject.vae.parameters()).device
-    yield _likelihood(subject, plan, ledger, bars, subject.head, "", subject.vae)
-    if not plan.baselines:
-        return
     few = min(FITTED, len(subject.indices(SELECTION)))
     chosen = bits.dequantised(subject.images.images[subject.indices(SELECTION, few)], plan.seed).to(device)
     with bars(f"{subject.name}: one σ", len(chosen)) as advanced:

@@ -70,11 +70,10 @@ class Ledger:
 
 def _read(path: Path, count: int) -> Arrays | None:
     """What was kept; none where there is nothing, or nothing whole."""
-    with (
-        suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile),
-        np.load(path, allow_pickle=False) as file,
-    ):
-        arrays = {name: file[name] for name in file.files}
+    with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        content = io.BytesIO(path.read_bytes())  # numpy leaves a file open that is not whole
+        with np.load(content, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
         if arrays and all(len(array) == count for array in arrays.values()):
             return arrays
     return None

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ..data.decode import shown
 from ..data.split import TEST, Rule
 from ..models.vae import VAE
 from ..training.checkpoint import WEIGHTS, folder_name
+from ..training.head import part_that_stays
 from ..training.run import Run
 from . import counted
 
@@ -32,6 +34,7 @@ class Subject:
         head: its observation model.
         step: of the checkpoint.
         weights: sha256 of the file of weights.
+        network: sha256 of encoder, decoder and mean: heads that were fitted to one network share it.
         counted: pixels that count, bool [N]; none: all.
         folder: of the run.
     """
@@ -40,6 +43,7 @@ class Subject:
     head: str
     step: int
     weights: str
+    network: str
     vae: VAE
     config: Config
     images: Dataset
@@ -116,12 +120,20 @@ def opened(
         config.model.head,
         loaded.step,
         digest,
+        _network(loaded.weights),
         vae.to(found).eval(),
         config,
         images,
         counted.changing(images.images, images.train),
         folder,
     )
+
+
+def _network(weights: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(part_that_stays(weights).items()):
+        digest.update(name.encode() + tensor.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def named(subjects: list[Subject]) -> list[Subject]:
