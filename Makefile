@@ -57,7 +57,7 @@ bench-compare: $(VENV)/.bench
 	$(BIN)/python -m bench.compare $(BASE) $(if $(QUICK),--quick)
 
 # What the compiled CPU backend is made of.
-NATIVE := $(wildcard kernels/lowrank_mvn/device/csrc/* kernels/lowrank_mvn/factors/*/cpu/*.cpp kernels/lowrank_mvn/factors/*/cpu/*.h)
+NATIVE := $(wildcard kernels/lowrank_mvn/device/csrc/* kernels/lowrank_mvn/*/*/cpu/*.cpp kernels/lowrank_mvn/*/*/cpu/*.h)
 
 # A stamp per extra: newer than the files that say what is installed, and what is compiled along.
 $(VENV)/.train: setup.py constraints.txt $(NATIVE) | $(VENV)/pyvenv.cfg

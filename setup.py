@@ -77,8 +77,9 @@ FOR_EACH = [
     PACKAGE / "device/csrc/algebra.cpp",
     PACKAGE / "device/csrc/variant.cpp",
     *sorted(PACKAGE.glob("factors/*/cpu/*.cpp")),
+    *sorted(PACKAGE.glob("local/*/cpu/*.cpp")),
 ]
-HEADERS = sorted([*PACKAGE.glob("device/csrc/*.h"), *PACKAGE.glob("factors/*/cpu/*.h")])
+HEADERS = sorted(path for room in ("device/csrc", "*/*/cpu") for path in PACKAGE.glob(f"{room}/*.h"))
 
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-pthread"]
 # A square root or a comparison then needs no call and no branch; infinities and NaN stay what they are.

@@ -35,7 +35,7 @@ class Decoder(nn.Module):
         return terms.sum(1, keepdim=True), terms
 
 
-def main(picture: str = "pca.png", steps: int = 150) -> dict[str, float]:
+def main(picture: str = "pca.png", steps: int = 80) -> dict[str, float]:
     torch.manual_seed(0)
     faces = sosvae.load(sosvae.DataConfig(source="faces", height=48, width=40, validation=0.2))
     train, test = faces.first("train", 1000), faces.first("test", 1000)

@@ -60,7 +60,9 @@ def third_party(output):
 
 
 def pca(output):
-    one, head = (float(re.search(rf"^{name} .* {NUMBER} bits", output, re.M)[1]) for name in ("one variance", "global"))
+    one, head = (
+        float(re.search(rf"^{name}\b.* {NUMBER} bits", output, re.M)[1]) for name in ("one variance", "global")
+    )
     assert head < one - 0.5
 
 

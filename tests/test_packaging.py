@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -38,9 +39,13 @@ def test_archive_and_wheel_install_into_an_empty_environment(tmp_path):
     build = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
     run(sys.executable, "-c", build, cwd=source)
     (archive,) = tmp_path.glob(f"sosvae-{VERSION}.tar.gz")
+    with tarfile.open(archive) as held:
+        parts = {member.name.partition("/")[2] for member in held}
+    compiled = [path for suffix in ("cpp", "h") for path in (ROOT / "kernels" / "lowrank_mvn").rglob(f"*.{suffix}")]
+    assert {path.relative_to(ROOT).as_posix() for path in compiled} <= parts
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
     run(*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path / "dist", archive)
-    (wheel,) = (tmp_path / "dist").glob(f"sosvae-{VERSION}-py3-none-any.whl")
+    (wheel,) = (tmp_path / "dist").glob(f"sosvae-{VERSION}-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"lowrank_mvn", "sosvae"}
     for package in ("lowrank_mvn", "sosvae"):

@@ -13,7 +13,7 @@ LOG_DET_TOLERANCE = 0.01  # nats
 
 EPS = torch.finfo(torch.float64).eps
 # The largest ε Cⱼⱼ C⁻¹ⱼⱼ of a C that is made of P itself in float64, for results in that dtype.
-GOOD_ENOUGH = {torch.float64: 1e-7, torch.float32: 1e-4}
+GOOD_ENOUGH = {torch.float64: 1e-8, torch.float32: 1e-5}
 # How often a C that is not is made of PL⁻ᵀ instead: each time squares what is left of the error.
 ROUNDS = 3
 
@@ -151,7 +151,7 @@ def sum_of_pi(d: Tensor, N: int, L_inv: Tensor) -> Tensor:
 def inexact(squares: Tensor, L_inv: Tensor, dtype: torch.dtype) -> Tensor:
     """Whether C made in float64 is not good enough for results in `dtype`, [B]; NaN does not count.
 
-    Rounding moves a root of C by ε√(Cⱼⱼ C⁻¹ⱼⱼ), and C⁻¹pₙ by the square of that beside itself.
+    Rounding moves C⁻¹pₙ by some ten times ε Cⱼⱼ C⁻¹ⱼⱼ of itself.
     """
     return EPS * (squares * inverse_diagonal(L_inv)).amax(-1) > GOOD_ENOUGH[dtype]
 

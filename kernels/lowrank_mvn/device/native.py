@@ -9,6 +9,7 @@ import ctypes
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,16 +72,14 @@ def function(name: str, numbers: int) -> Callable[..., int]:
     """A function of the library that takes one call of so many numbers: sizes, addresses and strides. It returns how
     many items it is not sure of."""
     pack = struct.Struct(f"={numbers}q").pack
-    called: Callable[[bytes], int] | None = None
+    called: Any = None  # looked up at the first call: without a library there is none
 
     def call(*values: int) -> int:
         nonlocal called
         if called is None:
-            found = getattr(library(), name)
-            found.argtypes, found.restype = [ctypes.c_char_p], ctypes.c_int64
-            called = found
-        assert called is not None
-        unsure = called(pack(*values))
+            called = getattr(library(), name)
+            called.argtypes, called.restype = [ctypes.c_char_p], ctypes.c_int64
+        unsure: int = called(pack(*values))
         if unsure < 0:
             raise MemoryError(f"no memory for {name}")
         return unsure

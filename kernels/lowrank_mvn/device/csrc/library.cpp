@@ -64,3 +64,6 @@ EXPORT int64_t lowrank_dense_samples_backward(const void *call) {
     return guarded(chosen->passes.dense_samples_backward, call);
 }
 EXPORT int64_t lowrank_linear_residual(const void *call) { return guarded(chosen->passes.linear_residual, call); }
+EXPORT int64_t lowrank_stencil_product(const void *call) { return guarded(chosen->passes.stencil_product, call); }
+EXPORT int64_t lowrank_stencil_backward(const void *call) { return guarded(chosen->passes.stencil_backward, call); }
+EXPORT int64_t lowrank_stencil_solve(const void *call) { return guarded(chosen->passes.stencil_solve, call); }

@@ -3,6 +3,7 @@
 
 #include "../../factors/dense/cpu/dense.h"
 #include "../../factors/linear/cpu/linear.h"
+#include "../../local/stencil/cpu/stencil.h"
 
 namespace VARIANT {
 
@@ -16,6 +17,9 @@ extern const Passes passes = {
     pass<Samples, samples>,
     pass<SamplesBackward, samples_backward>,
     pass<LinearResidual, linear_residual>,
+    pass<stencil::Product, stencil::product>,
+    pass<stencil::ProductBackward, stencil::product_backward>,
+    pass<stencil::Solve, stencil::solve>,
 };
 
 } // namespace VARIANT

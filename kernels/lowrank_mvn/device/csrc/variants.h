@@ -8,6 +8,7 @@ using Pass = int64_t (*)(const void *call);
 
 struct Passes {
     Pass dense_forward, dense_backward, dense_samples, dense_samples_backward, linear_residual;
+    Pass stencil_product, stencil_backward, stencil_solve;
 };
 
 namespace baseline { extern const Passes passes; }

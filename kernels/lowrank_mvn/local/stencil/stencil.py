@@ -193,8 +193,8 @@ class Stencil(Precision):
     def variance(self) -> Tensor:
         """diag D [..., N], exactly, differentiable: Takahashi's recursion from the last rows of the image to the first.
 
-        In float64, O(N b²) for b = channels · pixels in as many rows as a neighbourhood reaches down: seconds for a
-        colour photograph, milliseconds at 64×64.
+        In float64, O(N b²) for b pixels in as many rows as a neighbourhood reaches down, of all channels where they are
+        tied: seconds for a colour photograph, milliseconds at 64×64.
         """
         return self.banded().variance().reshape(*self.batch_shape, self.N).to(self.dtype)
 

@@ -2,8 +2,8 @@
 //
 //     grad_x = 2az = −grad_loc        grad_P = 2b D⁻¹PC⁻¹ − 2a z vᵀ        grad_d = bπ − az²
 //
-// with z = D⁻¹(r − PC⁻¹g), π = (1 − h)/d and the leverages h = diag(PC⁻¹Pᵀ)/d. 1 − h cancels where h is near one: what is
-// least of it, and its sum, tell whether the item has to be made with more care.
+// with z = D⁻¹(r − PC⁻¹g), π = (1 − h)/d and the leverages h = diag(PC⁻¹Pᵀ)/d. 1 − h cancels where h is near one: what
+// is least of it, and its sum, tell whether the item has to be made with more care.
 #include <cmath>
 
 #include "../../../device/csrc/products.h"

@@ -22,11 +22,15 @@ template <class T> void roots(T *scale, int64_t n, bool inverted) {
 
 template <class T> void multiply_rows(T *rows, int64_t count, int64_t width, const T *scale, int64_t n) {
     for (int64_t r = 0; r < count; r++)
-        for (int64_t i = 0; i < n; i += LANES<T>) store(rows + r * width + i, load(rows + r * width + i) * load(scale + i));
+        for (int64_t i = 0; i < n; i += LANES<T>) {
+            T *at = rows + r * width + i;
+            store(at, load(at) * load(scale + i));
+        }
 }
 
 template <class T>
-void sums(const Forward &call, int64_t b, int64_t from, int64_t to, int64_t s0, int64_t s1, bool triangle, double *out) {
+void sums(const Forward &call, int64_t b, int64_t from, int64_t to, int64_t s0, int64_t s1, bool triangle,
+          double *out) {
     const int64_t R = call.R, S = s1 - s0, width = row_width<T>(R), places = Sums<T>::places(R, S, triangle);
     scratch.reserve(Scratch::bytes<T>((R + S) * width) + 2 * Scratch::bytes<double>(width) +
                     Scratch::bytes<Vec<T>>(places));

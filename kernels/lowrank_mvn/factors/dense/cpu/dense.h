@@ -51,7 +51,7 @@ struct SamplesBackward {
 
 constexpr double EPS = 0x1p-52;
 // As `capacitance.GOOD_ENOUGH`: the largest ε Cⱼⱼ C⁻¹ⱼⱼ of a C that is made of P itself, for results in the dtype.
-INLINE double good_enough(bool in_double) { return in_double ? 1e-7 : 1e-4; }
+INLINE double good_enough(bool in_double) { return in_double ? 1e-8 : 1e-5; }
 
 // As in leverage.py: below the first, 1 − h is made again; the error of a sum of leverages that float64 may leave; and
 // where every C⁻¹ⱼⱼ is below the third, P says much in all directions.
@@ -60,7 +60,7 @@ constexpr double SMALL = 0.1, TOLERANCE = 1e-7, INFORMED = 1e-4;
 // Items of few pixels: up to so many columns, and values of P.
 constexpr int64_t MOST_COLUMNS = 8, MOST_VALUES = 256;
 template <class Call> INLINE bool of_few(const Call &call) {
-    return call.R <= MOST_COLUMNS && call.N * call.R <= MOST_VALUES && call.S <= 1;
+    return call.R <= MOST_COLUMNS && call.N * call.R <= MOST_VALUES;
 }
 
 // --- The passes. Each is in the file of its name. ----------------------------------------------------------------------
@@ -78,9 +78,12 @@ template <class T, class Out>
 void leave_residual(const Forward &call, int64_t b, int64_t from, int64_t to, int64_t s0, int64_t s1, double *q,
                     double *g);
 
-// few.cpp: both passes over items of few pixels, and how many are rough, or doubtful.
+// few.cpp: the passes over items of few pixels; the first two are for one sample at most, and return how many items are
+// rough, or doubtful.
 int64_t forward_of_few(const Forward &call);
 int64_t backward_of_few(const Backward &call);
+int64_t samples_of_few(const Samples &call);
+int64_t samples_backward_of_few(const SamplesBackward &call);
 
 // backward.cpp
 struct Remainder {

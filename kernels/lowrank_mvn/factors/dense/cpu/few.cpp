@@ -24,34 +24,43 @@ struct Group {
     }
 };
 
-// rows x columns values of each item, as vectors [rows][columns]; strides of the items, rows and columns.
-void gather(Lanes *to, const Tensor &t, const Group &group, const int64_t (&stride)[3], int64_t rows, int64_t columns) {
+// Strides of the items, rows and columns of a tensor [B, N, R].
+struct Strides {
+    int64_t item, row, column;
+};
+Strides of_factor(const Tensor &P) { return {P.stride[0], P.stride[1], P.stride[2]}; }
+// Of a tensor [S, B, N] the pixels are rows, of one column.
+Strides of_vector(const Tensor &t) { return {t.stride[1], t.stride[2], 0}; }
+
+// rows x columns values of each item, as vectors [rows][columns].
+void gather(Lanes *to, const Tensor &t, const Group &group, Strides stride, int64_t rows, int64_t columns) {
     with_type(t, [&](auto *data) {
         for (int64_t i = 0; i < rows; i++)
             for (int64_t j = 0; j < columns; j++)
                 for (int k = 0; k < 8; k++)
                     to[i * columns + j][k] =
-                        double(value_of(data[group.items[k] * stride[0] + i * stride[1] + j * stride[2]]));
+                        double(value_of(data[group.items[k] * stride.item + i * stride.row + j * stride.column]));
     });
 }
 
-void scatter(const Lanes *from, const Tensor &t, const Group &group, const int64_t (&stride)[3], int64_t rows,
-             int64_t columns) {
+void scatter(const Lanes *from, const Tensor &t, const Group &group, Strides stride, int64_t rows, int64_t columns) {
     with_type(t, [&](auto *data) {
         for (int64_t k = 0; k < group.count; k++)
             for (int64_t i = 0; i < rows; i++)
-                for (int64_t j = 0; j < columns; j++)
-                    put(data[group.items[k] * stride[0] + i * stride[1] + j * stride[2]], from[i * columns + j][k]);
+                for (int64_t j = 0; j < columns; j++) {
+                    const int64_t at = group.items[k] * stride.item + i * stride.row + j * stride.column;
+                    put(data[at], from[i * columns + j][k]);
+                }
     });
 }
 
 // Contiguous float64 outputs and inputs of the R x R part, `count` values an item.
 Tensor doubles(const double *data, int64_t count) { return {(char *)data, FLOAT64, {0, count, 1}}; }
 void scatter(const Lanes *from, const Tensor &t, const Group &group, int64_t rows, int64_t columns) {
-    scatter(from, t, group, {t.stride[1], columns, t.stride[2]}, rows, columns);
+    scatter(from, t, group, Strides{t.stride[1], columns, t.stride[2]}, rows, columns);
 }
 void gather(Lanes *to, const Tensor &t, const Group &group, int64_t rows, int64_t columns) {
-    gather(to, t, group, {t.stride[1], columns, t.stride[2]}, rows, columns);
+    gather(to, t, group, Strides{t.stride[1], columns, t.stride[2]}, rows, columns);
 }
 
 INLINE Lanes root_of(Lanes a) {
@@ -87,11 +96,11 @@ template <int R> void make_group(const Forward &call, const Group &group) {
     const int64_t N = call.N, S = call.S;
     scratch.reserve(Scratch::bytes<Lanes>((R + 3) * N + 1));
     Lanes *P = scratch.take<Lanes>((R + 3) * N + 1), *delta = P + R * N, *other = delta + N, *d = other + N;
-    gather(P, call.P, group, call.P.stride, N, R);
-    gather(d, call.d, group, {call.d.stride[1], call.d.stride[2], 0}, call.one_d ? 1 : N, 1);
+    gather(P, call.P, group, of_factor(call.P), N, R);
+    gather(d, call.d, group, of_vector(call.d), call.one_d ? 1 : N, 1);
     if (S) {
-        gather(delta, call.x, group, {call.x.stride[1], call.x.stride[2], 0}, N, 1);
-        gather(other, call.loc, group, {call.loc.stride[1], call.loc.stride[2], 0}, N, 1);
+        gather(delta, call.x, group, of_vector(call.x), N, 1);
+        gather(other, call.loc, group, of_vector(call.loc), N, 1);
         for (int64_t n = 0; n < N; n++) delta[n] -= other[n];
     }
 
@@ -161,8 +170,8 @@ template <int R> void make_group(const Backward &call, const Group &group) {
     scratch.reserve(Scratch::bytes<Lanes>((2 * R + 4) * N + 1));
     Lanes *P = scratch.take<Lanes>((2 * R + 4) * N + 1), *grad_P = P + R * N, *az = grad_P + R * N, *r = az + N;
     Lanes *grad_d = r + N, *d = grad_d + N;
-    gather(P, call.P, group, call.P.stride, N, R);
-    gather(d, call.d, group, {call.d.stride[1], call.d.stride[2], 0}, call.one_d ? 1 : N, 1);
+    gather(P, call.P, group, of_factor(call.P), N, R);
+    gather(d, call.d, group, of_vector(call.d), call.one_d ? 1 : N, 1);
     Lanes L_inv[R][R], v[R] = {}, step[R] = {}, a = {}, b;
     gather(&L_inv[0][0], doubles(call.L_inv, R * R), group, R, R);
     gather(&b, doubles(call.b, 1), group, 1, 1);
@@ -171,7 +180,7 @@ template <int R> void make_group(const Backward &call, const Group &group) {
         gather(&a, doubles(call.a, 1), group, 1, 1);
         gather(v, doubles(call.v, R), group, 1, R);
         gather(step, doubles(call.step, R), group, 1, R);
-        gather(r, call.residual, group, {call.residual.stride[1], call.residual.stride[2], 0}, N, 1);
+        gather(r, call.residual, group, of_vector(call.residual), N, 1);
     }
 
     // C⁻¹, and whether a product with it is good enough.
@@ -219,13 +228,69 @@ template <int R> void make_group(const Backward &call, const Group &group) {
         doubtful |= (smallest < SMALL) | (sum - expected > tolerance) | (expected - sum > tolerance);
     }
     for (int64_t k = 0; k < group.count; k++) call.doubtful[group.items[k]] = doubtful[k] != 0;
-    if (call.grad_P.data) scatter(grad_P, call.grad_P, group, call.grad_P.stride, N, R);
+    if (call.grad_P.data) scatter(grad_P, call.grad_P, group, of_factor(call.grad_P), N, R);
     if (call.grad_d.data)
         scatter(grad_d, call.grad_d, group, {call.grad_d.stride[1], call.grad_d.stride[2], 0}, call.one_d ? 1 : N, 1);
     for (int64_t n = 0; n < N; n++) az[n] *= 2;
     if (call.grad_x.data) scatter(az, call.grad_x, group, {call.grad_x.stride[1], 1, 0}, N, 1);
     for (int64_t n = 0; n < N; n++) az[n] = -az[n];
     if (call.grad_loc.data) scatter(az, call.grad_loc, group, {call.grad_loc.stride[1], 1, 0}, N, 1);
+}
+
+// The same tensor at sample s.
+Tensor at_sample(const Tensor &t, int64_t s) {
+    Tensor moved = t;
+    with_type(t, [&](auto *data) { moved.data = (char *)(data + s * t.stride[0]); });
+    return moved;
+}
+
+template <int R> void make_group(const Samples &call, const Group &group) {
+    const int64_t N = call.N;
+    scratch.reserve(Scratch::bytes<Lanes>((R + 3) * N + 1));
+    Lanes *P = scratch.take<Lanes>((R + 3) * N + 1), *root = P + R * N, *noise = root + N, *y = noise + N, omega[R];
+    gather(P, call.P, group, of_factor(call.P), N, R);
+    gather(root, call.d, group, of_vector(call.d), call.one_d ? 1 : N, 1);
+    for (int64_t n = 0; n < (call.one_d ? 1 : N); n++) root[n] = root_of(root[n]);
+    for (int64_t s = 0; s < call.S; s++) {
+        const Tensor omega_p = at_sample(call.omega_p, s);
+        gather(omega, omega_p, group, of_vector(omega_p), R, 1);
+        gather(noise, at_sample(call.omega_d, s), group, of_vector(call.omega_d), N, 1);
+        gather(y, at_sample(call.loc, s), group, of_vector(call.loc), N, 1);
+        for (int64_t n = 0; n < N; n++) {
+            y[n] += root[call.one_d ? 0 : n] * noise[n];
+            for (int k = 0; k < R; k++) y[n] += P[n * R + k] * omega[k];
+        }
+        scatter(y, at_sample(call.y, s), group, of_vector(call.y), N, 1);
+    }
+}
+
+template <int R> void make_group(const SamplesBackward &call, const Group &group) {
+    const int64_t N = call.N;
+    scratch.reserve(Scratch::bytes<Lanes>((R + 4) * N + 1));
+    Lanes *grad_P = scratch.take<Lanes>((R + 4) * N + 1), *root = grad_P + R * N, *noise = root + N, *g = noise + N;
+    Lanes *grad_d = g + N, omega[R];
+    gather(root, call.d, group, of_vector(call.d), call.one_d ? 1 : N, 1);
+    for (int64_t n = 0; n < (call.one_d ? 1 : N); n++) root[n] = root_of(root[n]);
+    for (int64_t n = 0; n < N; n++) grad_d[n] = Lanes{};
+    for (int64_t n = 0; n < R * N; n++) grad_P[n] = Lanes{};
+    for (int64_t s = 0; s < call.S; s++) {
+        const Tensor omega_p = at_sample(call.omega_p, s);
+        gather(omega, omega_p, group, of_vector(omega_p), R, 1);
+        gather(noise, at_sample(call.omega_d, s), group, of_vector(call.omega_d), N, 1);
+        gather(g, at_sample(call.grad_y, s), group, of_vector(call.grad_y), N, 1);
+        for (int64_t n = 0; n < N; n++) {
+            for (int k = 0; k < R; k++) grad_P[n * R + k] += g[n] * omega[k];
+            grad_d[n] += g[n] * noise[n];
+            noise[n] = g[n] * root[call.one_d ? 0 : n];
+        }
+        if (call.grad_omega_d.data)
+            scatter(noise, at_sample(call.grad_omega_d, s), group, of_vector(call.grad_omega_d), N, 1);
+    }
+    for (int64_t n = 1; call.one_d && n < N; n++) grad_d[0] += grad_d[n];
+    const int64_t diagonal = call.one_d ? 1 : N;
+    for (int64_t n = 0; n < diagonal; n++) grad_d[n] /= 2 * root[n];
+    if (call.grad_P.data) scatter(grad_P, call.grad_P, group, of_factor(call.grad_P), N, R);
+    if (call.grad_d.data) scatter(grad_d, call.grad_d, group, of_vector(call.grad_d), diagonal, 1);
 }
 
 template <class Call, int R = MOST_COLUMNS> void with_columns(const Call &call, const Group &group) {
@@ -239,7 +304,8 @@ constexpr int64_t UNIT = 256;
 
 template <class Call> void in_groups(const Call &call) {
     pool::each(parts(call.B, UNIT), call.threads, [&](int64_t unit) {
-        for (int64_t b = unit * UNIT; b < least(call.B, (unit + 1) * UNIT); b += 8) with_columns(call, Group(b, call.B));
+        const int64_t last = least(call.B, (unit + 1) * UNIT);
+        for (int64_t b = unit * UNIT; b < last; b += 8) with_columns(call, Group(b, call.B));
     });
 }
 
@@ -254,6 +320,16 @@ int64_t count(const uint8_t *flags, int64_t B) {
 int64_t forward_of_few(const Forward &call) {
     in_groups(call);
     return count(call.rough, call.B);
+}
+
+int64_t samples_of_few(const Samples &call) {
+    in_groups(call);
+    return 0;
+}
+
+int64_t samples_backward_of_few(const SamplesBackward &call) {
+    in_groups(call);
+    return 0;
 }
 
 int64_t backward_of_few(const Backward &call) {

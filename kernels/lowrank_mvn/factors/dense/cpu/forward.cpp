@@ -206,7 +206,7 @@ class Run {
 } // namespace
 
 int64_t forward(const Forward &call) {
-    const bool density = !call.given && !call.inverted && !call.gram;
+    const bool density = !call.given && !call.inverted && !call.gram && call.S <= 1;
     return density && of_few(call) ? forward_of_few(call) : Run(call).run();
 }
 

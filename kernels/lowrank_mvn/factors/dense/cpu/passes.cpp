@@ -22,7 +22,7 @@ static bool doubtful_rows(const double *L_inv, int64_t R, bool in_double, double
 }
 
 int64_t backward(const Backward &call) {
-    if (of_few(call)) return backward_of_few(call);
+    if (of_few(call) && call.S <= 1) return backward_of_few(call);
     const int64_t B = call.B, N = call.N, R = call.R, units = parts(N, UNIT);
     const bool of_one_d = call.grad_d.data && call.one_d, of_each_d = call.grad_d.data && !call.one_d;
     Scratch room;
@@ -32,8 +32,9 @@ int64_t backward(const Backward &call) {
     pool::each(B, call.threads, [&](int64_t b) {
         thread_local Scratch scratch;
         scratch.reserve(Scratch::bytes<double>(R * R + 2 * R));
+        double *work = scratch.take<double>(R * R + 2 * R);
         invert(call.L_inv + b * R * R, R, C_inv + b * R * R);
-        call.doubtful[b] = doubtful_rows(call.L_inv + b * R * R, R, call.in_double, scratch.take<double>(R * R + 2 * R));
+        call.doubtful[b] = doubtful_rows(call.L_inv + b * R * R, R, call.in_double, work);
     });
     pool::each(B * units, call.threads, [&](int64_t unit) {
         const int64_t b = unit / units, from = unit % units * UNIT, to = least(N, from + UNIT);
@@ -68,6 +69,7 @@ int64_t backward(const Backward &call) {
 }
 
 int64_t samples(const Samples &call) {
+    if (of_few(call)) return samples_of_few(call);
     const int64_t units = parts(call.N, UNIT), groups = parts(call.S, GROUP);
     pool::each(call.B * groups * units, call.threads, [&](int64_t unit) {
         const int64_t b = unit / units / groups, s0 = unit / units % groups * GROUP, s1 = least(call.S, s0 + GROUP);
@@ -79,13 +81,15 @@ int64_t samples(const Samples &call) {
 }
 
 int64_t samples_backward(const SamplesBackward &call) {
+    if (of_few(call)) return samples_backward_of_few(call);
     const int64_t units = parts(call.N, UNIT);
     Scratch room;
     room.reserve(Scratch::bytes<double>(call.B * units));
     double *found = room.take<double>(call.B * units);
     pool::each(call.B * units, call.threads, [&](int64_t unit) {
         const int64_t b = unit / units, from = unit % units * UNIT, to = least(call.N, from + UNIT);
-        found[unit] = call.in_double ? sample_backward<double>(call, b, from, to) : sample_backward<float>(call, b, from, to);
+        const auto pass = call.in_double ? sample_backward<double> : sample_backward<float>;
+        found[unit] = pass(call, b, from, to);
     });
     for (int64_t b = 0; call.grad_d.data && call.one_d && b < call.B; b++) {
         double sum = 0;

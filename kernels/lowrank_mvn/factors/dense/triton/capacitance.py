@@ -68,9 +68,10 @@ def _load_stacked(x, loc, P, offs_r, n, N, R: tl.constexpr, TILE: tl.constexpr):
 def _mixed(P, mix_ptr, pid, scale, n, N, R: tl.constexpr, KIND: tl.constexpr, TILE: tl.constexpr):
     """Tile `pid` of the rows AQ, with A lower triangular [R, R] and Q = P·scale, in float64."""
     BLOCK_R: tl.constexpr = TILE.ROWS
+    BLOCK_N: tl.constexpr = TILE.COLUMNS
     local = tl.arange(0, BLOCK_R)
     offs_i = pid * BLOCK_R + local
-    total = tl.zeros((BLOCK_R, TILE.COLUMNS), tl.float64)
+    total = tl.zeros((BLOCK_R, BLOCK_N), tl.float64)
     for tile in range(pid + 1):
         offs_k = tile * BLOCK_R + local
         Q = scaled(load_tile(P, offs_k, n, N, R, TILE), scale[None, :], n, N, tl.float64, KIND)

@@ -119,6 +119,9 @@ def residual_kernel(
     if ONE_D:
         d_one = tl.load(d_item[0]).to(tl.float64)
         d_inv_one = d_one if INVERTED else 1.0 / d_one
+    if v_ptr is not None:
+        r_row = r_ptr + (s * B + b) * N
+        own = _placed(tl.arange(0, BLOCK_N), TILE)
     g = tl.zeros((BLOCK_R // LANES, GROUPS, LANES), tl.float64)
     q = tl.zeros((BLOCK_N // (NEAR * GROUPS), NEAR, GROUPS), tl.float64)
     start = pid_s * length
@@ -142,14 +145,11 @@ def residual_kernel(
         else:
             d = load_row(d_item, columns, mask_n, 1.0)
             d_inv = _placed(d.to(tl.float64) if INVERTED else reciprocal(d), TILE)
-        if v_ptr is not None:
-            q += r * r * d_inv
-            rounded = narrow(r, r_ptr)
-            if pid_g == 0:
-                own = _placed(columns, TILE)
-                tl.store(r_ptr + (s * B + b) * N + own, rounded, mask=own < N)
-            r = rounded.to(tl.float64)
         z = r * d_inv
+        if v_ptr is not None:
+            q += r * z
+            if pid_g == 0:
+                tl.store(r_row + tl.full((), 1, tl.int64) * n + own, narrow(r, r_ptr), mask=n + own < N)
         g += tl.sum(tl.sum(P * z[None, :, :, :, None], 1), 1)
     out = (s * B + b) * SPLITS + pid_s
     rows_g = pid_g * BLOCK_R + tl.reshape(rows, (BLOCK_R // LANES, LANES))

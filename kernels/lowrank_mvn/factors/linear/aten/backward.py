@@ -140,8 +140,8 @@ def _again(
     size = F.shape[1] * F.shape[2] + 2 * N * len(given.x)
     if needs.d:
         few = torch.full_like(rows, L_inv.shape[1] >= N) if grads.rest is None else grads.rest.doubtful()
-        of_d = Gradients(grads.d.flatten(1))
-        mend(few & ~rows, size, pixels, d.flatten(1), L_inv, given.v, grad_q, grad_logdet, of_d)
+        found = Gradients(grads.d.flatten(1), grads.x.flatten(2) if needs.x else None)
+        mend(few & ~rows, size, pixels, d.flatten(1), L_inv, given.v, grad_q, grad_logdet, found)
     if rows.device.type != "cpu":
         return
     for t in together(rows.nonzero().squeeze(1), size + N * L_inv.shape[1]):

@@ -69,7 +69,9 @@ int64_t linear_residual(const LinearResidual &call) {
     pool::each(call.B * groups * chunks, call.threads, [&](int64_t unit) {
         const int64_t b = unit / chunks / groups, q0 = unit / chunks % groups * GROUP, q1 = least(all, q0 + GROUP);
         const int64_t from = unit % chunks * pixels, to = least(call.pixels, from + pixels);
-        const auto pass = call.in_double ? chunk<double, double> : call.wide[b] ? chunk<double, float> : chunk<float, float>;
+        auto pass = chunk<float, float>;
+        if (call.wide[b]) pass = chunk<double, float>;
+        if (call.in_double) pass = chunk<double, double>;
         pass(call, b, from, to, q0, q1, everywhere + unit * size);
     });
     for (int64_t b = 0; b < call.B; b++)

@@ -224,12 +224,17 @@ export class App {
     } catch (error) {
       this.fail(error);
       this.shownKeys = { main: "", other: "" };
-      if (this.loaded && this.history.doc === doc && this.history.index > 0) {
+      if (this.history.doc === doc && this.history.index > 0) {
         // The picture is still that of the state before: so is the state, and the failed step is gone.
         this.history.go(this.history.index - 1);
         this.history.entries.length = this.history.index + 1;
         this.doc = this.history.doc;
-        this.shownKeys = { main: JSON.stringify([this.doc.run, this.doc.code]), other: this.shownOther() };
+        if (this.loaded) {
+          this.shownKeys = { main: JSON.stringify([this.doc.run, this.doc.code]), other: this.shownOther() };
+        } else {
+          this.refresh(); // a link that could not be followed: there is no picture yet
+          return;
+        }
       }
     }
     this.busy = false;
