@@ -47,7 +47,6 @@ TEST = [
     "pytest>=8",
     "pytest-cov>=5",
     "ruff>=0.14",
-    "scipy>=1.12",  # oracle of Student's t
     "setuptools>=77",  # the test of the wheel builds one
 ]
 DOCS = [
@@ -149,7 +148,7 @@ setup(
         "torch>=2.8",
         "triton>=3.4; platform_system == 'Linux'",  # torch's CPU build does not bring it
     ],
-    extras_require={"train": TRAIN, "app": APP, "test": TEST, "bench": BENCH, "docs": DOCS},
+    extras_require={"train": TRAIN, "app": APP, "evaluate": EVALUATE, "test": TEST, "bench": BENCH, "docs": DOCS},
     cmdclass={"build_ext": BuildVariants},
     ext_modules=[extension()],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

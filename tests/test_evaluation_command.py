@@ -80,7 +80,7 @@ def test_every_head_has_every_row(runs, tmp_path, capsys):
         assert points == (both if head in ("structured", "global-local", "heavy") else {(1.0, 0.0), (1.0, 1.0)})
     printed = capsys.readouterr().out
     assert (tmp_path / "evaluation.md").read_text().strip() in printed
-    table = [line for line in printed.splitlines() if line.startswith("| global-local | samples |")]
+    table = [line for line in printed.splitlines() if line.startswith("| global-local | samples")]
     weights = likelihood["global-local", "global-local"]["weights"][:8]
     for part in ("(1, 1)", "†", "clipped and rounded to bytes", "4×4, bilinear, antialiased", weights):
         assert part in table[0]
@@ -134,7 +134,7 @@ def test_selection_decides_and_test_images_report(runs, tmp_path, monkeypatch):
         return indices(subject, part, count)
 
     monkeypatch.setattr(evaluate.Subject, "indices", recorded)
-    result = run_command([runs["structured"]], tmp_path)
+    result = run_command([runs["structured"]], tmp_path, "--no-baselines")
     assert {"validation", "test"} <= set(seen)
     assert {point["images"] for point in result["curves"]["structured"]} == {40}
     run = Run.open(runs["structured"])

@@ -84,7 +84,7 @@ def test_floor_holds_where_pixels_never_change():
 
 @pytest.mark.parametrize("per_pixel", [False, True])
 def test_gradient_comes_close_to_em(images, per_pixel):
-    fit = normal.by_gradient(images, R, per_pixel=per_pixel, steps=300, iterations=300)
+    fit = normal.by_gradient(images, R, per_pixel=per_pixel, steps=300, iterations=150)
     best = normal.by_em(images, R, per_pixel=per_pixel, tolerance=1e-6).log_prob(images)
     assert -1e-2 < best - fit.log_prob(images) < 0.1
 
