@@ -1,7 +1,8 @@
 """How far log p and its gradients are from float64, ours and torch's class: `python -m bench.exactness`.
 
-Prints the README's table, in some seconds. Each row has another kind of P; inputs come from a generator with a fixed
-seed, and float64 is torch's class on the same numbers. `tests/test_lowrank_oracle.py` has bounds at this size.
+Prints the table of `docs/exactness.md`, in some seconds. Each row has another kind of P; inputs come from a generator
+with a fixed seed, and float64 is torch's class on the same numbers. `tests/test_lowrank_oracle.py` has bounds at this
+size.
 """
 
 import argparse
@@ -71,7 +72,7 @@ def _number(value: float) -> str:
 
 
 def table(n: int = N) -> str:
-    """The README's table."""
+    """The table of `docs/exactness.md`."""
     heads = ["columns of P"]
     heads += [f"{what}, {who}" for what in ("log p off by [nats]", "gradients off by") for who in CLASSES]
     rows = []

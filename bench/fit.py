@@ -1,6 +1,6 @@
 """Peaks of training steps, measured on the CPU and predicted by `sosvae`'s model: `python -m bench.fit`.
 
-`python -m bench.fit --table` prints the README's table, from the model.
+`python -m bench.fit --table` prints the table of `docs/memory.md`, from the model.
 
 Each point runs in a fresh process: one training step after Adam's states are there and after one step of a tiny
 network, so that code loaded once is not charged to it. Two measures:
@@ -145,7 +145,7 @@ def _allocator_peak(call: Callable[[], Any]) -> int:
     return highest
 
 
-# The README's table: title, formulation, and what is set. Batch 4 at once, but for the last.
+# The table of docs/memory.md: title, formulation, and what is set. Batch 4 at once, but for the last.
 COLUMNS: list[tuple[str, str, dict[str, Any]]] = [
     ("reference formulation", "reference", {}),
     ("kernels", "kernels", {}),
@@ -157,7 +157,7 @@ BUDGETS = (4, 8, 16, 80)
 
 
 def table() -> str:
-    """Largest sides of square RGB images that the paper's network trains on at batch 4, as the README shows them."""
+    """Largest sides of square RGB images that the paper's network trains on at batch 4: docs/memory.md."""
     preset = sosvae.PRESETS["celeba"][1]
     rows = [[f"{budget} GiB"] for budget in BUDGETS]
     for _, formulation, settings in COLUMNS:
@@ -171,7 +171,7 @@ def table() -> str:
 def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.fit", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", type=int, nargs="*", help="numbers of points, from 0")
-    parser.add_argument("--table", action="store_true", help="the README's table, from the model alone")
+    parser.add_argument("--table", action="store_true", help="the table of docs/memory.md, from the model alone")
     options = parser.parse_args(args)
     if options.table:
         print(table())

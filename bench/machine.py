@@ -7,11 +7,8 @@ import json
 import math
 import os
 import platform
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,6 @@ __all__ = ["ROOT", "commit", "cores", "describe", "environment"]
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = 1 << 26  # values, 256 MiB: several times the last cache
 PRODUCT = 2048  # rows of the square matrices
-REPETITIONS = 9
 
 
 def _field(path: str, name: str) -> str | None:
@@ -66,27 +62,21 @@ def _free(device: str) -> float:
     return float(available.split()[0]) * 1024 if available else math.nan
 
 
-def _median(call: Callable[[], Any], wait: Callable[[], Any]) -> float:
-    times = []
-    for _ in range(REPETITIONS + 2):
-        wait()
-        start = time.perf_counter()
-        call()
-        wait()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
-
-
 def _rates(device: str, copied: int, product: int) -> dict[str, float]:
     """Copy bandwidth [byte/s], read and written bytes both counted, and matrix-product rate [1/s], in float32."""
     import torch
+    from torch.utils.benchmark import Timer
 
-    wait = torch.cuda.synchronize if device != "cpu" else lambda: None
     source = torch.ones(copied, device=device)
-    target = torch.empty_like(source)
-    copy = _median(lambda: target.copy_(source), wait)
     a, b = torch.randn(2, product, product, device=device)
-    multiply = _median(lambda: torch.mm(a, b), wait)
+    given = {"torch": torch, "a": a, "b": b, "source": source, "target": torch.empty_like(source)}
+
+    def seconds(statement: str) -> float:
+        timer = Timer(statement, globals=given, num_threads=torch.get_num_threads())
+        timer.timeit(2)
+        return timer.blocked_autorange(min_run_time=0.3).median
+
+    copy, multiply = seconds("target.copy_(source)"), seconds("torch.mm(a, b)")
     return {"copy_bandwidth": 2 * source.nbytes / copy, "product_rate": 2 * product**3 / multiply}
 
 

@@ -15,6 +15,21 @@ SQUARES = (Case(128, 128, 3), Case(256, 256, 3, batch=4), Case(512, 512, 3, batc
 RANKS = (10, 25, 64)
 STENCILS = (("stencil_backward", SMALL), ("stencil_backward", CELEBA), ("stencil_sample", replace(SMALL, batch=1)))
 TRAINED = (replace(SMALL, diagonal="scalar"), replace(CELEBA, batch=2, diagonal="scalar"))
+# What others use such normals for: a guide over two numbers for many plates, few and many series, small images, voxels.
+USERS = (
+    Case(1, 2, 1, batch=1, rank=1),
+    Case(1, 2, 1, batch=262_144, rank=1),
+    Case(1, 32, 1, batch=64, rank=1),
+    Case(1, 8, 1, batch=32_768, rank=4),
+    Case(1, 64, 1, batch=4096, rank=10),
+    Case(1, 1000, 1, batch=128, rank=10),
+    Case(64, 64, 1),
+    Case(64, 64, 1, batch=32),
+    Case(1, 16_747, 1, batch=1, rank=200),
+    Case(64, 64, 3, batch=16),
+    Case(128, 128, 3, batch=4, rank=10),
+    Case(100, 100, 100, batch=1, rank=5),
+)
 GROWTH = ("ours", "torch", "numpyro")  # peers of the cases in which only R or B differs: the others grow like torch's
 
 
@@ -37,6 +52,7 @@ def default_plan() -> list[Entry]:
     plan = [_entry(joint, case) for case in cases]
     plan += [_entry(joint, replace(BRAIN, rank=rank), GROWTH) for rank in RANKS if rank != BRAIN.rank]
     plan += [_entry(joint, replace(BRAIN, batch=batch), GROWTH) for batch in (2, 32)]
+    plan += [_entry(joint, case) for case in USERS if case not in cases]
     plan += [_entry(name, CELEBA) for name in ("log_prob", "entropy", "rsample_backward", "condition")]
     plan += [_entry("linear_backward", replace(CELEBA, diagonal=diagonal)) for diagonal in ("scalar", "pixel")]
     plan += [_entry(*cell) for cell in STENCILS]
@@ -48,6 +64,7 @@ def full_plan() -> list[Entry]:
     """`--benchmark-full`: every operator at all shapes, ranks, diagonals and layouts, with every peer; hours."""
     cells = [(entry.operator.name, entry.case) for entry in default_plan()]
     cells += [("train_step", replace(case, rank=128)) for case in TRAINED]
+    cells += [("rsample_backward", case) for case in USERS]
     for name in OPERATORS:
         # A linear factor has no P whose layout could be chosen.
         layouts = ("BNR",) if name == "linear_backward" else ("BNR", "BRN")

@@ -8,7 +8,7 @@ from typing import Any
 from sosvae import files
 
 from .store import Row
-from .tables import titles
+from .tables import along, titles
 
 __all__ = ["plots"]
 
@@ -35,7 +35,8 @@ def plots(rows: Sequence[Row], folder: Path, stem: str) -> list[Path]:
 
     panels = []
     for operator in dict.fromkeys(row.operator for row in rows):
-        chosen = _along_N([row for row in rows if row.operator == operator and row.status == "ok"])
+        measured = [row for row in rows if row.operator == operator and row.status == "ok"]
+        chosen = along(measured, "N", *(["B"] if operator == "train_step" else []))  # its sizes are few
         if len({row.N for row in chosen}) > 1:
             panels.append(chosen)
     written = []
@@ -82,15 +83,6 @@ def _dress(axis: Any, rows: Sequence[Row], label: str) -> None:
     axis.set_title(f"{titles(rows[0])[0]} ({sizes})", fontsize=10)
     axis.grid(True, which="major", color="0.9")
     axis.legend(fontsize=8, frameon=False)
-
-
-def _along_N(rows: Sequence[Row]) -> list[Row]:
-    """The largest set of rows of one run in which only N differs (for a training step, B too: its sizes are few)."""
-    groups: dict[tuple, list[Row]] = {}
-    for row in rows:
-        batch = 0 if row.operator == "train_step" else row.B
-        groups.setdefault((row.date, batch, row.R, row.diagonal, row.layout), []).append(row)
-    return max(groups.values(), key=lambda group: len({row.N for row in group}), default=[])
 
 
 _ERRORS = {

@@ -23,7 +23,7 @@ from .tables import TABLES, static
 
 __all__ = ["DOCUMENTS", "check", "main", "update"]
 
-DOCUMENTS = ("README.md", "bench/README.md", "kernels/LOG.md")
+DOCUMENTS = ("README.md", "docs/cpu.md", "bench/README.md", "kernels/LOG.md")
 
 _BLOCK = re.compile(r"(<!-- bench\.report (\w+) (\S+) -->\n)(.*?)(<!-- /bench\.report -->)", re.S)
 

@@ -30,6 +30,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from triton.errors import TritonError
+from triton.testing import do_bench
 
 from lowrank_mvn.device import launch, tuned
 from lowrank_mvn.device.launch import Block
@@ -38,13 +39,12 @@ from sosvae.files import write_atomically
 
 from .measure import percentile
 from .static.launches import Case, Launch
-from .worker import CACHE
 
 __all__ = ["CASES", "Device", "Sweep", "candidates", "gpu", "sweep", "tune", "write"]
 
 RANKS = (10, 25, 64, 100)  # one for each padded rank
 CASES = [Case(R, layout, B=16, N=3 * 128 * 128) for R in RANKS for layout in ("BRN", "BNR")]  # past the last cache
-CALLS = 9  # in a turn, whose time is their median
+TURN = 20  # ms; the median of its calls
 ROUNDS = 7
 FINALISTS = 4
 VALUES = (8, 64)  # least and most of a tile for each lane: fewer leave it idle, more do not fit its registers
@@ -62,22 +62,11 @@ class Device:
 
 
 def gpu() -> Device:
-    """The current CUDA or ROCm device, timed between events."""
+    """The current CUDA or ROCm device, timed by Triton: between events, the cache overwritten before each call."""
     device = torch.device("cuda", torch.cuda.current_device())
-    overwritten = torch.empty(CACHE // 4, dtype=torch.int32, device=device)
 
     def seconds(launches: Sequence[Launch]) -> float:
-        pairs = []
-        for _ in range(CALLS):
-            overwritten.zero_()  # the cache; it also takes longer than the host needs to start what follows
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for one in launches:
-                run(one)
-            end.record()
-            pairs.append((start, end))
-        torch.cuda.synchronize(device)
-        return statistics.median(start.elapsed_time(end) for start, end in pairs) / 1e3
+        return do_bench(lambda: [run(one) for one in launches], warmup=1, rep=TURN, return_mode="median") / 1e3
 
     return Device(torch.cuda.get_device_name(device), device, seconds)
 

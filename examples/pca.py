@@ -2,10 +2,10 @@
 
     python examples/pca.py [PICTURE]
 
-PCA reconstructs a face from 16 numbers and says nothing of what it leaves out but a variance. A head learns that from
-features, here the 16 terms of the reconstruction: what is common to the whole image in a low-rank part, what is common
-to neighbours in a sparse precision. Any module that returns a mean and features can stand in the place of `Decoder`,
-such as the decoder of an autoencoder that returns its last features too.
+PCA reconstructs a face from 16 numbers. Replaced: one variance for all that it leaves out, by a head over features,
+here the terms of the reconstruction: a low-rank part for the whole image, a sparse precision for neighbours. Gained:
+bits per dimension on people that it has not seen, and samples that are faces. Any module that returns a mean and
+features can stand in the place of `Decoder`, such as the decoder of an autoencoder that returns its last features too.
 """
 
 import sys
@@ -35,7 +35,7 @@ class Decoder(nn.Module):
         return terms.sum(1, keepdim=True), terms
 
 
-def main(picture: str = "pca.png", steps: int = 150) -> dict[str, float]:
+def main(picture: str = "pca.png", steps: int = 80) -> dict[str, float]:
     torch.manual_seed(0)
     faces = sosvae.load(sosvae.DataConfig(source="faces", height=48, width=40, validation=0.2))
     train, test = faces.first("train", 1000), faces.first("test", 1000)

@@ -11,6 +11,8 @@ the command line are imported where they are used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from .config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainingConfig, from_dict, to_dict
     from .data import ChangedDataError, Dataset, Split, load
@@ -59,7 +61,7 @@ __all__ = [
     "train_head",
 ]
 
-# Where the names above are, what is quick to import first.
+# Modules of the names above; those that import quickly come first.
 _HOMES = (
     *("config", "presets", "data", "models.vae", "models.observation", "models.uncertainty", "objective"),
     *("evaluation.samples", "tools.observation", "training.checkpoint", "training.lock", "training.run"),

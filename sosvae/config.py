@@ -206,7 +206,7 @@ class TrainingConfig:
     clip: float | None = None
     """Largest norm of the gradient, `None` for none (nats per unit of weight)."""
     seed: int = 0
-    """Of the weights, the data's order and all noise."""
+    """Seed of the weights, the data's order and all noise."""
     skip_limit: int = 10
     """Steps with a non-finite loss or gradient that are left out before the run stops (count)."""
     log_every: int = 50
@@ -225,18 +225,18 @@ class TrainingConfig:
     """Add noise to training images, uniform over one grey level, as a learned variance needs: bytes have densities
     without bound otherwise."""
     accumulate: int = 1
-    """Micro-batches that a step's images go through the network in, one after the other: the memory of one, the
-    gradient of all. Batch norm sees a micro-batch at a time, which is the one difference. Damping needs the whole
-    batch: an extra pass without gradients computes it, for about a third more time. Divides the batch (count)."""
+    """Micro-batches of a step, which go through the network one after the other: the memory of one, the gradient of
+    all. Batch norm sees one micro-batch at a time, which is the only difference. Damping needs the whole batch: an
+    extra pass without gradients computes it, for about a third more time. Divides the batch (count)."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of encoder and decoder while training, by autocast: bfloat16 halves what they keep. Weights, likelihood, KL,
-    multipliers and all evaluation stay in float32."""
+    """Precision of encoder and decoder while training, by autocast: bfloat16 halves what they keep. Weights,
+    likelihood, KL, multipliers and all evaluation stay in float32."""
     memory_format: Literal["channels_last", "channels_first"] = "channels_last"
     """How images lie in memory inside encoder and decoder: the same numbers to rounding. Convolutions are mostly
     faster with channels last."""
     checkpointing: Literal["none", "blocks", "stages"] = "none"
-    """Compute again in the backward pass, for less memory and more time and the same weights: nothing; the inside of
-    each residual block; that of each resolution, and of its blocks once more."""
+    """Activations that the backward pass computes again, for less memory, more time and the same weights: none; those
+    inside each residual block; those inside each resolution, and inside its blocks once more."""
     device: str = "auto"
     """`auto` (a GPU where there is one), or any name that torch knows."""
 
@@ -334,7 +334,7 @@ def differences(a: Config, b: Config) -> list[str]:
     ]
 
 
-# Where images lie and which are held out: a run compares their content, with the record of its split.
+# A run does not compare where images lie or which are held out, but their content, with the record of its split.
 OF_DATA = {"data.source", "data.cache", "data.validation"}
 MOVING = {"mean_only_steps", "batch", "lr", "decay", "clip", "seed", "accumulate", "precision", "memory_format"}
 MOVING |= {"dequantise"}

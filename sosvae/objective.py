@@ -5,12 +5,12 @@ Averages over the batch of nats per image:
     minimise   −log p(x|z)   subject to   KL(q(z|x) ‖ p(z)) ≤ ξ_KL   and   H(p(x|z)) ≤ ξ_H
 
 For a constraint with violation g (KL − ξ_KL, or H − ξ_H) and multiplier λ the loss gains (λ + c·[g])·g, where
-[·] takes no gradient and c is the damping; after each step λ ← max(0, λ + η·g), gradient ascent. As in the
-authors' code the damping acts on both sides of the limit: it holds g near 0 rather than below it, so that a
-KL under its slack does not collapse further, and the entropy is drawn up to its slack. They sum over the batch
-where we average, which multiplies c and η by its size.
+[·] takes no gradient and c is the damping; after each step λ ← max(0, λ + η·g), gradient ascent. The damping acts
+on both sides of the limit, as in the authors' code: it holds g near 0 rather than below it, so that a KL under its
+slack does not collapse further, and the entropy is drawn up to its slack. They sum over the batch,
+which multiplies their c and η by its size; we average.
 
-Where the mean is held, ‖x − μ‖² is kept at the level that the mean-only steps reached. With ē its running average, the
+A mean that is held keeps ‖x − μ‖² at the level that the mean-only steps reached. With ē its running average, the
 loss gains (λ + c·[v]₊)·½N·‖x − μ‖²/level, v = ē/level − 1.05: the second factor is what the residual costs under
 independent pixels of the variance reached, so that λ = 1 weighs the mean as a β-VAE of one variance would. The network
 has met that level, so λ stays small; it is at most 10 in any case.

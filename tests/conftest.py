@@ -1,14 +1,12 @@
 """What several test files share."""
 
-import os
-
 import pytest
 import torch
+from triton_cases import INTERPRET
 
 from lowrank_mvn import Stencil
+from lowrank_mvn.device import native
 from lowrank_mvn.factors.base import Factor
-
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_collection_modifyitems(items):
@@ -28,12 +26,36 @@ def _seed():
 def backend(monkeypatch):
     """What ours is computed with where nobody chooses: in the interpreter the kernels, for CPU tensors too."""
     if not INTERPRET:
-        return "aten"
+        return "aten" if native.missing() else "cpu"
     choose = Factor.implementation
     monkeypatch.setattr(Factor, "implementation", lambda factor, impl: choose(factor, impl or "triton"))
     choose_local = Stencil.implementation
     monkeypatch.setattr(Stencil, "implementation", lambda local, impl: choose_local(local, impl or "triton"))
     return "triton"
+
+
+@pytest.fixture
+def in_torch(monkeypatch):
+    """By default everything is computed with torch's operators, as where the compiled backend is missing."""
+    monkeypatch.setattr(native, "_MISSING", "it was not built")
+
+
+@pytest.fixture(scope="session")
+def editor_folder(tmp_path_factory):
+    """Runs for the editor's tests, made once for all of their files."""
+    from editor_cases import make_runs
+
+    return make_runs(tmp_path_factory.mktemp("page"))
+
+
+@pytest.fixture(scope="session")
+def editor_server(editor_folder):
+    """The address of `sosvae edit` over them."""
+    from editor_cases import browser_path, serving
+
+    browser_path()  # without one nobody asks
+    with serving(editor_folder / "runs" / "sos", editor_folder / "runs" / "beta") as (address, _):
+        yield address
 
 
 @pytest.fixture(params=["cpu"] if INTERPRET else ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -78,7 +78,6 @@ def write_page(folder, parameters, shape, rank, name="page.html"):
         "name": "model",
         "head": "structured",
         "shape": shape,
-        "rank": rank,
         "latents": 2,
         "source": "test",
         "step": 1,
@@ -159,7 +158,10 @@ def make_run(folder, images, head="structured", channels=1, size=(24, 20), **mod
         for name, weight in vae.head.named_parameters():
             if name.endswith("weight") and not name.startswith("variance"):
                 weight.normal_(std=0.08)
-        for _ in range(40):  # batch norm's statistics: without them every code gives the same image
+        for norm in vae.modules():
+            if isinstance(norm, torch.nn.BatchNorm2d):
+                norm.momentum = None  # the mean of all batches
+        for _ in range(6):  # batch norm's statistics: without them every code gives the same image
             vae.decode(torch.randn(32, vae.latents))
             vae.encode(torch.rand(32, *config.image_shape))
         vae.posterior.weight.normal_(std=0.5)
@@ -235,21 +237,24 @@ class Client:
         return sent[0]["status"], raw, {k.decode(): v.decode() for k, v in sent[0]["headers"]}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, chromium):
-    """Runs of both heads. (Where there is no browser nothing is made.)"""
-    root = tmp_path_factory.mktemp("page")
+def make_runs(root):
+    """Runs of both heads that the paper compares."""
     images = make_images(root / "images")
     make_run(root / "runs" / "sos", images)
     make_run(root / "runs" / "beta", images, head="pixelwise")
     return root
 
 
-@pytest.fixture(scope="module")
-def server(folder):
+@pytest.fixture
+def folder(chromium, editor_folder):
+    """Of the runs. (Where there is no browser nothing is made.)"""
+    return editor_folder
+
+
+@pytest.fixture
+def server(chromium, editor_server):
     """The address of the page."""
-    with serving(folder / "runs" / "sos", folder / "runs" / "beta") as (address, _):
-        yield address
+    return editor_server
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
-"""Factors with pixels of leverage near one, and their π and z from decimal arithmetic; data and functions, no tests."""
+"""Factors with pixels of leverage near one, and what is exact of them from decimal arithmetic; no tests."""
 
 import decimal
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,6 +44,19 @@ def _one_plane() -> Tensor:
     return P
 
 
+def _multiples() -> Tensor:
+    """One row many times over, and two others: more heavy rows than 2R in fewer directions than R."""
+    P = _rows(0, 30)
+    P[3:] = P[0] * torch.randn(30, 1, dtype=F64)
+    return P
+
+
+def _four_directions() -> Tensor:
+    P = torch.randn(40, 3, dtype=F64) @ torch.randn(3, 8, dtype=F64)
+    P[0] = 7 * torch.randn(8, dtype=F64)
+    return P
+
+
 FACTORS = {
     "3 rows, 8 columns": lambda: _rows(0),
     "8 rows, 8 columns": lambda: torch.randn(8, 8, dtype=F64),
@@ -56,6 +70,8 @@ FACTORS = {
     ),
     "duplicates": _duplicates,
     "one plane": _one_plane,
+    "multiples": _multiples,
+    "four directions": _four_directions,
     "an outlier": _outlier,
     "a column of one pixel": _sparse,
     "well conditioned": lambda: torch.randn(40, 3, dtype=F64),
@@ -70,20 +86,31 @@ def case(name: str, d: float, dtype: torch.dtype, one_d: bool) -> tuple[Tensor, 
     return x.to(dtype), P.to(dtype), diagonal.to(dtype)
 
 
-def exact(x: Tensor, P: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """diag Σ⁻¹ and Σ⁻¹x [N] of one item, by elimination with 80 digits."""
+class Exact(NamedTuple):
+    pi: Tensor  # diag Σ⁻¹ [N]
+    z: Tensor  # Σ⁻¹x [N]
+    v: Tensor  # Pᵀz [R]
+    SP: Tensor  # Σ⁻¹P [N, R]
+    q: float  # xᵀΣ⁻¹x
+    logdet: float  # log|Σ|
+
+
+def exact(x: Tensor, P: Tensor, d: Tensor) -> Exact:
+    """Of one item with μ = 0, by elimination with 80 digits."""
     with decimal.localcontext(DIGITS):
         p, diagonal, right = (_decimals(t.double()) for t in (P, d.expand(len(x)), x))
         N = len(p)
         A = p @ p.T + np.diag(diagonal)
-        B = np.concatenate([_decimals(torch.eye(N)), right[:, None]], 1)
+        B = np.concatenate([_decimals(torch.eye(N)), right[:, None], p], 1)
         for k in range(N):
             others = [n for n in range(N) if n != k]
             factor = A[others, k] / A[k, k]
             A[others, k:] -= factor[:, None] * A[k, k:]
             B[others] -= factor[:, None] * B[k]
-        B = (B / np.diag(A)[:, None]).astype(float)
-    return torch.from_numpy(B[:, :N]).diagonal(), torch.from_numpy(B[:, N])
+        B = B / np.diag(A)[:, None]
+        z, logdet = B[:, N], sum(pivot.ln() for pivot in np.diag(A))
+        pi, z_, v, SP = (torch.from_numpy(t.astype(float)) for t in (np.diag(B), z, z @ p, B[:, N + 1 :]))
+        return Exact(pi, z_, v, SP, float(z @ right), float(logdet))
 
 
 def _decimals(t: Tensor) -> np.ndarray:

@@ -1,5 +1,7 @@
 """What the tests of `LinearFactor` share: sizes, inputs, and a guard against tensors of the factor's size."""
 
+import math
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -9,7 +11,7 @@ from lowrank_mvn.factors.linear import op, op_sampling
 from lowrank_mvn.registry import Operator
 
 B, K, R, CHANNELS, HEIGHT, WIDTH = 3, 5, 16, 2, 12, 11
-N = CHANNELS * HEIGHT * WIDTH
+N, SIZES = CHANNELS * HEIGHT * WIDTH, (B, K, R, CHANNELS, (HEIGHT, WIDTH))
 KERNELS = {o.name: o.kernel for m in (op, op_sampling) for o in vars(m).values() if isinstance(o, Operator)}
 DTYPES = [torch.float64, torch.float32]
 
@@ -36,13 +38,16 @@ class NothingAsLargeAs(TorchDispatchMode):
         return out
 
 
-def tensors(dtype=torch.float64, items=(), last=False, d=0.3):
+def tensors(dtype=torch.float64, items=(), last=False, d=0.3, diagonal="pixel", samples=(), sizes=SIZES, device="cpu"):
     """Features, weight (one for each of `items`), bias, mean weight and bias, diagonal, value."""
-    F = torch.randn(B, K, HEIGHT, WIDTH, dtype=dtype)
+    (B, K, R, channels, spatial), options = sizes, {"dtype": dtype, "device": device}
+    N = channels * math.prod(spatial)
+    F = torch.randn(B, K, *spatial, **options)
     F = F.to(memory_format=torch.channels_last) if last else F
-    weight, bias = torch.randn(*items, R, CHANNELS, K, dtype=dtype), torch.randn(*items, R, CHANNELS, dtype=dtype)
-    mean = torch.randn(CHANNELS, K, dtype=dtype), torch.randn(CHANNELS, dtype=dtype)
-    return F, weight, bias, *mean, d * (0.5 + torch.rand(B, N, dtype=dtype)), torch.randn(B, N, dtype=dtype)
+    diag = d * (0.5 + torch.rand({"pixel": (B, N), "item": (B, 1), "scalar": ()}[diagonal], **options))
+    weight, bias = torch.randn(*items, R, channels, K, **options), torch.randn(*items, R, channels, **options)
+    mean = torch.randn(channels, K, **options), torch.randn(channels, **options)
+    return F, weight, bias, *mean, diag, torch.randn(*samples, B, N, **options)
 
 
 def distribution(F, weight, bias, mean_weight, mean_bias, d, materialise=False):

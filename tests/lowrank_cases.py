@@ -4,6 +4,8 @@ import torch
 import torch.distributions as td
 from torch import Tensor
 
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+
 # (id, batch, N, R, layout of P, diagonal): ragged first.
 SHAPES = [
     ("one", (1,), 1, 1, "BNR", "pixel"),
@@ -24,20 +26,20 @@ SHAPE_IDS = [shape[0] for shape in SHAPES]
 def parameters(batch, N, R, layout="BNR", diagonal="pixel", dtype=torch.float64, scale=1.0, d=1.0):
     """loc, P, d (d ± 50 %) in the layout asked for."""
     loc = torch.randn(*batch, N, dtype=torch.float64)
-    if layout == "BNR":
-        P = torch.randn(*batch, N, R, dtype=torch.float64)
-    elif layout == "BRN":
-        P = torch.randn(*batch, R, N, dtype=torch.float64).mT
-    else:  # every second row and column of something larger
-        P = torch.randn(*batch, 2 * N, 2 * R, dtype=torch.float64)[..., ::2, ::2]
+    P = factor(dtype, batch, N, R, layout, scale=scale)
     shape = {"pixel": (*batch, N), "item": (*batch, 1), "scalar": ()}[diagonal]
-    diag = d * (0.5 + torch.rand(shape, dtype=torch.float64))
-    out = loc.to(dtype), P.to(dtype) * scale, diag.to(dtype)
-    # The multiplication keeps dense layouts; a strided P is strided again.
-    return (out[0], _strided(out[1]) if layout == "strided" else out[1], out[2])
+    return loc.to(dtype), P, (d * (0.5 + torch.rand(shape, dtype=torch.float64))).to(dtype)
 
 
-def _strided(P: Tensor) -> Tensor:
+def factor(dtype, batch, N, R, layout, scale=1.0, **options) -> Tensor:
+    """P [*batch, N, R], random, made in float64."""
+    shape = (R, N) if layout == "BRN" else (N, R)
+    P = (torch.randn(*batch, *shape, dtype=torch.float64, **options) * scale).to(dtype)
+    return P.mT if layout == "BRN" else strided(P) if layout == "strided" else P
+
+
+def strided(P: Tensor) -> Tensor:
+    """Every second row and column of something larger, in which all else is NaN."""
     holder = P.new_full((*P.shape[:-2], 2 * P.shape[-2], 2 * P.shape[-1]), float("nan"))
     holder[..., ::2, ::2] = P
     return holder[..., ::2, ::2]
@@ -63,6 +65,13 @@ def gradients(function, *tensors: Tensor) -> list[Tensor]:
     """Gradients of `function` of leaf copies, strides kept."""
     leaves = [t.detach().requires_grad_() for t in tensors]
     return list(torch.autograd.grad(function(*leaves), leaves, allow_unused=False))
+
+
+def loss(distribution, value: Tensor) -> Tensor:
+    """One that tells log-density and entropy apart, and items too."""
+    log_prob, entropy = distribution.log_prob(value), distribution.entropy()
+    weights = torch.arange(1, log_prob.numel() + 1, dtype=torch.float64).view(log_prob.shape)
+    return (log_prob.double() * weights).sum() - 0.7 * entropy.double().sum()
 
 
 def rounded(t: Tensor) -> Tensor:

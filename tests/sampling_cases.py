@@ -1,8 +1,8 @@
 """Inputs, oracle and the one check of samples with their gradients, for every implementation; without tests."""
 
 import torch
+from lowrank_cases import BF16, F16, F32, F64, factor
 
-F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 TOLERANCE = {F32: 3e-7, F64: 1e-13, BF16: 4e-3, F16: 6e-4}
 
 # dtype, S, B, N, R, layout of P, diagonal, whether all samples share the mean
@@ -32,13 +32,9 @@ def name(case) -> str:
 
 
 def inputs(dtype, S, B, N, R, layout="BRN", diagonal="pixel", shared=True, device="cpu"):
-    """μ, P, d and ω_p in canonical shapes; what lies between the elements of a strided P is NaN."""
+    """μ, P, d and ω_p in canonical shapes."""
     options = {"dtype": F64, "device": device}
-    P = (torch.randn(B, R, N, **options).mT if layout == "BRN" else torch.randn(B, N, R, **options)).to(dtype)
-    if layout == "strided":
-        holder = P.new_full((B, 2 * N, 2 * R), float("nan"))
-        holder[:, ::2, ::2] = P
-        P = holder[:, ::2, ::2]
+    P = factor(dtype, (B,), N, R, layout, device=device)
     d = 0.5 + torch.rand(B, N if diagonal == "pixel" else 1, **options)
     loc, omega_p = torch.randn(1 if shared else S, B, N, **options), torch.randn(S, B, R, **options)
     return loc.to(dtype), P, d.to(dtype), omega_p.to(dtype)
@@ -76,6 +72,3 @@ def check(implementation, case, given: bool, device) -> None:
     alone = implementation.rsample_backward(grad_y, P, d, omega_p, omega_d, seed, [False, True, False])
     assert torch.equal(alone[1], ours[1])
     assert alone[0].numel() == alone[2].numel() == 0
-
-
-__all__ = ["CASES", "check", "formula", "inputs", "name"]

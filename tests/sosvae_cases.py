@@ -1,10 +1,14 @@
 """What the tests of `sosvae` share."""
 
 import json
+import os
+from contextlib import contextmanager
 
+import pytest
 import torch
 
 from sosvae import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainingConfig
+from sosvae.training import loop
 
 
 def faces(cache) -> Config:
@@ -56,6 +60,29 @@ def options(config, folder):
         *("--model.rank=1", "--model.latents=2", "--model.depth=1", "--training.batch=4", "--training.device=cpu"),
         *("--training.steps=4", "--training.evaluate-batches=1", "--training.no-tensorboard"),
     ]
+
+
+def killed(*args, **kwargs):
+    raise SystemExit
+
+
+def signalled(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+@contextmanager
+def before_step(act, step=None):
+    """Calls `act` before the step of this number, or before each."""
+    original = loop.train_step
+
+    def acting(state, *args):
+        if step in (None, state.step):
+            act()
+        return original(state, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", acting)
+        yield
 
 
 def set_training(config, **values):

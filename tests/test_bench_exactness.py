@@ -1,4 +1,4 @@
-"""The README's table of errors against float64."""
+"""The documents' table of errors against float64."""
 
 from pathlib import Path
 
@@ -17,4 +17,4 @@ def test_exactness_of_the_table():
     lines = exactness.table(n).splitlines()
     assert [line.split("|")[1].strip() for line in lines] == ["columns of P", "---", *exactness.KINDS]
     assert "raises" in lines[-1]
-    assert lines[0] in (ROOT / "README.md").read_text()
+    assert lines[0] in (ROOT / "docs" / "exactness.md").read_text()

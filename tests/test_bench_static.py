@@ -325,28 +325,25 @@ def test_a_linear_factor_is_covered(monkeypatch, capsys):
         assert sizes == {None, "75×256×64", "78×64×256", "256×78×64"}  # P, grad_W and grad_m, grad_F
 
 
-def _hang(pipe):
-    """A child whose second launch never ends, and that starts again after it."""
-    case, target, wanted = pipe.recv()
-    for i in wanted:
-        head = {"kernel": f"k{i}", "case": case.name, "target": target}
-        pipe.send(("begins", head))
-        if i == 1:
-            time.sleep(60)
-        pipe.send(("row", head))
-    pipe.send(("done", None))
-    pipe.recv()
+def _hang(case, target, i):
+    """The second launch never ends, the fourth kills its compiler."""
+    if i == 1:
+        time.sleep(60)
+    if i == 3:
+        os._exit(1)
+    return {"registers": i}
 
 
-def test_a_compiler_that_hangs_costs_one_row(monkeypatch):
+def test_a_compiler_that_hangs_or_dies_costs_one_row(monkeypatch):
     pytest.importorskip("triton")
     from bench.static import children
-    from bench.static.launches import Case
+    from bench.static.launches import Case, captured
 
-    monkeypatch.setattr(children, "_work", _hang)
-    monkeypatch.setattr(children, "distinct", lambda tasks: [(*task, [0, 1, 2]) for task in tasks])
+    monkeypatch.setattr(children, "compiled", _hang)
+    monkeypatch.setattr(children, "distinct", lambda tasks: [(*task, [0, 1, 2, 3, 4]) for task in tasks])
     fork = multiprocessing.get_context("fork")  # "_hang" as it is here, and nothing imported again
     monkeypatch.setattr(children.multiprocessing, "get_context", lambda kind: fork)
-    rows = children.compile_all([(Case(3), "sm_90")], 1, 0.5, lambda row: None)
-    assert [row["kernel"] for row in rows] == ["k0", "k1", "k2"]
-    assert [row.get("error") for row in rows] == [None, "given up after 0.5 s", None]
+    rows = children.compile_all([(Case(3), "sm_90")], 1, 1.0, lambda row: None)
+    assert [row["kernel"] for row in rows] == [launch.name for launch in captured(Case(3), "sm_90")[:5]]
+    found = [row.get("registers", row.get("error")) for row in rows]
+    assert found == [0, "given up after 1 s", 2, "the compiler died", 4]

@@ -122,7 +122,7 @@ def test_every_order_of_calls_and_backward_passes(kind):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_what_counts_no_version_is_noticed_after_a_backward_pass_or_a_step(fused):
+def test_hidden_writes_are_noticed_after_a_backward_pass_or_a_step(fused):
     """A write through `.data` into the midst of a large tensor, and the fused optimisers, which hide alike."""
     loc, P, d, x = torch.zeros(900), leaf(900, 2), torch.ones(900), torch.randn(900)
     loc, d, x = loc.double(), d.double(), x.double()
@@ -156,7 +156,7 @@ def test_a_conditional_of_a_stencil_follows_its_weights(change):
         torch.testing.assert_close(copy.deepcopy(conditional).entropy(), expected[0])
 
 
-def test_what_the_density_saved_may_change_before_the_entropy_is_differentiated():
+def test_entropy_keeps_its_gradient_when_value_or_mean_change():
     """Value and mean, which the entropy does not depend on, share a node with it."""
     leaves, arguments = dense()
     x = torch.randn(B, N, dtype=torch.float64)

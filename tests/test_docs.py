@@ -26,6 +26,18 @@ def test_public_names(package):
             assert thing.__doc__, f"{package}.{name} has no docstring"
 
 
+def test_readme_is_for_ten_minutes():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 750
+
+
+def test_every_page_is_in_the_index():
+    """Sphinx says so too, where the site is built."""
+    docs = ROOT / "docs"
+    listed = set(re.findall(r"^[\w/]+$", (docs / "index.md").read_text(encoding="utf-8"), re.M))
+    pages = {path.relative_to(docs).with_suffix("").as_posix() for path in docs.rglob("*.md")}
+    assert pages - {"index"} == listed
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=IDS)
 def test_snippets_run(document, tmp_path, monkeypatch):
     """Every ```python block, in order and in one namespace."""
@@ -51,3 +63,5 @@ def test_paths_exist(document):
 
 # Files that a run directory holds; the trainer writes them, the repository does not.
 GENERATED = {"config.json", "figures/", "checkpoints/", "kernels/__init__.py", "__init__.py", "sheet.png"}
+# And what `sosvae evaluate` writes.
+GENERATED |= {"likelihood.csv", "samples.csv", "temperatures.png"}

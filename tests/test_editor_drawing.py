@@ -10,6 +10,7 @@ from editor_cases import (  # noqa: F401  (fixtures among them)
     press,
     ready,
     server,
+    settled,
     shown,
     spot,
     tab,
@@ -111,7 +112,8 @@ def test_a_stroke_goes_on_over_the_border(page):  # noqa: F811
 
 
 def test_a_firm_stroke_holds_and_a_soft_one_gives_way(page):  # noqa: F811
-    draw(page, (4, 4), (10, 4))
+    page.evaluate("sosvae.app.setPrefs({diameter: 1})")
+    draw(page, (4, 4), (4, 4))
     panel(page, "Edit")
     firmness = page.get_by_label("How firmly stroke 1 is meant, number")
     firmness.fill("0")
@@ -153,6 +155,60 @@ def test_painting_by_keyboard_alone(page):  # noqa: F811
         page.keyboard.press(key)
     x, y = page.evaluate("[sosvae.stage.cursor.x, sosvae.stage.cursor.y]")
     assert shown(page)[int(y), int(x)] == 255
+
+
+def test_a_lasso_by_keyboard_alone(page):  # noqa: F811
+    page.keyboard.press("l")
+    page.locator("#canvas").focus()
+    before = shown(page)
+    for key in ["ArrowUp"] * 5 + ["Enter"] + ["Shift+ArrowRight", "Enter"] + ["Shift+ArrowDown", "Enter"]:
+        page.keyboard.press(key)
+    np.testing.assert_array_equal(shown(page), before)
+    page.keyboard.press("Enter")
+    inside = page.evaluate("sosvae.app.frame.pinned")
+    assert 20 < inside < 40
+    assert shown(page)[8, 16] == 255
+    page.keyboard.press("Control+z")
+    np.testing.assert_array_equal(shown(page), before)
+    for key in ["Enter", "ArrowRight", "Enter", "ArrowUp", "Enter", "Escape"]:
+        page.keyboard.press(key)
+    assert page.evaluate("sosvae.app.doc.strokes.length") == 0
+    page.keyboard.press("Enter")
+    page.get_by_role("tab", name="Edit", exact=True).focus()
+    assert page.evaluate("sosvae.app.live") is None
+
+
+def test_a_colour_is_taken_by_keyboard_and_the_view_follows_the_cursor(page):  # noqa: F811
+    page.evaluate("sosvae.stage.zoomBy(4)")
+    page.locator("#canvas").focus()
+    for _ in range(3):
+        page.keyboard.press("Shift+ArrowRight")
+        page.keyboard.press("Shift+ArrowDown")
+    assert page.evaluate("[Math.floor(sosvae.stage.cursor.x), Math.floor(sosvae.stage.cursor.y)]") == [19, 23]
+    x, y = spot(page, 19, 23)
+    box = page.locator("#canvas").bounding_box()
+    assert box["x"] <= x <= box["x"] + box["width"]
+    assert box["y"] <= y <= box["y"] + box["height"]
+    page.keyboard.press("i")
+    page.keyboard.press("Enter")
+    assert round(255 * page.evaluate("sosvae.app.prefs.colour[0]")) == shown(page)[23, 19]
+
+
+def test_a_pen_presses(page):  # noqa: F811
+    page.evaluate("sosvae.app.setPrefs({diameter: 10}); sosvae.stage.canvas.setPointerCapture = () => {}")
+    widths = []
+    for pressure in (0.05, 1):
+        x, y = spot(page, 10, 12)
+        for kind in ("pointerdown", "pointerup"):
+            page.evaluate(
+                "([kind, x, y, pressure]) => sosvae.stage.canvas.dispatchEvent(new PointerEvent(kind, {pointerId: 5,"
+                " pointerType: 'pen', button: 0, bubbles: true, clientX: x, clientY: y, pressure}))",
+                [kind, x, y, pressure],
+            )
+        settled(page)
+        widths.append(page.evaluate("sosvae.app.frame.pinned"))
+        page.evaluate("sosvae.app.undo()")
+    assert widths[0] < 10 < 60 < widths[1]
 
 
 def test_undo_on_a_layout_of_another_script(page):  # noqa: F811

@@ -12,12 +12,8 @@ from sosvae.editor.runs import Runs
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("export")
-    images = make_images(root / "images")
-    make_run(root / "runs" / "sos", images)
-    make_run(root / "runs" / "beta", images, head="pixelwise")
-    return root
+def folder(editor_folder):
+    return editor_folder
 
 
 def test_the_file_needs_nothing_else(folder, capsys):
@@ -55,10 +51,11 @@ def test_without_the_data_codes_are_from_the_prior(tmp_path):
     assert '"kind": "seed", "seed": 1' in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
-def test_size_of_a_file_of_eight_codes(folder, tmp_path):
+@pytest.mark.parametrize("head", ["structured", "global-local"])
+def test_size_of_a_file_of_eight_codes(tmp_path, head):
     """At 48×40 and R = 10; the page itself included."""
     images = make_images(tmp_path / "images", size=(48, 40))
-    make_run(tmp_path / "run", images, size=(48, 40), rank=10)
+    make_run(tmp_path / "run", images, size=(48, 40), rank=10, head=head)
     assert export(Runs([tmp_path / "run"]), tmp_path / "page.html", 8)["bytes"] <= 1_000_000
 
 
@@ -85,3 +82,27 @@ def test_it_works_from_a_disk(folder, tab):  # noqa: F811
     until(tab, "!!sosvae.app.frame.other")
     assert all(url.startswith(("file:", "blob:", "data:")) for url in asked), asked
     assert sum(url.startswith("file:") for url in asked) == 1
+
+
+def test_a_link_to_a_code_that_is_not_in_the_file_opens_it_all_the_same(folder, tab):  # noqa: F811
+    path = folder / "one.html"
+    export(Runs([folder / "runs" / "sos"]), path, 1)
+    tab.goto(path.as_uri())
+    ready(tab)
+    first = shown(tab)
+    tab.evaluate(
+        """async () => {
+          const {app} = sosvae;
+          const session = {format: 'sosvae-edit', version: 1, doc: {...app.doc, code: {kind: 'heldout', index: 99}}};
+          const stream = new Blob([JSON.stringify(session)]).stream().pipeThrough(new CompressionStream('deflate-raw'));
+          const bytes = new Uint8Array(await new Response(stream).arrayBuffer());
+          const text = btoa(String.fromCharCode(...bytes));
+          globalThis.name = text.replace(/\\+/g, '-').replace(/\\//g, '_').replace(/=+$/, '');
+        }"""
+    )
+    link = tab.evaluate("globalThis.name")
+    tab.goto("about:blank")
+    tab.goto(f"{path.as_uri()}#s={link}")
+    tab.get_by_text("This file holds a few codes only").wait_for()
+    ready(tab)
+    np.testing.assert_array_equal(shown(tab), first)

@@ -6,81 +6,14 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from editor_cases import chromium, ready, write_page  # noqa: F401  (a fixture)
+from editor_cases import chromium  # noqa: F401  (a fixture)
+from editor_maths_cases import core, edit  # noqa: F401  (a fixture)
 
-from lowrank_mvn import LowRankMultivariateNormal
-from sosvae.editor.parameters import Prediction, pack, predict
+from lowrank_mvn import LowRankMultivariateNormal, LowRankMultivariateStudentT
+from sosvae.editor.parameters import pack, predict
 
 SMALL, LARGE = (1, 48, 40), (3, 218, 178)
 GREY_LEVEL = 1 / 255
-
-# One call does an edit and reads everything off; arrays travel in base64.
-EDIT = """
-({raw, d, key, strokes, scales, index}) => {
-  const {Parameters, Pins, Posterior, logDensity} = sosvae.core;
-  const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer;
-  const text = (array) => {
-    const u = new Uint8Array(array.buffer); let s = '';
-    for (let i = 0; i < u.length; i += 32768) s += String.fromCharCode(...u.subarray(i, i + 32768));
-    return btoa(s);
-  };
-  const models = globalThis.models ??= {};
-  const read = models[key] ??= Parameters.read(bytes(raw));
-  const {channels, height, width, loc, B, R} = read;
-  const p = new Parameters(channels, height, width, loc, B, R, new Float32Array(bytes(d)));
-  const pins = new Pins(p);
-  for (const {tau, indices, values} of strokes) {
-    pins.begin(tau);
-    const at = new Int32Array(bytes(indices)), b = new Float32Array(bytes(values));
-    for (let i = 0; i < at.length; i++) pins.put(at[i], b[i]);
-  }
-  const a = scales ?? new Array(p.R).fill(1);
-  const posterior = new Posterior(p, pins, a);
-  const image = posterior.image(posterior.coefficients(), new Float32Array(p.N));
-  const result = {
-    image: text(image),
-    deviation: text(posterior.standardDeviation(new Float32Array(p.N))),
-    row: text(posterior.covarianceRow(index, new Float32Array(p.N))),
-    density: logDensity(p, image, a),
-    surprise: posterior.surprise(),
-  };
-  while (pins.strokes.length) pins.pop();
-  result.left = Math.max(0, ...pins.sums.S.map(Math.abs), ...pins.sums.h.map(Math.abs));
-  return result;
-}
-"""
-
-
-@pytest.fixture(scope="module")
-def core(chromium, tmp_path_factory):  # noqa: F811
-    """A page for its mathematics alone."""
-    folder = tmp_path_factory.mktemp("core")
-    raw = pack(Prediction(np.zeros(4, np.float32), None, np.ones(1, np.float32)), (1, 2, 2))
-    page = chromium.new_page()
-    page.goto(write_page(folder, raw, (1, 2, 2), 0))
-    ready(page)
-    yield page
-    page.close()
-
-
-def edit(core, prediction, shape, strokes, index, scales=None, precision="float32"):
-    """What the page makes of an edit. The large arrays travel once for each model."""
-
-    def text(array):
-        return base64.b64encode(array.tobytes()).decode()
-
-    packed = [
-        {"tau": tau, "indices": text(at.astype(np.int32)), "values": text(values.astype(np.float32))}
-        for tau, at, values in strokes
-    ]
-    key = f"{hash(prediction.loc.tobytes() + prediction.factor.tobytes())} {precision}"
-    arguments = {"key": key, "d": text(prediction.d), "strokes": packed, "index": index, "scales": scales}
-    if not core.evaluate("(key) => !!globalThis.models?.[key]", key):
-        arguments["raw"] = base64.b64encode(pack(prediction, shape, precision)).decode()
-    result = core.evaluate(EDIT, arguments)
-    for name in ("image", "deviation", "row"):
-        result[name] = torch.frombuffer(bytearray(base64.b64decode(result[name])), dtype=torch.float32).double()
-    return result
 
 
 @cache
@@ -112,7 +45,7 @@ def pinned(N, kind):
     [(SMALL, 10, "independent"), (SMALL, 10, "nearly collinear"), (LARGE, 25, "independent")],
     ids=["48x40", "48x40 collinear", "218x178x3"],
 )
-def test_conditional_density_and_covariance(core, shape, R, columns, d, kind):
+def test_conditional_density_and_covariance(core, shape, R, columns, d, kind):  # noqa: F811
     """Of `p.condition`, `covariance_row` and `log_prob` in float64."""
     p = model(shape, R, d, columns)
     N = p.event_shape[0]
@@ -142,7 +75,7 @@ def test_conditional_density_and_covariance(core, shape, R, columns, d, kind):
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["the model", "scaled components"])
 @pytest.mark.parametrize("learned", [False, True], ids=["one d", "d per pixel"])
-def test_soft_pins_against_dense_algebra(core, learned, scaled):
+def test_soft_pins_against_dense_algebra(core, learned, scaled):  # noqa: F811
     """Strokes of different firmness, the later one over part of the earlier, against Σ itself."""
     shape, R = (3, 8, 9), 6
     N = int(np.prod(shape))
@@ -178,16 +111,16 @@ def test_soft_pins_against_dense_algebra(core, learned, scaled):
     assert result["left"] == 0
 
 
-def test_samples_have_the_conditional_covariance(core):
+def test_samples_have_the_conditional_covariance(core):  # noqa: F811
     """ω = ω̂ + L₂⁻ᵀε with ε standard normal: the covariance of what it draws is that of the posterior."""
     p = model((1, 16, 16), 4, 1e-3)
     raw = base64.b64encode(pack(predict(p), (1, 16, 16))).decode()
     covariance = core.evaluate(
         """(raw) => {
-          const {Parameters, Pins, Posterior, normals} = sosvae.core;
+          const {Parameters, Pins, posteriorOf, normals} = sosvae.core;
           const p = Parameters.read(Uint8Array.from(atob(raw), (c) => c.charCodeAt(0)).buffer);
           const pins = new Pins(p); pins.begin(0); pins.put(3, 1); pins.put(40, 0);
-          const posterior = new Posterior(p, pins, [1, 1, 1, 1]);
+          const posterior = posteriorOf(p, pins, [1, 1, 1, 1]);
           const y = new Float32Array(p.N); let sum = 0, square = 0; const count = 4000;
           for (let s = 0; s < count; s++) {
             posterior.image(posterior.coefficients(normals(s, 4)), y, normals(s + 1e6, p.N));
@@ -201,7 +134,41 @@ def test_samples_have_the_conditional_covariance(core):
     assert covariance[0] == pytest.approx(covariance[1], rel=0.1)
 
 
-def test_float16_is_off_by_what_it_says(core):
+@pytest.mark.parametrize("df", [2.5, 40.0, 1e6])
+def test_student_t(core, df):  # noqa: F811
+    """Of `condition`, `covariance_row`, `variance` and `log_prob` of the t in Python."""
+    normal = model(SMALL, 10, 1e-3)
+    p = LowRankMultivariateStudentT(df, normal.loc.double(), normal.cov_factor.double(), 1e-3, validate_args=False)
+    N = p.event_shape[0]
+    at, values = pinned(N, "a stroke"), np.random.default_rng(3).random(200).astype(np.float32)
+    index = int(np.setdiff1d(np.arange(N), at)[0])
+    result = edit(core, predict(p), SMALL, [(0.0, at, values)], index)
+    observed = torch.zeros(N, dtype=torch.bool)
+    observed[torch.from_numpy(at)] = True
+    edited = p.loc.clone()
+    edited[0, torch.from_numpy(at)] = torch.from_numpy(values).double()
+    conditional = p.condition(edited, observed)
+    assert (result["image"] - conditional.loc[0]).abs().max() < GREY_LEVEL
+    row, deviation = conditional.covariance_row(index)[0], conditional.variance[0].sqrt()
+    assert (result["row"] - row).abs().max() < 1e-3 * row.abs().max()
+    assert (result["deviation"] - deviation).abs().max() < 1e-3 * deviation.max()
+    assert result["density"] == pytest.approx(p.log_prob(result["image"][None]).item(), rel=1e-6)
+    unpinned = edit(core, predict(p), SMALL, [], index)
+    torch.testing.assert_close(unpinned["deviation"].square(), p.variance[0], rtol=1e-4, atol=0)
+
+
+def test_what_widens_a_sample_of_a_t_is_chi_square(core):  # noqa: F811
+    for df in (1.0, 4.0, 60.0):
+        drawn = core.evaluate(
+            "(df) => { let a = 0, b = 0; for (let s = 0; s < 20000; s++) {"
+            " const x = sosvae.core.chiSquare(s, df); a += x; b += x * x; } return [a / 20000, b / 20000]; }",
+            df,
+        )
+        assert drawn[0] == pytest.approx(df, rel=5 * np.sqrt(2 / df / 20000))
+        assert drawn[1] - drawn[0] ** 2 == pytest.approx(2 * df, rel=0.15 if df > 2 else 0.3)
+
+
+def test_float16_is_off_by_what_it_says(core):  # noqa: F811
     shape = (1, 48, 40)
     p = model(shape, 10, 1e-5, "nearly collinear")
     prediction = predict(p)

@@ -212,12 +212,30 @@ def test_a_conditional_worked_out_here(call, runs):
     sampled = {**asked, "seed": 3}
     again = [unpack(call("POST", "/api/condition", json.dumps(sampled).encode())[1])[1]["loc"] for _ in range(2)]
     np.testing.assert_array_equal(*again)
-    for wrong in (
-        {"indices": [10**6], "values": [0]},
-        {"indices": [1, 2], "values": [0]},
-        {"indices": [-1], "values": [0]},
-    ):
-        assert call("POST", "/api/condition", json.dumps({**asked, **wrong}).encode())[0] == 404
+    assert unpack(raw)[0]["log_density"] == pytest.approx(float(p.log_prob(torch.tensor(image)[None])), rel=1e-4)
+    cold = {**sampled, "temperature": [0, 0]}
+    np.testing.assert_allclose(
+        unpack(call("POST", "/api/condition", json.dumps(cold).encode())[1])[1]["loc"], image, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"indices": [10**6]}, {"indices": [1, 2]}, {"indices": [-1]}, {"indices": [[3]]}, {"indices": "3"},
+        {"indices": [10**30]}, {"values": [float("nan")]}, {"values": None}, {"values": [{}]}, {"variances": [-1]},
+        {"variances": [1, 2]}, {"variances": [float("inf")]}, {"variances": [0.1]}, {"scales": [1]}, {"scales": "x"},
+        {"seed": "x"}, {"seed": float("inf")}, {"seed": 1, "temperature": [1]}, {"seed": 1, "temperature": [1, -1]},
+        {"seed": 1, "temperature": [1, float("nan")]}, {"seed": 1, "temperature": 3}, {"run": "../structured"},
+        {"code": {"kind": "seed"}}, {"code": []},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_no_edit_is_told_so(call, wrong):
+    asked = {"run": "structured", "code": {"kind": "seed", "seed": 1}, "indices": [3], "values": [1.0], **wrong}
+    status, raw, _ = call("POST", "/api/condition", json.dumps(asked).encode())
+    assert status == 404, raw
+    assert raw
 
 
 def test_saving_stays_in_the_run_s_folder(call, runs):

@@ -14,6 +14,7 @@ from lowrank_cases import gradients, relative
 from stencil_cases import COLOUR, F64, GREY, IDS, SHAPES, Dense, make, of_parts, parts, textbook_condition
 
 from lowrank_mvn import GlobalLocalNormal, LinearFactor, LinearMean, LowRankMultivariateNormal, Stencil
+from sosvae.tools.observation import interpolate, scale_components
 
 pytestmark = [
     pytest.mark.usefixtures("everywhere"),
@@ -177,6 +178,27 @@ def test_scaled_components():
     torch.testing.assert_close(mixed.cov_factor, D.cov_factor @ A)
     torch.testing.assert_close(D.factor_gram(), D.cov_factor.mT @ D.cov_factor)
     assert (D.rank(), mixed.rank()) == (R, 2)
+
+
+@pytest.mark.parametrize("features", [True, False], ids=["features", "dense"])
+def test_components_are_scaled_and_samples_interpolated(features):
+    """The tools of the observation space: USAVᵀ in place of USVᵀ; ω_p turns while ω_d is held."""
+    stencil, loc = make(GREY)
+    F, W, b = linear(stencil, 1)
+    D = GlobalLocalNormal(loc, LinearFactor(F, W, b) if features else factor(loc), stencil)
+    A = torch.tensor([1.5, 0.0, 0.3], dtype=F64)
+    U, S, Vh = torch.linalg.svd(D.cov_factor, full_matrices=False)
+    scaled = scale_components(D, A)
+    expected = Dense(loc, stencil, U @ torch.diag_embed(S * A) @ Vh)
+    x = loc + torch.randn(3, 2, 20, dtype=F64)
+    torch.testing.assert_close(scaled.log_prob(x), expected.log_prob(x))
+    torch.testing.assert_close(scaled.covariance_row(7), expected.covariance[..., 7, :])
+    start, end, omega_d = (torch.randn(2, size, dtype=F64) for size in (R, R, 20))
+    local = D.stencil.colour(omega_d, "reference")
+    path = interpolate(D, start, end, omega_d, 3, temperature=(1.0, 0.5))
+    middle = (start + end) / (2 * torch.cos(torch.acos(torch.cosine_similarity(start, end, dim=-1)) / 2))[..., None]
+    for image, omega_p in zip(path, (start, middle, end), strict=True):
+        torch.testing.assert_close(image, loc + (D.cov_factor @ omega_p.unsqueeze(-1)).squeeze(-1) + 0.5 * local)
 
 
 def test_a_diagonal_is_a_stencil_without_neighbours():

@@ -1,9 +1,10 @@
 """`LinearFactor`: the same numbers and gradients as the factor it stands for, without the factor."""
 
+import linear_cases
 import pytest
 import torch
 import torch.distributions as td
-from lowrank_cases import gradients, relative, through, tolerances, unmoved
+from lowrank_cases import gradients, loss, relative, through, tolerances, unmoved
 
 import lowrank_mvn
 from lowrank_mvn import LinearFactor, LinearMean, LowRankMultivariateNormal
@@ -28,22 +29,11 @@ IDS = [case[0] for case in CASES]
 NAMES = ("features", "weight", "bias", "mean weight", "mean bias", "cov_diag", "value", "shift")
 
 
-def tensors(B, K, R, C, spatial, diagonal, channels_last, dtype=torch.float64, d=1.0):
-    F = torch.randn(B, K, *spatial, dtype=dtype)
-    if channels_last:
-        F = F.to(memory_format=torch.channels_last)
-    N = C * F[0, 0].numel()
-    shape = {"pixel": (B, N), "item": (B, 1), "scalar": ()}[diagonal]
-    diag = d * (0.5 + torch.rand(shape, dtype=dtype))
-    weights = torch.randn(R, C, K, dtype=dtype), torch.randn(R, C, dtype=dtype)
-    mean = torch.randn(C, K, dtype=dtype), torch.randn(C, dtype=dtype)
-    return F, *weights, *mean, diag, torch.randn(2, B, N, dtype=dtype), torch.randn(B, N, dtype=dtype)
-
-
-def loss(distribution, value):
-    log_prob, entropy = distribution.log_prob(value), distribution.entropy()
-    weights = torch.arange(1, log_prob.numel() + 1, dtype=torch.float64).view(log_prob.shape)
-    return (log_prob.double() * weights).sum() - 0.7 * entropy.double().sum()
+def tensors(B, K, R, C, spatial, diagonal, last, dtype=torch.float64, d=1.0):
+    """Those of `linear_cases`, and a mean to be added."""
+    sizes = B, K, R, C, spatial
+    given = linear_cases.tensors(dtype, last=last, d=d, diagonal=diagonal, samples=(2,), sizes=sizes)
+    return *given, torch.randn_like(given[-1][0])
 
 
 def linear(bias, mean):
@@ -151,7 +141,7 @@ def test_a_gradient_alone_is_what_it_is_among_all(K, diagonal):
             assert relative(g, expected) < 1e-12, NAMES[i]
 
 
-def test_what_the_backward_pass_needs_may_lie_in_pages_of_its_own(monkeypatch):
+def test_saved_tensors_may_have_pages_of_their_own(monkeypatch):
     inputs = tensors(2, 3, 4, 2, (5,), "pixel", False, torch.float32)
     expected = gradients(linear(True, True), *inputs)
     monkeypatch.setattr(pages, "MAPPED_BYTES", 0)
@@ -345,7 +335,9 @@ def test_opcheck(mean):
 
 def test_an_implementation_without_linear_factors_is_an_error():
     factor = LinearFactor(torch.randn(2, 5, 6), torch.ones(3, 1, 5))
-    with pytest.raises(ValueError, match=r"impl='triton' is not available for a LinearFactor.*'aten', 'reference'"):
+    with pytest.raises(
+        ValueError, match=r"impl='triton' is not available for a LinearFactor.*'aten', 'cpu', 'reference'"
+    ):
         lowrank_mvn.entropy(factor, 1.0, impl="triton")
 
 

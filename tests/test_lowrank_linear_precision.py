@@ -33,7 +33,7 @@ def test_features_are_never_copied(monkeypatch, diagonal, dtype, last):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, in jvp
-def test_half_precision_features_are_the_same_distribution_however_it_is_reached():
+def test_half_precision_features_give_one_distribution_by_every_path():
     """Joined, with a mean of other features, with a mask, and in forward mode, which all but the first make P."""
     B, K, R, N = 2, 64, 4, 600
     F, W, Wm = torch.randn(B, K, N).bfloat16(), torch.randn(R, 1, K) / 8, torch.randn(1, K) / 8
@@ -59,7 +59,7 @@ def test_half_precision_features_are_the_same_distribution_however_it_is_reached
         assert (ours - exact).abs().max() < 1e-2, name  # of μ in float32 alone: ε|μ|√(N/d), a few 1e-3
 
 
-def test_divergence_of_half_precision_features_rounds_nothing_and_keeps_no_factor():
+def test_kl_of_half_precision_features_is_exact_and_keeps_no_factor():
     F, weight, bias, mean_weight, mean_bias, *_ = tensors(torch.float32)
     F = F.bfloat16()
     ours = distribution(F, weight, bias, mean_weight, mean_bias, torch.tensor(0.1))

@@ -92,7 +92,7 @@ def test_errors_of_weights_and_masks():
         LinearFactor(F, torch.ones(4, 1, 5)).row(6)
 
 
-def test_one_feature_with_a_weight_for_each_item_is_no_convolution():
+def test_one_feature_with_a_weight_per_item_is_no_convolution():
     F = torch.randn(3, 1, 6)
     for channels in (None, 1):
         assert LinearFactor(F, torch.ones(3, 2, 1, 1), channels=channels).shape == (3, 6, 2)

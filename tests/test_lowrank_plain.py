@@ -116,7 +116,7 @@ def test_an_exported_program_is_torchs_and_says_what_ours_says(kind):
 
 @pytest.mark.parametrize("kind", ["dense", "linear"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_a_program_of_our_operators_has_the_gradients_that_it_was_recorded_without(kind):
+def test_a_program_recorded_without_gradients_has_them(kind):
     """Recorded with tensors that need none: the entropy, which shares a node with the density, is not cut off."""
     make, given = inputs(kind)
     program = torch.export.export(Program(make), tuple(given)).module()

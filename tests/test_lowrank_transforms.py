@@ -3,20 +3,19 @@
 `test_triton_session.py` runs it with the kernels too; with a device they are compiled (marker `gpu`).
 """
 
-import os
-
 import pytest
 import torch
 import torch.distributions as td
 from lowrank_cases import parameters
 from torch.utils._pytree import tree_leaves
+from triton_cases import INTERPRET
 
 from lowrank_mvn import LowRankMultivariateNormal
 
 B, N, R = 3, 7, 2
 pytestmark = pytest.mark.usefixtures("everywhere")
 # The operators are opaque to the compiler: what its C++ looks like says nothing about kernels, and takes a minute.
-COMPILER = "aot_eager" if os.environ.get("TRITON_INTERPRET") == "1" else "inductor"
+COMPILER = "aot_eager" if INTERPRET else "inductor"
 
 
 def inputs():
@@ -194,38 +193,42 @@ OPCHECKS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")  # the latter torch's own
 @pytest.mark.parametrize(("layout", "dtype", "diagonal"), OPCHECKS.values(), ids=list(OPCHECKS))
-def test_opcheck(layout, dtype, diagonal):
+def test_opcheck(everywhere, layout, dtype, diagonal):
     loc, P, d = parameters((2,), 9, 3, layout, diagonal, dtype=dtype)
     x = torch.randn(4, 2, 9, dtype=dtype)
     arguments = [t.requires_grad_() for t in (x, loc[None].detach(), P.detach(), d.detach())]
     _, _, P_, d_ = arguments
-    operators = torch.ops.lowrank_mvn
-    torch.library.opcheck(operators.normal_equations.default, (*arguments, "aten"))
-    torch.library.opcheck(operators.gram.default, (P_, d_, "aten"))
-    torch.library.opcheck(operators.logdet.default, (P_, d_, "aten"))
+    check, operators, impl = torch.library.opcheck, torch.ops.lowrank_mvn, everywhere
+    check(operators.normal_equations.default, (*arguments, impl))
+    check(operators.gram.default, (P_, d_, impl))
+    check(operators.logdet.default, (P_, d_, impl))
+    density = operators.mahalanobis_and_logdet.default
+    check(density, (*arguments, None, None, None, impl))
     with torch.no_grad():
-        logdet, *kept = operators.logdet(P_, d_, "aten")
+        logdet, *of_logdet = operators.logdet(P_, d_, impl)
+        _, _, *kept = density(*arguments, None, None, None, impl)
     for needs in ([True] * 2, [True, False]):
-        torch.library.opcheck(operators.logdet_backward.default, (logdet, P_, d_, *kept, needs, "aten"))
-    op = torch.ops.lowrank_mvn.mahalanobis_and_logdet.default
-    torch.library.opcheck(op, (*arguments, None, None, None, "aten"))
-    with torch.no_grad():
-        _, logdet, *kept = op(*arguments, None, None, None, "aten")
-        C_inv, *_, wide = kept
-    torch.library.opcheck(op, (*arguments, C_inv, logdet, wide, "aten"))
-    a, b = torch.randn(4, 2, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
+        check(operators.logdet_backward.default, (logdet, P_, d_, *of_logdet, needs, impl))
+    check(density, (*arguments, kept[0], logdet, kept[-1], impl))
+    cotangents = torch.randn(4, 2, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
     for needs in ([True] * 4, [True, False, False, True]):
-        torch.library.opcheck(
-            torch.ops.lowrank_mvn.mahalanobis_and_logdet_backward.default,
-            (a, b, *arguments, *kept, needs, "aten"),
-        )
+        check(operators.mahalanobis_and_logdet_backward.default, (*cotangents, *arguments, *kept, needs, impl))
 
 
-def test_opcheck_of_samples():
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("given", [True, False], ids=["given", "drawn"])
+def test_opcheck_of_samples(everywhere, given):
+    check, operators, impl = torch.library.opcheck, torch.ops.lowrank_mvn, everywhere
+    if not given and impl != "triton":
+        pytest.skip("only the kernels draw noise")
     loc, P, d = (t.requires_grad_() for t in parameters((2,), 9, 3, dtype=torch.float32))
     omega_p, omega_d = (torch.randn(4, 2, n).requires_grad_() for n in (3, 9))
-    noisy = (loc[None].detach().requires_grad_(), P, d, omega_p, omega_d, None)
-    torch.library.opcheck(torch.ops.lowrank_mvn.rsample.default, (*noisy, "aten"))
-    backward = (torch.randn(4, 2, 9, requires_grad=True), *noisy[1:], [True] * 3, "aten")
-    torch.library.opcheck(torch.ops.lowrank_mvn.rsample_backward.default, backward)
+    seed = torch.tensor([1, 2])
+    noise = (omega_d, None) if given else (None, seed)
+    check(operators.rsample.default, (loc[None].detach().requires_grad_(), P, d, omega_p, *noise, impl))
+    grad_y = torch.randn(4, 2, 9, requires_grad=True)
+    check(operators.rsample_backward.default, (grad_y, P, d, omega_p, *noise, [True, True, given], impl))
+    if not given:
+        check(operators.noise.default, (seed, 4, 9, torch.float32, impl))

@@ -1,15 +1,21 @@
 """The wheel, the requirements and the promise that importing costs nothing and looks for no device."""
 
+import os
 import re
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 
+import lowrank_mvn
+import sosvae
+
 ROOT = Path(__file__).parent.parent
+VERSION = lowrank_mvn.__version__
 
 
 def run(*command, **options):
@@ -19,17 +25,27 @@ def run(*command, **options):
 
 
 @pytest.mark.slow
-def test_wheel_installs_into_an_empty_environment(tmp_path):
-    """Both packages, `py.typed`, tables of launches and nothing else; importable with what its requirements bring."""
+def test_archive_and_wheel_install_into_an_empty_environment(tmp_path):
+    """Both packages, `py.typed`, tables of launches and nothing else; importable with what its requirements bring.
+
+    The wheel is built from the source archive, which therefore has all that an installation needs.
+    """
     source = tmp_path / "source"
     files = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).split("\0")
     for name in files:
         if name and (ROOT / name).is_file():  # a copy, so that building leaves nothing in the checkout
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
+    build = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    run(sys.executable, "-c", build, cwd=source)
+    (archive,) = tmp_path.glob(f"sosvae-{VERSION}.tar.gz")
+    with tarfile.open(archive) as held:
+        parts = {member.name.partition("/")[2] for member in held}
+    compiled = [path for suffix in ("cpp", "h") for path in (ROOT / "kernels" / "lowrank_mvn").rglob(f"*.{suffix}")]
+    assert {path.relative_to(ROOT).as_posix() for path in compiled} <= parts
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-    run(*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path / "dist", source)
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    run(*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path / "dist", archive)
+    (wheel,) = (tmp_path / "dist").glob(f"sosvae-{VERSION}-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"lowrank_mvn", "sosvae"}
     for package in ("lowrank_mvn", "sosvae"):
@@ -39,8 +55,10 @@ def test_wheel_installs_into_an_empty_environment(tmp_path):
         assert modules <= set(names)
     metadata = [name for name in names if ".dist-info/" in name]
     allowed = re.compile(
-        r".*\.py|.*/py\.typed|lowrank_mvn/device/tuned/[^/]+\.json|sosvae/editor/static/page\.(html|css|js)"
+        r".*\.py|.*/py\.typed|lowrank_mvn/_cpu\.[^/]+|lowrank_mvn/device/tuned/[^/]+\.json|sosvae/editor/static/page\.(html|css|js)"
+        r"|sosvae/paper/edits/[^/]+\.json"
     )
+    assert "lowrank_mvn/_cpu.abi3.so" in names or not os.environ.get("CI")
     assert all(allowed.fullmatch(name) for name in set(names) - set(metadata))
     assert any(name.endswith("LICENSE") for name in metadata)
 
@@ -49,6 +67,13 @@ def test_wheel_installs_into_an_empty_environment(tmp_path):
     run(python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", ROOT / "constraints.txt", wheel)
     code = "import lowrank_mvn, sosvae, torch; print(lowrank_mvn.__file__); lowrank_mvn.LowRankMultivariateNormal"
     assert "empty" in run(python, "-W", "error", "-c", code, cwd=tmp_path)
+
+
+def test_one_version():
+    """In the packages, in what is built of them, and in the citation."""
+    assert lowrank_mvn.__version__ == sosvae.__version__ == VERSION
+    assert f'version="{VERSION}"' in (ROOT / "setup.py").read_text(encoding="utf-8")
+    assert f"\nversion: {VERSION}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
 def test_requirements():

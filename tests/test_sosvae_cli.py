@@ -3,12 +3,14 @@
 import json
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from sosvae_cases import before_step, signalled
 
 from sosvae import PRESETS, Run, commands
 from sosvae.cli import main
@@ -121,19 +123,9 @@ def test_compare_again_trains_nothing_and_prints_the_numbers(comparison, monkeyp
         assert part in shown
 
 
-def test_compare_that_is_interrupted_can_be_called_again(cache, tmp_path, monkeypatch):
-    import os
-    import signal
-
-    original = loop.train_step
-
-    def interrupted(state, *args):
-        os.kill(os.getpid(), signal.SIGINT)
-        return original(state, *args)
-
+def test_compare_that_is_interrupted_can_be_called_again(cache, tmp_path):
     args = ["compare", *SMALL, *cache, "--folder", str(tmp_path / "c")]
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", interrupted)
+    with before_step(signalled(signal.SIGINT), 0):
         assert main(args) == 130
     assert not (tmp_path / "c" / "global-local").exists()
     assert main(args) == 0

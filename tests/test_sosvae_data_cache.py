@@ -257,7 +257,7 @@ def test_a_disk_that_fills_meanwhile_ends_in_the_same_error(folder, small_disk, 
     assert [path.name for path in small_disk.iterdir()] == ["other"]
 
 
-def test_where_nothing_can_be_reserved_the_free_space_decides(config, folder, tmp_path, monkeypatch):
+def test_free_space_decides_where_the_disk_reserves_nothing(config, folder, tmp_path, monkeypatch):
     monkeypatch.delattr(os, "posix_fallocate")
     assert len(load(config(f"folder:{folder}")).images) == 8
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 0, 100))

@@ -82,7 +82,7 @@ UNFAITHFUL = {
 
 
 @pytest.mark.parametrize("kind", UNFAITHFUL)
-def test_what_has_no_faithful_reading_is_named_and_skipped(tmp_path, kind):
+def test_images_without_a_faithful_reading_are_named_and_skipped(tmp_path, kind):
     raw, message = UNFAITHFUL[kind]
     for i in range(3):
         Image.fromarray(RAMP + np.uint8(i)).save(tmp_path / f"{i}.png")

@@ -181,7 +181,7 @@ def test_other_data_are_an_error_that_says_what_changed(config, root):
     assert f"folder:{root} is not the data that this was trained on: 1 new images (new.png); " in str(caught.value)
 
 
-def test_told_to_it_goes_on_and_trained_images_stay_trained(config, root):
+def test_accepting_changed_data_keeps_trained_images_in_training(config, root):
     kept = load(config(root), rule="drawn").split
     before = {name: part for part, images in kept.parts.items() for name in images}
     for i in range(30):
@@ -211,7 +211,7 @@ def test_new_images_of_a_known_person_follow_the_person(tmp_path):
     assert sorted(people) == list("abcdefgh")
 
 
-def test_data_of_which_a_part_is_gone_cannot_be_gone_on_with(config, root):
+def test_data_without_a_validation_part_are_an_error(config, root):
     kept = load(config(root)).split
     for name in kept.parts["validation"]:
         (root / name).unlink()

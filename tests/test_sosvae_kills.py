@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from sosvae_cases import options, pictures, rows, same, set_training, small
+from sosvae_cases import before_step, options, pictures, rows, same, set_training, signalled, small
 
 from sosvae import InUseError, Run, load, train
 from sosvae.cli import main
@@ -45,22 +45,10 @@ def test_a_kill_at_any_file_operation_loses_nothing(tmp_path):
 # --- Signals ------------------------------------------------------------------------------------------------
 
 
-def signalled(monkeypatch, number, step=1):
-    original = loop.train_step
-
-    def interrupted(state, *args):
-        if state.step == step:
-            os.kill(os.getpid(), number)
-        return original(state, *args)
-
-    monkeypatch.setattr(loop, "train_step", interrupted)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_ends_with_130(config, tmp_path, monkeypatch, capsys, number):
+def test_a_signal_saves_and_ends_with_130(config, tmp_path, capsys, number):
     before = signal.getsignal(number)
-    with monkeypatch.context() as patch:
-        signalled(patch, number)
+    with before_step(signalled(number), 1):
         assert main(["train", *options(config, tmp_path / "run")]) == 130
     assert signal.getsignal(number) == before
     assert "stopped at step 2 and saved" in capsys.readouterr().out
@@ -84,21 +72,20 @@ def test_a_signal_in_an_evaluation_saves_too(config, whole, tmp_path, monkeypatc
     assert same(run.load().weights, whole.load().weights)
 
 
-def test_a_signal_at_the_last_step_leaves_nothing_to_do(config, whole, tmp_path, monkeypatch, capsys):
-    signalled(monkeypatch, signal.SIGINT, step=3)
-    run = train(config, tmp_path / "run", progress=False)
+def test_a_signal_at_the_last_step_leaves_nothing_to_do(config, whole, tmp_path, capsys):
+    with before_step(signalled(signal.SIGINT), 3):
+        run = train(config, tmp_path / "run", progress=False)
     assert "go on with" not in capsys.readouterr().out
-    monkeypatch.undo()
     train(config, run.folder, resume=True, progress=False)  # the evaluation that the signal took is made up
     assert rows(run) == rows(whole)
 
 
-def test_a_signal_that_is_ignored_stays_so(config, tmp_path, monkeypatch):
+def test_a_signal_that_is_ignored_stays_so(config, tmp_path):
     """As in a script's background jobs."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        signalled(monkeypatch, signal.SIGINT)
-        assert main(["train", *options(config, tmp_path / "run")]) == 0
+        with before_step(signalled(signal.SIGINT), 1):
+            assert main(["train", *options(config, tmp_path / "run")]) == 0
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -152,20 +139,17 @@ def test_ctrl_c_while_torch_is_imported(delay):
 # --- Two at once --------------------------------------------------------------------------------------------
 
 
-def test_a_run_in_use_says_by_whom(config, tmp_path, monkeypatch):
+def test_a_run_in_use_says_by_whom(config, tmp_path):
     """A second one changes nothing for the first."""
-    original, errors = loop.train_step, []
+    errors = []
 
-    def meanwhile(state, *args):
-        if state.step == 2:
-            for resume in (True, False):
-                with pytest.raises((InUseError, FileExistsError)) as caught:
-                    train(config, tmp_path / "run", resume=resume, progress=False)
-                errors.append(str(caught.value))
-        return original(state, *args)
+    def meanwhile():
+        for resume in (True, False):
+            with pytest.raises((InUseError, FileExistsError)) as caught:
+                train(config, tmp_path / "run", resume=resume, progress=False)
+            errors.append(str(caught.value))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", meanwhile)
+    with before_step(meanwhile, 2):
         run = train(config, tmp_path / "run", progress=False)
     assert run.load().step == 4
     assert f"run is in use by process {os.getpid()} on " in errors[0]
@@ -174,18 +158,15 @@ def test_a_run_in_use_says_by_whom(config, tmp_path, monkeypatch):
     train(config, run.folder, resume=True, progress=False)
 
 
-def test_a_start_while_another_has_only_started(config, tmp_path, monkeypatch):
+def test_a_start_while_another_has_only_started(config, tmp_path):
     """Step 0 is no work, but the first one is at it."""
-    original = loop.train_step
 
-    def meanwhile(state, *args):
-        if state.step == 0:
-            with pytest.raises(InUseError):
-                train(config, tmp_path / "run", progress=False)
-        return original(state, *args)
+    def meanwhile():
+        with pytest.raises(InUseError):
+            train(config, tmp_path / "run", progress=False)
 
-    monkeypatch.setattr(loop, "train_step", meanwhile)
-    assert train(config, tmp_path / "run", progress=False).load().step == 4
+    with before_step(meanwhile, 0):
+        assert train(config, tmp_path / "run", progress=False).load().step == 4
 
 
 def test_a_dead_process_holds_no_lock(config, tmp_path):

@@ -1,4 +1,4 @@
-"""The model of a training step's memory, held against torch's allocator; what fits, and the README's table of it."""
+"""The model of a training step's memory, held against torch's allocator; what fits, and the documents' table of it."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from sosvae.planning.memory import PRIME_BATCH, PRIME_SIDES, StepMemory, _dry_ru
 from sosvae.tools import figures
 from sosvae.training import loop
 
-README = Path(__file__).parent.parent / "README.md"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "memory.md"
 
 
 @pytest.mark.parametrize(
@@ -184,8 +184,8 @@ def test_a_tenth_of_the_memory_is_in_reserve():
     assert Budget.of(16, 0).tensors == 16 * GIB
 
 
-def test_table_of_the_readme_is_what_the_model_says():
-    text = README.read_text(encoding="utf-8")
+def test_table_of_the_document_is_what_the_model_says():
+    text = DOCUMENT.read_text(encoding="utf-8")
     (shown,) = re.findall(r"<!-- python -m bench\.fit --table -->\n\n(.*?)\n\n<!-- /bench\.fit -->", text, re.S)
     assert shown == bench_fit.table()
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from sosvae_cases import rows, set_training
+from sosvae_cases import faces, rows, set_training
 from torch import nn
 
 from sosvae import VAE, Config, DataConfig, ModelConfig, ObjectiveConfig, TrainingConfig, beta_vae, train
@@ -182,18 +182,9 @@ def cache(tmp_path_factory):
 
 
 def digits(cache, **training) -> Config:
-    return Config(
-        data=DataConfig(source="digits", height=16, width=16, cache=cache),
-        model=ModelConfig(rank=2, latents=3, width=0.125, depth=1, upsampling="bilinear", diagonal=1e-2),
-        objective=ObjectiveConfig(kl_slack=5.0, nats_per_rank=3.0),
-        training=TrainingConfig(
-            **(
-                {"steps": 6, "mean_only_steps": 2, "batch": 8, "lr": 1e-2, "log_every": 1, "evaluate_every": 3}
-                | {"evaluate_batches": 1, "save_every": 3, "tensorboard": False, "device": "cpu"}
-                | training
-            )
-        ),
-    )
+    values = {"steps": 6, "mean_only_steps": 2, "log_every": 1, "evaluate_every": 3, "evaluate_batches": 1}
+    images = {"source": "digits", "height": 16, "flip": False}
+    return faces(cache).replace(data=images, model={"width": 0.125}, training=values | training)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from data_cases import write
-from sosvae_cases import pictures, rows, same, set_training, small
+from sosvae_cases import killed, pictures, rows, same, set_training, small
 
 from sosvae import ChangedDataError, NonFiniteError, Run, Split, load, train
 from sosvae.cli import main
@@ -222,9 +222,6 @@ def test_an_evaluation_that_fails_costs_no_work(config, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_is_saved_before_its_evaluation(config, tmp_path, monkeypatch):
-    def killed(*args):
-        raise SystemExit
-
     monkeypatch.setattr(loop, "evaluate", killed)
     with pytest.raises(SystemExit):
         train(config, tmp_path / "run", progress=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sosvae_cases import options, pictures, rows, set_training, small
+from sosvae_cases import before_step, killed, options, pictures, rows, set_training, small
 
 from sosvae import Run, files, train
 from sosvae.cli import main
@@ -63,13 +63,8 @@ def test_out_of_memory_is_one_line(config, tmp_path, monkeypatch, capsys):
 
 
 def test_a_comparison_whose_start_failed_starts_anew(config, tmp_path, monkeypatch):
-    def killed(*args):
-        raise SystemExit
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", killed)
-        with pytest.raises(SystemExit):
-            main(["compare", *options(config, tmp_path / "c"), "--training.seed=5"])
+    with before_step(killed), pytest.raises(SystemExit):
+        main(["compare", *options(config, tmp_path / "c"), "--training.seed=5"])
     assert Run(tmp_path / "c" / "sos-vae").steps() == [0]
     monkeypatch.setattr("sosvae.tools.figures.save_comparison", lambda *args: [])  # takes seconds
     assert main(["compare", *options(config, tmp_path / "c"), "--training.steps=1"]) == 0

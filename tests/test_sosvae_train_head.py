@@ -1,8 +1,6 @@
 """Heads on a network that stays as it is: runs made of runs, a stranger's module, and a mean that is kept honest."""
 
-import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +16,6 @@ from sosvae.planning.memory import StepMemory
 from sosvae.training import loop
 from sosvae.training.head import of_run
 from sosvae.training.state import State
-
-EXAMPLE = Path(__file__).parent.parent / "examples" / "pca.py"
 
 
 @pytest.fixture(scope="module")
@@ -224,17 +220,6 @@ def test_modules_without_features_and_images_that_do_not_fit():
             uncertainty.fit(batches, steps=3)
     with pytest.raises(ValueError, match="steps is 0, expected at least 1"):
         uncertainty.fit([(z, x)], steps=0)
-
-
-def test_example_runs(tmp_path, capsys):
-    assert len(EXAMPLE.read_text(encoding="utf-8").splitlines()) <= 80
-    spec = importlib.util.spec_from_file_location("pca", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    bits = module.main(str(tmp_path / "faces.png"), steps=80)
-    assert bits["global-local"] < bits["one variance, the best for these"] - 0.5
-    assert (tmp_path / "faces.png").read_bytes().startswith(b"\x89PNG")
-    assert "bits per dimension" in capsys.readouterr().out
 
 
 # --- The mean of a network that is trained all at once ------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Training: the phases, resuming bit for bit, what is on disk after a kill, losses that are not finite, Ctrl-C."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import threading
 import pytest
 import safetensors.torch
 import torch
-from sosvae_cases import faces, rows, same, set_training
+from sosvae_cases import before_step, faces, killed, rows, same, set_training, signalled
 
 from sosvae import VAE, NonFiniteError, Run, beta_vae, load, train
 from sosvae.training import loop
@@ -38,19 +37,10 @@ def test_resumed_run_equals_the_uninterrupted_one(config, tmp_path, model):
     assert [row["step"] for row in rows(whole) if row["kind"] == "train"] == [2, 4, 6, 8, 10, 12]
 
 
-def test_run_that_is_killed_goes_on_from_the_last_checkpoint(config, tmp_path, monkeypatch):
+def test_run_that_is_killed_goes_on_from_the_last_checkpoint(config, tmp_path):
     whole = train(config, tmp_path / "whole", progress=False)
-    original = loop.train_step
-
-    def killed(state, *args):
-        if state.step == 8:
-            raise SystemExit
-        return original(state, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", killed)
-        with pytest.raises(SystemExit):
-            train(config, tmp_path / "killed", progress=False)
+    with before_step(killed, 8), pytest.raises(SystemExit):
+        train(config, tmp_path / "killed", progress=False)
     run = Run.open(tmp_path / "killed")
     assert run.load().step == 6
     with run.metrics.open("a") as file:
@@ -146,10 +136,6 @@ def test_loading_a_run_imports_no_compiler(config, tmp_path):
 def test_kill_while_saving_leaves_the_last_whole_checkpoint(config, tmp_path, monkeypatch, where):
     run = train(set_training(config, steps=3), tmp_path / "run", progress=False)
     model = run.model()
-
-    def killed(*args, **kwargs):
-        raise SystemExit
-
     with monkeypatch.context() as patch:
         if where == "weights":
             patch.setattr(safetensors.torch, "save_file", killed)
@@ -260,18 +246,10 @@ def test_non_finite_gradients_are_named():
 # --- Ctrl-C -------------------------------------------------------------------------------------------------
 
 
-def test_ctrl_c_saves_says_how_to_resume_and_loses_nothing(config, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_saves_says_how_to_resume_and_loses_nothing(config, tmp_path, capsys):
     whole = train(config, tmp_path / "whole", progress=False)
-    original = loop.train_step
-
-    def interrupted(state, *args):
-        if state.step == 7:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(state, *args)
-
     before = signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", interrupted)
+    with before_step(signalled(signal.SIGINT), 7):
         run = train(config, tmp_path / "run", progress=False)
     assert signal.getsignal(signal.SIGINT) is before
     assert run.load().step == 8
@@ -281,13 +259,9 @@ def test_ctrl_c_saves_says_how_to_resume_and_loses_nothing(config, tmp_path, mon
     assert rows(run) == rows(whole)
 
 
-def test_second_ctrl_c_stops_at_once(config, tmp_path, monkeypatch):
-    def interrupted(state, *args):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(loop, "train_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+def test_second_ctrl_c_stops_at_once(config, tmp_path):
+    interrupt = signalled(signal.SIGINT)
+    with before_step(lambda: (interrupt(), interrupt())), pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "run", progress=False)
     assert Run.open(tmp_path / "run").load().step == 0
 

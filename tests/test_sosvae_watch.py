@@ -115,7 +115,7 @@ def test_images_without_neighbours_are_an_error(shape):
         neighbour_correlation(torch.zeros(shape))
 
 
-def test_quality_of_what_does_not_vary_is_no_number_and_no_error():
+def test_quality_of_constant_data_is_nan():
     vae = VAE(Config(data=DataConfig(height=16, width=16), model=ModelConfig(width=0.07, depth=1, latents=2))).eval()
     found = quality(vae, 0.0, codes=2, samples=2)
     assert math.isnan(found.deviation)

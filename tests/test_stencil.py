@@ -5,7 +5,6 @@
 """
 
 import math
-import os
 
 import pytest
 import torch
@@ -25,12 +24,11 @@ from stencil_cases import (
     parts,
     textbook_condition,
 )
+from triton_cases import INTERPRET
 
 from lowrank_mvn import Stencil, StencilMultivariateNormal
 from lowrank_mvn.layout import Layout
 from lowrank_mvn.local.stencil.aten.solve import by_fronts, by_rows
-
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 pytestmark = [
     pytest.mark.usefixtures("everywhere"),

@@ -273,9 +273,10 @@ def test_samples_are_a_function_of_noise_and_u():
         torch.testing.assert_close(a, b)
     D = LowRankMultivariateStudentT(3.0, *args[:3])
     normal = LowRankMultivariateNormal(*args[:3])
-    torch.testing.assert_close(
-        D.rsample((4,), noise=(omega_p, omega_d)), normal.rsample((4,), noise=(omega_p, omega_d))
-    )
+    for t in ((1.0, 1.0), (0.5, 2.0)):
+        y, expected = (p.rsample((4,), noise=(omega_p, omega_d), temperature=t) for p in (D, normal))
+        torch.testing.assert_close(y, expected)
+    assert (D.rsample((4,), temperature=(0, 0)) == D.loc).all()
 
 
 def test_equal_seeds_give_equal_samples():

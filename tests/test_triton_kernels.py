@@ -10,7 +10,8 @@ conftest.py cuts the operands of every tf32 product, so that the split products 
 
 import pytest
 import torch
-from triton_cases import BF16, DEVICE, F16, F32, F64, MARKS, TOLERANCE, inputs, oracle, relative, weights
+from lowrank_cases import BF16, F16, F32, F64, relative
+from triton_cases import DEVICE, MARKS, TOLERANCE, both, check, check_logdet, inputs, name, oracle, weights, wide
 
 from lowrank_mvn.device import launch
 from lowrank_mvn.factors.dense import aten
@@ -38,23 +39,19 @@ MATRIX = [
     (F16, 1, 2, 63, 25, "BRN", "item", True),
     (F16, 1, 1, 5, 1, "BNR", "pixel", True),
 ]
-IDS = ["-".join(str(v).removeprefix("torch.") for v in case) for case in MATRIX]
 
 
-@pytest.mark.parametrize("case", MATRIX, ids=IDS)
+@pytest.mark.parametrize("case", MATRIX, ids=name)
 def test_density_and_every_gradient(kernels, case):
     args, tolerance = inputs(*case), TOLERANCE[case[0]]
-    a, b = weights(*case[1:3])
-    expected, expected_grads = oracle(*args, a=a, b=b)
-    out = kernels.mahalanobis_and_logdet(*args)
-    for name, ours, theirs in zip(("q", "logdet", "C_inv", "v"), out, expected, strict=False):
+    ab = weights(*case[1:3])
+    (expected, expected_grads), (out, grads) = oracle(args, *ab), both(kernels, args, *ab)
+    for what, ours, theirs in zip(("q", "logdet", "L_inv", "v"), out, expected, strict=False):
         assert ours.dtype == F64
-        assert relative(ours, theirs) < max(2e-6 if case[0] != F64 else 0, TOLERANCE[F64]), name
-    grads = kernels.mahalanobis_and_logdet_backward(a, b, *args, *out[2:], [True] * 4)
-    for name, ours, theirs, like in zip(("x", "loc", "P", "d"), grads, expected_grads, args, strict=True):
-        assert ours.shape == like.shape
-        assert ours.dtype == like.dtype
-        assert relative(ours, theirs) < tolerance, name
+        assert relative(ours, theirs) < max(2e-6 if case[0] != F64 else 0, TOLERANCE[F64]), what
+    for what, ours, theirs, like in zip(("x", "loc", "P", "d"), grads, expected_grads, args, strict=True):
+        assert (ours.shape, ours.dtype) == (like.shape, like.dtype)
+        assert relative(ours, theirs) < tolerance, what
     if case[5] != "strided":
         assert grads[2].stride() == args[2].stride()
 
@@ -63,8 +60,7 @@ def test_mean_that_is_large_beside_the_deviation(kernels):
     """w is a difference of two products in pass 1; pass 2 corrects v."""
     x, loc, P, d = inputs(F32, 1, 2, 63, 3, "BRN", "pixel", True)
     args = (x + 3000, loc + 3000, P, d)
-    expected = oracle(*args)[0]
-    out = kernels.mahalanobis_and_logdet(*args)
+    expected, out = aten.mahalanobis_and_logdet(*wide(args)), kernels.mahalanobis_and_logdet(*args)
     assert relative(out[0], expected[0]) < 2e-6
     assert relative(out[3], expected[3]) < 2e-6
 
@@ -72,13 +68,7 @@ def test_mean_that_is_large_beside_the_deviation(kernels):
 @pytest.mark.parametrize("needs", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 0, 0, 0), (1, 0, 0, 1)])
 @pytest.mark.parametrize("diagonal", ["pixel", "item"])
 def test_only_what_is_asked_for(kernels, needs, diagonal):
-    args = inputs(F32, 2, 2, 20, 3, "BRN", diagonal, True)
-    a, b = weights(2, 2)
-    _, expected = oracle(*args, a=a, b=b)
-    out = kernels.mahalanobis_and_logdet(*args)
-    grads = kernels.mahalanobis_and_logdet_backward(a, b, *args, *out[2:], [bool(n) for n in needs])
-    for need, ours, theirs in zip(needs, grads, expected, strict=True):
-        assert relative(ours, theirs) < 2e-6 if need else ours.numel() == 0
+    check(kernels, inputs(F32, 2, 2, 20, 3, "BRN", diagonal, True), needs=needs)
 
 
 def test_capacitance_given(kernels):
@@ -93,11 +83,10 @@ def test_no_samples_and_empty_batch(kernels):
     args = inputs(F32, 2, 2, 20, 3, "BRN", "pixel", True)
     q, logdet, *_ = kernels.mahalanobis_and_logdet(args[0][:0], args[1], *args[2:])
     assert q.shape == (0, 2)
-    assert relative(logdet, oracle(*args)[0][1]) < 1e-6
+    assert relative(logdet, aten.mahalanobis_and_logdet(*wide(args))[1]) < 1e-6
     nothing = inputs(F32, 2, 0, 20, 3, "BRN", "pixel", True)
-    out = kernels.mahalanobis_and_logdet(*nothing)
+    out, grads = both(kernels, nothing, *weights(2, 0))
     assert out[0].shape == (2, 0)
-    grads = kernels.mahalanobis_and_logdet_backward(*weights(2, 0), *nothing, *out[2:], [True] * 4)
     assert [g.shape for g in grads] == [t.shape for t in nothing]
 
 
@@ -106,41 +95,21 @@ def test_gram_with_a_mask(kernels, N, R):
     x, loc, P, d = inputs(F32, 2, 2, N, R, "BRN", "pixel", True)
     precision = torch.where(torch.rand_like(d) < 0.5, d.reciprocal(), torch.zeros_like(d))
     gram, w = kernels.normal_equations(x, loc, P, precision)
-    expected = aten.normal_equations(x.double(), loc.double(), P.double(), precision.double())
+    expected = aten.normal_equations(*wide((x, loc, P, precision)))
     assert relative(gram, expected[0]) < 1e-6
     assert relative(w, expected[1]) < 1e-12  # made in float64
     assert torch.equal(kernels.gram(P, precision), gram)
 
 
-ALONE = (0, 3, 4, 6, 11, 13, 15)
-
-
-@pytest.mark.parametrize("case", [MATRIX[i] for i in ALONE], ids=[IDS[i] for i in ALONE])
+@pytest.mark.parametrize("case", [MATRIX[i] for i in (0, 3, 4, 6, 11, 13, 15)], ids=name)
 def test_log_determinant_alone(kernels, case):
     _, _, P, d = inputs(*case)
-    b, wide = weights(*case[1:3])[1], (P.double(), d.double())
-    expected, (found, C_inv, flags) = aten.logdet(*wide), kernels.logdet(P, d)
-    assert relative(found, expected[0]) < 2e-6
-    assert relative(C_inv, expected[1]) < 2e-6
-    grads = kernels.logdet_backward(b, P, d, C_inv, flags, [True, True])
-    of_wide = aten.logdet_backward(b, *wide, *expected[1:], [True, True])
-    for ours, theirs, like in zip(grads, of_wide, (P, d), strict=True):
-        assert (ours.shape, ours.dtype) == (like.shape, like.dtype)
-        assert relative(ours, theirs) < TOLERANCE[case[0]]
-    for needs in ([True, False], [False, True]):
-        for need, ours, theirs in zip(needs, kernels.logdet_backward(b, P, d, C_inv, flags, needs), grads, strict=True):
-            assert torch.equal(ours, theirs) if need else ours.numel() == 0
+    check_logdet(kernels, aten, (P, d), weights(*case[1:3])[1], 2e-6, [TOLERANCE[case[0]]] * 2)
 
 
 @pytest.mark.parametrize("R", [129])
 def test_rank_beyond_one_tile(kernels, R):
-    args = inputs(F32, 1, 1, 8, R, "BRN", "pixel", True, scale=0.1)
-    a, b = weights(1, 1)
-    expected, expected_grads = oracle(*args, a=a, b=b)
-    out = kernels.mahalanobis_and_logdet(*args)
-    grads = kernels.mahalanobis_and_logdet_backward(a, b, *args, *out[2:], [True] * 4)
-    for ours, theirs in zip((*out[:4], *grads), (*expected[:4], *expected_grads), strict=True):
-        assert relative(ours, theirs) < 2e-6
+    check(kernels, inputs(F32, 1, 1, 8, R, "BRN", "pixel", True, scale=0.1))
 
 
 @pytest.mark.parametrize(("ratio", "log_p", "gradient"), [(1.0, 0.05, 1e-4), (1e-2, 0.05, 1e-4), (1e-4, 1.0, 1e-3)])
@@ -153,69 +122,63 @@ def test_small_diagonal_and_collinear_columns(kernels, ratio, log_p, gradient):
     omega = torch.randn(1, R, 1, dtype=F64, device=DEVICE)
     noise = torch.randn(1, N, dtype=F64, device=DEVICE)
     x = (loc.double() + (P.double() @ omega)[..., 0] + d.double().sqrt() * noise).float()
-    one = torch.full((1, 1), -0.5, dtype=F64, device=DEVICE), torch.full((1,), -0.5, dtype=F64, device=DEVICE)
-    expected, expected_grads = oracle(x, loc, P, d, a=one[0], b=one[1])
-    out = kernels.mahalanobis_and_logdet(x, loc, P, d)
+    halves = [torch.full(shape, -0.5, dtype=F64, device=DEVICE) for shape in ((1, 1), (1,))]
+    args = x, loc, P, d
+    (expected, expected_grads), (out, grads) = oracle(args, *halves), both(kernels, args, *halves)
     off = 0.5 * ((out[0] - expected[0]).abs().sum() + (out[1] - expected[1]).abs().sum())
     assert off < log_p
-    grads = kernels.mahalanobis_and_logdet_backward(*one, x, loc, P, d, *out[2:], [True] * 4)
-    for name, ours, theirs in zip(("x", "loc", "P", "d"), grads, expected_grads, strict=True):
-        assert relative(ours, theirs) < gradient, name
+    for what, ours, theirs in zip(("x", "loc", "P", "d"), grads, expected_grads, strict=True):
+        assert relative(ours, theirs) < gradient, what
 
 
 def test_condition_of_1e9_is_made_again_in_float64(kernels):
     x, loc, P, d = inputs(F32, 1, 2, 200, 4, "BRN", "item", True)
     P, d = P.contiguous(), torch.full_like(d, 1e-7)
     P[1, :, 1] = P[1, :, 0] + 1e-5 * P[1, :, 1]
-    q, logdet, C_inv, *_, wide = kernels.mahalanobis_and_logdet(x, loc, P, d)
-    assert torch.linalg.cond(C_inv)[1] > 1e9
-    assert wide.tolist() == [False, True]
-    expected, _ = oracle(x, loc, P, d)
+    q, logdet, L_inv, *_, flags = kernels.mahalanobis_and_logdet(x, loc, P, d)
+    assert torch.linalg.cond(L_inv)[1] ** 2 > 1e9
+    assert flags.tolist() == [False, True]
+    expected = aten.mahalanobis_and_logdet(*wide((x, loc, P, d)))
     assert relative(logdet, expected[1]) < 1e-6
     assert relative(q, expected[0]) < 1e-6
 
 
 def test_one_item_that_is_not_finite(kernels):
-    args = inputs(F32, 1, 3, 40, 5, "BRN", "pixel", True)
-    a, b = weights(1, 3)
-    good = kernels.mahalanobis_and_logdet(*args)
-    good_grads = kernels.mahalanobis_and_logdet_backward(a, b, *args, *good[2:], [True] * 4)
+    args, ab = inputs(F32, 1, 3, 40, 5, "BRN", "pixel", True), weights(1, 3)
+    good, good_grads = both(kernels, args, *ab)
     args[2][1, 7, 2] = float("nan")
-    out = kernels.mahalanobis_and_logdet(*args)
+    out, grads = both(kernels, args, *ab)
     assert out[0][0, 1].isnan()
     assert out[1][1].isnan()
     assert torch.equal(out[0][0, ::2], good[0][0, ::2])
     assert torch.equal(out[1][::2], good[1][::2])
-    grads = kernels.mahalanobis_and_logdet_backward(a, b, *args, *out[2:], [True] * 4)
     assert torch.equal(grads[2][::2], good_grads[2][::2])
 
 
 def test_the_same_bits_twice(kernels):
     """On a device; the interpreter runs one program after the other."""
-    args = inputs(F32, 1, 2, 70, 9, "BNR", "pixel", True)
-    a, b = weights(1, 2)
-    first, again = (kernels.mahalanobis_and_logdet(*args) for _ in range(2))
-    grads = [kernels.mahalanobis_and_logdet_backward(a, b, *args, *first[2:], [True] * 4) for _ in range(2)]
-    for ours, theirs in zip((*first, *grads[0]), (*again, *grads[1]), strict=True):
+    args, ab = inputs(F32, 1, 2, 70, 9, "BNR", "pixel", True), weights(1, 2)
+    (out, grads), (again, grads_again) = (both(kernels, args, *ab) for _ in range(2))
+    for ours, theirs in zip((*out, *grads), (*again, *grads_again), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def everything(kernels, args, ab, omega_p, seed):
+    """Density, sample, and the gradients of both."""
+    x, loc, P, d = args
+    out, grads = both(kernels, args, *ab)
+    y = kernels.rsample(loc, P, d, omega_p, None, seed)
+    return *out, *grads, y, *kernels.rsample_backward(x, P, d, omega_p, None, seed, [True, True, False])
 
 
 @pytest.mark.parametrize("diagonal", ["pixel", "item"])
 def test_more_splits_than_work(kernels, monkeypatch, diagonal):
     """What a program without columns writes is zero, in every kernel."""
-    x, loc, P, d = inputs(F32, 1, 1, 70, 3, "BRN", diagonal, True)
-    a, b = weights(1, 1)
-    omega_p, seed = torch.randn(1, 1, 3, device=DEVICE), torch.tensor([1], device=DEVICE)
-
-    def everything():
-        out = kernels.mahalanobis_and_logdet(x, loc, P, d)
-        grads = kernels.mahalanobis_and_logdet_backward(a, b, x, loc, P, d, *out[2:], [True] * 4)
-        y = kernels.rsample(loc, P, d, omega_p, None, seed)
-        return *out, *grads, y, *kernels.rsample_backward(x, P, d, omega_p, None, seed, [True, True, False])
-
-    expected = everything()
+    args, ab = inputs(F32, 1, 1, 70, 3, "BRN", diagonal, True), weights(1, 1)
+    noise = torch.randn(1, 1, 3, device=DEVICE), torch.tensor([1], device=DEVICE)
+    expected = everything(kernels, args, ab, *noise)
     monkeypatch.setattr(launch, "ceil_div", lambda a, b: -(-a // b) + (3 if a == 70 else 0))
-    for ours, theirs in zip(everything(), expected, strict=True):
+    for ours, theirs in zip(everything(kernels, args, ab, *noise), expected, strict=True):
         assert torch.equal(ours, theirs)
 
 
@@ -235,20 +198,12 @@ def test_offsets_beyond_int32(kernels, monkeypatch):
     P, values = far(), torch.randn(B, N, R)
     P.copy_(values)
     x, loc, _, d = inputs(F32, 1, B, N, R, "BNR", "pixel", True)
-    a, b = weights(1, B)
-    omega_p, seed = torch.randn(1, B, R, device=DEVICE), torch.tensor([1, 2], device=DEVICE)
-
-    def everything(P):
-        out = kernels.mahalanobis_and_logdet(x, loc, P, d)
-        grads = kernels.mahalanobis_and_logdet_backward(a, b, x, loc, P, d, *out[2:], [True] * 4)
-        y = kernels.rsample(loc, P, d, omega_p, None, seed)
-        return *out, *grads, y, *kernels.rsample_backward(x, P, d, omega_p, None, seed, [True, True, False])
-
+    others = weights(1, B), torch.randn(1, B, R, device=DEVICE), torch.tensor([1, 2], device=DEVICE)
     assert not torch.equal(P[0], P[1])
-    expected = everything(P.contiguous())
+    expected = everything(kernels, (x, loc, P.contiguous(), d), *others)
     ordinary = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda t, **how: far() if t is P else ordinary(t, **how))
-    found = everything(P)
+    found = everything(kernels, (x, loc, P, d), *others)
     gradients = [t for t in found if t.shape == P.shape]
     assert [t.stride() for t in gradients] == [P.stride()] * 2
     for ours, theirs in zip(found, expected, strict=True):

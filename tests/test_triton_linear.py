@@ -5,7 +5,8 @@ The public functions are in `test_triton_linear_class.py`. Runs as `test_triton_
 
 import pytest
 import torch
-from triton_cases import BF16, DEVICE, F16, F32, F64, MARKS, TOLERANCE, relative, weights
+from lowrank_cases import BF16, F16, F32, F64, relative, strided
+from triton_cases import DEVICE, MARKS, TOLERANCE, both, check_logdet, name, weights, wide
 
 from lowrank_mvn.capacitance import LOG_DET_TOLERANCE
 from lowrank_mvn.device import launch
@@ -36,7 +37,6 @@ MATRIX = [
     (BF16, 2, 1, 16, 3, 1, 63, "BMK", "pixel", True, True, True),
     (F16, 1, 1, 5, 3, 1, 63, "BKM", "item", False, False, False),
 ]
-IDS = ["-".join(str(v).removeprefix("torch.") for v in case) for case in MATRIX]
 NAMES = ("grad_x", "grad_F", "grad_W", "grad_m", "grad_d")
 
 
@@ -44,21 +44,14 @@ def features(dtype, B, K, pixels, layout):
     F = torch.randn(B, K, pixels, dtype=F64, device=DEVICE).to(dtype)
     if layout == "BMK":
         return F.mT.contiguous().mT
-    if layout == "strided":
-        holder = F.new_full((B, 2 * K, 2 * pixels), float("nan"))
-        holder[:, ::2, ::2] = F
-        return holder[:, ::2, ::2]
-    return F
+    return strided(F) if layout == "strided" else F
 
 
 def inputs(dtype, S, B, K, R, channels, pixels, layout, diagonal, with_loc, with_mean, per_item, d=1.0):
     """x, loc, F, W, m and d in canonical shapes; d in float32 beside half precision."""
     options = {"dtype": F64, "device": DEVICE}
     W = torch.randn(B if per_item else 1, channels, R, K + 1, **options) / K**0.5
-    x, loc = (
-        torch.randn(S, B, channels, pixels, **options),
-        torch.randn(1 if S != 2 else S, B, channels, pixels, **options),
-    )
+    x, loc = (torch.randn(n, B, channels, pixels, **options) for n in (S, 2 if S == 2 else 1))
     m = torch.randn(channels, K + 1, **options)
     diag = d * (0.5 + torch.rand(B, *((channels, pixels) if diagonal == "pixel" else (1, 1)), **options))
     x, loc, W, m = (t.to(dtype) for t in (x, loc, W, m))
@@ -66,15 +59,18 @@ def inputs(dtype, S, B, K, R, channels, pixels, layout, diagonal, with_loc, with
     return x, loc if with_loc else None, features(dtype, B, K, pixels, layout), W, m if with_mean else None, diag
 
 
-def oracle(x, loc, F, W, m, d, a, b):
+def oracle(args, a, b):
     """Outputs and gradients of `aten` in float64."""
-    out, grads = both(aten, [None if t is None else t.double() for t in (x, loc, F, W, m, d)], a, b)
+    out, grads = both(aten, wide(args), a, b)
     return out[:4], grads
 
 
-def both(linear_kernels, args, a, b, needs=(True, True, True)):
-    out = linear_kernels.mahalanobis_and_logdet(*args)
-    return out, linear_kernels.mahalanobis_and_logdet_backward(a, b, *args, *out[2:], list(needs))
+def check(kernels, args):
+    """Outputs and gradients of float32 to its rounding."""
+    ab = weights(*args[0].shape[:2])
+    (out, grads), (expected, expected_grads) = both(kernels, args, *ab), oracle(args, *ab)
+    for ours, theirs in zip((*out[:4], *grads), (*expected, *expected_grads), strict=True):
+        assert relative(ours, theirs) < 2e-6 if theirs.numel() else ours.numel() == 0
 
 
 def amplified(x, loc, F, W, m, d):
@@ -86,29 +82,27 @@ def amplified(x, loc, F, W, m, d):
     return (values.sum(-1) / values[..., 0]).max().item()
 
 
-@pytest.mark.parametrize("case", MATRIX, ids=IDS)
+@pytest.mark.parametrize("case", MATRIX, ids=name)
 def test_density_and_every_gradient(linear_kernels, case):
     dtype, S, B = case[:3]
-    args, (a, b) = inputs(*case), weights(S, B)
-    expected, expected_grads = oracle(*args, a, b)
-    out, grads = both(linear_kernels, args, a, b)
-    for name, ours, theirs in zip(("q", "logdet", "C_inv", "v"), out, expected, strict=False):
-        assert ours.dtype == F64
-        assert ours.shape == theirs.shape
-        assert relative(ours, theirs) < (TOLERANCE[F64] if dtype == F64 else 2e-6), name
+    args, ab = inputs(*case), weights(S, B)
+    (expected, expected_grads), (out, grads) = oracle(args, *ab), both(linear_kernels, args, *ab)
+    for what, ours, theirs in zip(("q", "logdet", "L_inv", "v"), out, expected, strict=False):
+        assert (ours.dtype, ours.shape) == (F64, theirs.shape)
+        assert relative(ours, theirs) < (TOLERANCE[F64] if dtype == F64 else 2e-6), what
     residual, F = out[-2], args[2]
-    for name, ours, theirs, like in zip(NAMES, grads, expected_grads, (residual, F, *args[3:]), strict=True):
-        assert ours.shape == (theirs.shape if like is None else like.shape), name
-        assert ours.dtype == (ours.dtype if like is None else like.dtype), name
-        scale = TOLERANCE[F32] if name in ("grad_x", "grad_d") and dtype != F64 else TOLERANCE[dtype]
+    for what, ours, theirs, like in zip(NAMES, grads, expected_grads, (residual, F, *args[3:]), strict=True):
+        assert ours.shape == (theirs.shape if like is None else like.shape), what
+        assert ours.dtype == (ours.dtype if like is None else like.dtype), what
+        scale = TOLERANCE[F32] if what in ("grad_x", "grad_d") and dtype != F64 else TOLERANCE[dtype]
         if dtype == F32 and case[4] > case[3] + 1:
-            if name == "grad_W":
+            if what == "grad_W":
                 scale = max(scale, 2.0**-21 * amplified(*args))
-            elif name == "grad_m":  # nearly all of F̃z cancels: rounding is relative to the terms of the sum
+            elif what == "grad_m":  # nearly all of F̃z cancels: rounding is relative to the terms of the sum
                 ones = torch.cat([F, torch.ones_like(F[:, :1])], 1).double()
                 terms = torch.einsum("sbcn,bkn->ck", expected_grads[0].abs(), ones.abs())
                 scale *= (terms.norm() / theirs.norm()).item()
-        assert relative(ours, theirs) < scale, name
+        assert relative(ours, theirs) < scale, what
     if case[7] != "strided":
         assert grads[1].stride() == F.stride()
 
@@ -116,9 +110,8 @@ def test_density_and_every_gradient(linear_kernels, case):
 @pytest.mark.parametrize("diagonal", ["pixel", "item"])
 @pytest.mark.parametrize("needs", [(0, 1, 1), (1, 0, 0), (0, 0, 1), (0, 1, 0)])
 def test_only_what_is_asked_for(linear_kernels, needs, diagonal):
-    args, (a, b) = inputs(F32, 1, 2, 5, 3, 3, 20, "BKM", diagonal, True, False, False), weights(1, 2)
-    _, expected = both(linear_kernels, args, a, b)
-    _, grads = both(linear_kernels, args, a, b, [bool(need) for need in needs])
+    args, ab = inputs(F32, 1, 2, 5, 3, 3, 20, "BKM", diagonal, True, False, False), weights(1, 2)
+    (_, expected), (_, grads) = both(linear_kernels, args, *ab), both(linear_kernels, args, *ab, needs)
     assert grads[3].numel() == 0
     assert torch.equal(grads[2], expected[2])
     for i, need in zip((0, 1, 4), needs, strict=True):
@@ -128,32 +121,19 @@ def test_only_what_is_asked_for(linear_kernels, needs, diagonal):
 @pytest.mark.parametrize("diagonal", ["pixel", "item"])
 def test_more_columns_than_ride_along(linear_kernels, diagonal):
     """10 columns: rounds in the residual, the last of them with fewer; their sums are passes of their own."""
-    args, (a, b) = inputs(F32, 5, 2, 5, 3, 2, 37, "BMK", diagonal, True, True, False), weights(5, 2)
-    expected, expected_grads = oracle(*args, a, b)
-    out, grads = both(linear_kernels, args, a, b)
-    for ours, theirs in zip((*out[:4], *grads), (*expected, *expected_grads), strict=True):
-        assert relative(ours, theirs) < 2e-6
+    check(linear_kernels, inputs(F32, 5, 2, 5, 3, 2, 37, "BMK", diagonal, True, True, False))
 
 
 @pytest.mark.parametrize(("diagonal", "S"), [("pixel", 1), ("item", 1), ("pixel", 5)])
 def test_more_features_than_one_tile(linear_kernels, diagonal, S):
-    args, (a, b) = inputs(F32, S, 1, 130, 2, 1, 20, "BKM", diagonal, False, True, False), weights(S, 1)
-    expected, expected_grads = oracle(*args, a, b)
-    out, grads = both(linear_kernels, args, a, b)
-    for ours, theirs in zip((*out[:4], *grads), (*expected, *expected_grads), strict=True):
-        assert relative(ours, theirs) < 2e-6
+    check(linear_kernels, inputs(F32, S, 1, 130, 2, 1, 20, "BKM", diagonal, False, True, False))
 
 
 def test_diagonal_of_any_strides(linear_kernels):
-    args, (a, b) = inputs(F32, 1, 3, 5, 3, 1, 40, "BKM", "pixel", True, False, False), weights(1, 3)
-    expected, expected_grads = oracle(*args, a, b)
-    turned = args[5].permute(2, 1, 0).contiguous().permute(2, 1, 0)
-    assert turned.stride() != args[5].stride()
-    out, grads = both(linear_kernels, (*args[:5], turned), a, b)
-    for ours, theirs in zip(
-        (*out[:4], *grads[:3], grads[4]), (*expected, *expected_grads[:3], expected_grads[4]), strict=True
-    ):
-        assert relative(ours, theirs) < 2e-6
+    *args, d = inputs(F32, 1, 3, 5, 3, 1, 40, "BKM", "pixel", True, False, False)
+    turned = d.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    assert turned.stride() != d.stride()
+    check(linear_kernels, (*args, turned))
 
 
 def test_which_way_is_taken():
@@ -174,39 +154,26 @@ def test_never_more_of_the_factor_than_a_block(monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK_VALUES", 2 * 2 * 3 * 64)
     monkeypatch.setattr(blocks, "LEAST_PIXELS", 16)
     monkeypatch.setattr(blocks, "product", counted)
-    args, (a, b) = inputs(F32, 1, 2, 130, 3, 2, 300, "BKM", "pixel", True, True, False), weights(1, 2)
-    both(triton, args, a, b)
+    both(triton, inputs(F32, 1, 2, 130, 3, 2, 300, "BKM", "pixel", True, True, False), *weights(1, 2))
     assert len(made) > 15
     assert max(made) <= 64
 
 
 def test_empty_batch(linear_kernels):
-    args, (a, b) = inputs(F32, 2, 0, 5, 3, 2, 20, "BKM", "pixel", True, True, False), weights(2, 0)
-    out, grads = both(linear_kernels, args, a, b)
+    args = inputs(F32, 2, 0, 5, 3, 2, 20, "BKM", "pixel", True, True, False)
+    out, grads = both(linear_kernels, args, *weights(2, 0))
     assert out[0].shape == (2, 0)
     assert [g.shape for g in grads] == [t.shape for t in (args[0], *args[2:])]
     assert not grads[2].any()
 
 
-@pytest.mark.parametrize("case", [MATRIX[i] for i in (0, 2, 3, 5, 8, 9, 14, 16)], ids=str)
+@pytest.mark.parametrize("case", [MATRIX[i] for i in (0, 2, 3, 5, 8, 9, 14, 16)], ids=name)
 def test_log_determinant_alone(linear_kernels, case):
     _, _, F, W, _, d = inputs(*case)
-    b, dtype, wide = weights(*case[1:3])[1], case[0], [t.double() for t in (F, W, d)]
-    expected, (found, C_inv, WG, flags) = aten.logdet(*wide), linear_kernels.logdet(F, W, d)
-    tolerance = TOLERANCE[F64] if dtype == F64 else 2e-6
-    assert relative(found, expected[0]) < tolerance
-    assert relative(C_inv, expected[1]) < tolerance
-    grads = linear_kernels.logdet_backward(b, F, W, d, C_inv, WG, flags, [True, True])
-    of_wide = aten.logdet_backward(b, *wide, *expected[1:], [True, True])
+    tolerance = TOLERANCE[F64] if case[0] == F64 else 2e-6
     scale = max(1, 2.0**-21 * amplified(None, None, F, W, None, d) / tolerance) if case[4] > case[3] + 1 else 1
-    for ours, theirs, like in zip(grads, of_wide, (F, W, d), strict=True):
-        assert (ours.shape, ours.dtype) == (like.shape, like.dtype)
-        assert relative(ours, theirs) < TOLERANCE[like.dtype] * (scale if like is W else 1)
-    for needs in ([True, False], [False, True]):
-        again = linear_kernels.logdet_backward(b, F, W, d, C_inv, WG, flags, needs)
-        assert torch.equal(again[1], grads[1])
-        for need, ours, theirs in zip(needs, again[::2], grads[::2], strict=True):
-            assert torch.equal(ours, theirs) if need else ours.numel() == 0
+    allowed = [TOLERANCE[F.dtype], TOLERANCE[W.dtype] * scale, TOLERANCE[d.dtype]]
+    check_logdet(linear_kernels, aten, (F, W, d), weights(*case[1:3])[1], tolerance, allowed)
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -244,25 +211,24 @@ def test_small_diagonal_and_what_is_collinear(linear_kernels, collinear, log_p, 
     u = torch.einsum("br,bcrk->bck", omega, W.double()) + m.double()
     x = torch.einsum("bck,bkn->bcn", u, ones)
     x = (x + d.double().sqrt() * torch.randn_like(x)).float()[None]
-    a = torch.full((S, B), -0.5, dtype=F64, device=DEVICE)
-    b = torch.full((B,), -0.5, dtype=F64, device=DEVICE)
-    expected, expected_grads = oracle(x, None, F, W, m, d, a, b)
-    out, grads = both(linear_kernels, (x, None, F, W, m, d), a, b)
+    halves = [torch.full(shape, -0.5, dtype=F64, device=DEVICE) for shape in ((S, B), (B,))]
+    args = x, None, F, W, m, d
+    (expected, expected_grads), (out, grads) = oracle(args, *halves), both(linear_kernels, args, *halves)
     # Rounding is in G, so that only features can ask for float64; then C is as exact as G, whatever W is. With blocks
     # it is in P.
     rounded = blocks.chosen()
     assert out[-1].tolist() == [False, collinear == "features" or (rounded and collinear == "weights")]
     assert (out[1] - expected[1]).abs().max() < LOG_DET_TOLERANCE
     assert (0.5 * ((out[0] - expected[0]).abs() + (out[1] - expected[1]).abs())).max() < log_p
-    for name, ours, theirs in zip(NAMES, grads, expected_grads, strict=True):
-        assert relative(ours, theirs) < max(gradient, TOLERANCE[ours.dtype]), name
+    for what, ours, theirs in zip(NAMES, grads, expected_grads, strict=True):
+        assert relative(ours, theirs) < max(gradient, TOLERANCE[ours.dtype]), what
 
 
 def test_one_item_that_is_not_finite(linear_kernels):
-    args, (a, b) = inputs(F32, 1, 3, 5, 3, 2, 40, "BKM", "pixel", True, True, True), weights(1, 3)
-    good, good_grads = both(linear_kernels, args, a, b)
+    args, ab = inputs(F32, 1, 3, 5, 3, 2, 40, "BKM", "pixel", True, True, True), weights(1, 3)
+    good, good_grads = both(linear_kernels, args, *ab)
     args[2][1, 2, 7] = float("nan")
-    out, grads = both(linear_kernels, args, a, b)
+    out, grads = both(linear_kernels, args, *ab)
     assert out[0][0, 1].isnan()
     assert out[1][1].isnan()
     for i, axis in ((0, 1), (1, 0)):
@@ -274,17 +240,13 @@ def test_one_item_that_is_not_finite(linear_kernels):
 
 @pytest.mark.parametrize("diagonal", ["pixel", "item"])
 def test_without_tensor_cores(linear_kernels, monkeypatch, diagonal):
-    args, (a, b) = inputs(F32, 1, 1, 5, 3, 2, 20, "BKM", diagonal, False, True, False), weights(1, 1)
-    expected, expected_grads = oracle(*args, a, b)
     monkeypatch.setattr(launch, "products", lambda *tensors: "float32")
-    out, grads = both(linear_kernels, args, a, b)
-    for ours, theirs in zip((*out[:4], *grads), (*expected, *expected_grads), strict=True):
-        assert relative(ours, theirs) < 2e-6
+    check(linear_kernels, inputs(F32, 1, 1, 5, 3, 2, 20, "BKM", diagonal, False, True, False))
 
 
 def test_the_same_bits_twice(linear_kernels):
-    args, (a, b) = inputs(F32, 1, 2, 16, 3, 2, 300, "BMK", "pixel", True, True, False), weights(1, 2)
-    (out, grads), (again, grads_again) = both(linear_kernels, args, a, b), both(linear_kernels, args, a, b)
+    args, ab = inputs(F32, 1, 2, 16, 3, 2, 300, "BMK", "pixel", True, True, False), weights(1, 2)
+    (out, grads), (again, grads_again) = (both(linear_kernels, args, *ab) for _ in range(2))
     for ours, theirs in zip((*out, *grads), (*again, *grads_again), strict=True):
         assert torch.equal(ours, theirs)
 

@@ -3,10 +3,12 @@
 Runs as `test_triton_kernels.py` does.
 """
 
+import linear_cases
 import pytest
 import torch
+from lowrank_cases import BF16, F32, F64, relative
 from test_triton_linear import inputs
-from triton_cases import BF16, DEVICE, F32, F64, INTERPRET, MARKS, relative
+from triton_cases import DEVICE, INTERPRET, MARKS, name
 
 import lowrank_mvn
 from lowrank_mvn import LinearFactor, LinearMean, LowRankMultivariateNormal
@@ -16,21 +18,15 @@ pytestmark = [*MARKS, pytest.mark.filterwarnings("ignore::DeprecationWarning")] 
 
 
 def tensors(dtype=F64, B=2, K=5, R=4, channels=3, spatial=(3, 3), diagonal="pixel", last=False):
-    options = {"dtype": dtype, "device": DEVICE}
-    F = torch.randn(B, K, *spatial, **options)
-    F = F.to(memory_format=torch.channels_last) if last else F
-    N = channels * spatial[0] * spatial[1]
-    d = 0.5 + torch.rand((B, N) if diagonal == "pixel" else (), **options)
-    weight, bias = torch.randn(R, channels, K, **options), torch.randn(R, channels, **options)
-    return (
-        F,
-        weight,
-        bias,
-        torch.randn(channels, K, **options),
-        torch.randn(channels, **options),
-        d,
-        torch.randn(2, B, N, **options),
-    )
+    """Two values, and one d for all pixels unless each has its own."""
+    diagonal, sizes = "pixel" if diagonal == "pixel" else "scalar", (B, K, R, channels, spatial)
+    return linear_cases.tensors(dtype, (), last, 1.0, diagonal, (2,), sizes, DEVICE)
+
+
+def joint(F, weight, bias, mean_weight, mean_bias, d, x, impl="triton"):
+    """log p and H of both made of the features."""
+    loc, factor = LinearMean(F, mean_weight, mean_bias), LinearFactor(F, weight, bias)
+    return lowrank_mvn.log_prob_and_entropy(x, loc, factor, d, impl=impl)
 
 
 @pytest.mark.parametrize(("diagonal", "last"), [("pixel", False), ("item", True)])
@@ -40,9 +36,7 @@ def test_the_class_and_every_gradient(diagonal, last):
 
     def loss(impl, dtype):
         leaves = [t.to(dtype).requires_grad_() for t in args]
-        F, weight, bias, mean_weight, mean_bias, d, x = leaves
-        loc, factor = LinearMean(F, mean_weight, mean_bias), LinearFactor(F, weight, bias)
-        log_prob, entropy = lowrank_mvn.log_prob_and_entropy(x, loc, factor, d, impl=impl)
+        log_prob, entropy = joint(*leaves, impl)
         total = log_prob.sum() - 0.7 * entropy.sum()
         return total, torch.autograd.grad(total, leaves)
 
@@ -62,11 +56,6 @@ def test_the_class_and_every_gradient(diagonal, last):
 @pytest.mark.parametrize("diagonal", ["pixel", "item"])
 def test_gradcheck(linear_kernels, diagonal):
     args = [t.requires_grad_() for t in tensors(B=1, K=2, R=2, channels=2, spatial=(2, 1), diagonal=diagonal)]
-
-    def joint(F, weight, bias, mean_weight, mean_bias, d, x):
-        loc, factor = LinearMean(F, mean_weight, mean_bias), LinearFactor(F, weight, bias)
-        return lowrank_mvn.log_prob_and_entropy(x, loc, factor, d, impl="triton")
-
     assert torch.autograd.gradcheck(joint, args, fast_mode=True)
 
 
@@ -83,7 +72,7 @@ SAMPLES = [
 
 @pytest.mark.parametrize("joined", [True, False], ids=["linear-mean", "loc"])
 @pytest.mark.parametrize("given", [True, False], ids=["given", "drawn"])
-@pytest.mark.parametrize("case", SAMPLES, ids=lambda case: "-".join(str(v).removeprefix("torch.") for v in case))
+@pytest.mark.parametrize("case", SAMPLES, ids=name)
 def test_samples_and_gradients(case, given, joined):
     """Given noise against the formula; drawn noise against the sample that the kernel for a dense factor draws."""
     dtype, S, B, K, R, channels, spatial, diagonal, last, tolerance = case
@@ -115,9 +104,9 @@ def test_samples_and_gradients(case, given, joined):
     (ours, grads), (expected, expected_grads) = sampled(False), sampled(True)
     assert ours.dtype == dtype
     assert relative(ours, expected) < tolerance
-    for name, a, b in zip(("F", "weight", "bias", "mean weight", "mean bias", "d"), grads, expected_grads, strict=True):
-        assert a.shape == b.shape, name
-        assert relative(a, b) < 4 * tolerance, name
+    for what, a, b in zip(("F", "weight", "bias", "mean weight", "mean bias", "d"), grads, expected_grads, strict=True):
+        assert a.shape == b.shape, what
+        assert relative(a, b) < 4 * tolerance, what
 
 
 def test_second_derivative_of_a_sample():
@@ -135,11 +124,6 @@ def test_second_derivative_of_a_sample():
 def test_second_derivatives_of_a_density(linear_kernels):
     """By way of P, in torch's operators, whichever way the first ones are made."""
     args = [t.requires_grad_() for t in tensors(B=1, K=2, R=2, channels=2, spatial=(2, 1))]
-
-    def joint(F, weight, bias, mean_weight, mean_bias, d, x):
-        loc, factor = LinearMean(F, mean_weight, mean_bias), LinearFactor(F, weight, bias)
-        return lowrank_mvn.log_prob_and_entropy(x, loc, factor, d, impl="triton")
-
     assert torch.autograd.gradgradcheck(joint, args, fast_mode=True)
 
 
@@ -174,9 +158,8 @@ def test_autocast_leaves_the_precision_alone(linear_kernels):
     F, *rest, x = tensors(F32)
     leaves = [t.requires_grad_() for t in (F.bfloat16(), *rest, x.bfloat16())]
 
-    def step(F, weight, bias, mean_weight, mean_bias, d, x):
-        loc, factor = LinearMean(F, mean_weight, mean_bias), LinearFactor(F, weight, bias)
-        log_prob, entropy = lowrank_mvn.log_prob_and_entropy(x, loc, factor, d, impl="triton")
+    def step(*leaves):
+        log_prob, entropy = joint(*leaves)
         return log_prob, entropy, *torch.autograd.grad(log_prob.sum() + entropy.sum(), leaves)
 
     expected = step(*leaves)

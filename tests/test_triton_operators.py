@@ -3,19 +3,15 @@
 Runs as `test_triton_kernels.py` does.
 """
 
-import os
-
 import pytest
 import torch
+from triton_cases import DEVICE, ON_A_DEVICE
 
 import lowrank_mvn
 from lowrank_mvn.registry import runs_on
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRET else "cuda"
-OPERATORS = torch.ops.lowrank_mvn
 pytestmark = [
-    *([] if INTERPRET else [pytest.mark.gpu]),
+    *ON_A_DEVICE,
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own, in opcheck
 ]
@@ -27,12 +23,18 @@ def parameters(dtype=torch.float64, batch=(2,), N=7, R=3):
     return loc, P, 0.5 + torch.rand(*batch, N, **options)
 
 
+def both(x, loc, P, d):
+    return lowrank_mvn.log_prob_and_entropy(x, loc, P, d, impl="triton")
+
+
+def drawn(loc, P, d, shape=(2,)):
+    torch.manual_seed(3)
+    return lowrank_mvn.rsample(loc, P, d, shape, impl="triton")
+
+
 def test_gradcheck_of_a_density():
     loc, P, d = (t.requires_grad_() for t in parameters())
     x = torch.randn(2, 2, 7, dtype=torch.float64, device=DEVICE, requires_grad=True)
-
-    def both(x, loc, P, d):
-        return lowrank_mvn.log_prob_and_entropy(x, loc, P, d, impl="triton")
 
     assert torch.autograd.gradcheck(both, (x, loc, P, d), fast_mode=True)
 
@@ -51,10 +53,6 @@ def test_gradcheck_and_second_derivative_of_a_sample():
 def test_a_drawn_sample_is_that_of_the_formula():
     loc, P, d = (t.requires_grad_() for t in parameters())
 
-    def drawn(loc, P, d):
-        torch.manual_seed(3)
-        return lowrank_mvn.rsample(loc, P, d, (2,), impl="triton")
-
     assert torch.autograd.gradcheck(drawn, (loc, P, d), fast_mode=True)
     again = drawn(loc, P, d)
     assert torch.equal(again, drawn(loc, P, d))
@@ -62,67 +60,8 @@ def test_a_drawn_sample_is_that_of_the_formula():
     assert not torch.equal(again, lowrank_mvn.rsample(loc, P, d, (2,), impl="triton"))
 
 
-def density_operator():
-    loc, P, d = parameters(torch.float32)
-    inputs = [t.requires_grad_() for t in (torch.randn(2, 2, 7, device=DEVICE), loc[None], P, d)]
-    with torch.no_grad():
-        _, logdet, *kept = OPERATORS.mahalanobis_and_logdet(*inputs, None, None, None, "triton")
-    return inputs, logdet, kept
-
-
-def sample_operator(given):
-    loc, P, d = parameters(torch.float32)
-    inputs = [t.requires_grad_() for t in (loc[None], P, d, torch.randn(2, 2, 3, device=DEVICE))]
-    seed = None if given else torch.tensor([1, 2], device=DEVICE)
-    return *inputs, torch.randn(2, 2, 7, device=DEVICE, requires_grad=True) if given else None, seed
-
-
-@pytest.mark.parametrize("given", [False, True], ids=["", "capacitance"])
-def test_opcheck_of_the_density(given):
-    inputs, logdet, (C_inv, *_, wide) = density_operator()
-    capacitance = (C_inv, logdet, wide) if given else (None, None, None)
-    operator = OPERATORS.mahalanobis_and_logdet.default
-    torch.library.opcheck(operator, (*inputs, *capacitance, "triton"))
-
-
-@pytest.mark.parametrize("needs", [[True] * 4, [True, False, False, True]], ids=["all", "some"])
-def test_opcheck_of_its_backward(needs):
-    inputs, _, kept = density_operator()
-    grads = torch.randn(2, 2, dtype=torch.float64, device=DEVICE), torch.randn(2, dtype=torch.float64, device=DEVICE)
-    operator = OPERATORS.mahalanobis_and_logdet_backward.default
-    torch.library.opcheck(operator, (*grads, *inputs, *kept, needs, "triton"))
-
-
-def test_opcheck_of_log_determinants():
-    _, _, P, d = density_operator()[0]
-    torch.library.opcheck(OPERATORS.logdet.default, (P, d, "triton"))
-    with torch.no_grad():
-        logdet, *kept = OPERATORS.logdet(P, d, "triton")
-    torch.library.opcheck(OPERATORS.logdet_backward.default, (logdet, P, d, *kept, [True, True], "triton"))
-
-
-def test_opcheck_of_normal_equations():
-    x, loc, P, d = density_operator()[0]
-    torch.library.opcheck(OPERATORS.gram.default, (P, d, "triton"))
-    torch.library.opcheck(OPERATORS.normal_equations.default, (x, loc, P, d, "triton"))
-
-
-def test_opcheck_of_noise():
-    seed = torch.tensor([1, 2], device=DEVICE)
-    torch.library.opcheck(OPERATORS.noise.default, (seed, 3, 7, torch.float32, "triton"))
-
-
-@pytest.mark.parametrize("given", [False, True], ids=["drawn", "given"])
-def test_opcheck_of_samples_and_their_backward(given):
-    arguments = sample_operator(given)
-    torch.library.opcheck(OPERATORS.rsample.default, (*arguments, "triton"))
-    grad_y = torch.randn(2, 2, 7, device=DEVICE, requires_grad=True)
-    backward = (grad_y, *arguments[1:], [True, True, given], "triton")
-    torch.library.opcheck(OPERATORS.rsample_backward.default, backward)
-
-
 def test_every_operator_is_checked():
-    """Those of dense factors; `test_lowrank_linear` and `test_stencil_operators` have the others."""
+    """In `test_lowrank_transforms`; `test_lowrank_linear` and `test_stencil_operators` have the others."""
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("lowrank_mvn::")}
     ours = {name for name in names if not name.startswith(("linear", "stencil"))}
     density = {"mahalanobis_and_logdet", "mahalanobis_and_logdet_backward", "logdet", "logdet_backward"}
@@ -133,20 +72,13 @@ def test_second_derivatives_of_a_density():
     loc, P, d = (t.requires_grad_() for t in parameters(batch=(1,), N=4, R=2))
     x = torch.randn(2, 1, 4, dtype=torch.float64, device=DEVICE, requires_grad=True)
 
-    def both(x, loc, P, d):
-        return lowrank_mvn.log_prob_and_entropy(x, loc, P, d, impl="triton")
-
     assert torch.autograd.gradgradcheck(both, (x, loc, P, d), fast_mode=True)
 
 
 def test_second_derivatives_of_a_drawn_sample_and_of_a_conditional():
     loc, P, d = (t.requires_grad_() for t in parameters(batch=(1,), N=4, R=2))
 
-    def drawn(loc, P, d):
-        torch.manual_seed(3)
-        return lowrank_mvn.rsample(loc, P, d, impl="triton")
-
-    assert torch.autograd.gradgradcheck(drawn, (loc, P, d), fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda *a: drawn(*a, shape=()), (loc, P, d), fast_mode=True)
     observed = torch.tensor([True, False, True, False], device=DEVICE)
     value = torch.randn(1, 4, dtype=torch.float64, device=DEVICE, requires_grad=True)
 

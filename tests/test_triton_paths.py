@@ -5,28 +5,14 @@ Runs as that file does.
 
 import pytest
 import torch
-from triton_cases import BF16, DEVICE, F32, F64, INTERPRET, MARKS, TOLERANCE, inputs, oracle, relative, weights
+from lowrank_cases import BF16, F32, F64, relative
+from triton_cases import DEVICE, INTERPRET, MARKS, NAMES, both, check, inputs, name, oracle, weights, wide
 
 from lowrank_mvn.device import launch
 from lowrank_mvn.device.launch import Block
 from lowrank_mvn.factors.dense import aten
 
 pytestmark = MARKS
-NAMES = ("q", "logdet", "C_inv", "v", "grad_x", "grad_loc", "grad_P", "grad_d")
-
-
-def check(kernels, args, tolerance=None, needs=(True,) * 4):
-    """Density and gradients of every item against float64; returns what the forward pass gave."""
-    S, B = args[0].shape[:2]
-    a, b = weights(S, B)
-    expected, expected_grads = oracle(*args, a=a, b=b)
-    out = kernels.mahalanobis_and_logdet(*args)
-    grads = kernels.mahalanobis_and_logdet_backward(a, b, *args, *out[2:], list(needs))
-    tolerance = tolerance or TOLERANCE[args[2].dtype]
-    for name, ours, theirs in zip(NAMES, (*out[:4], *grads), (*expected[:4], *expected_grads), strict=True):
-        if name not in NAMES[4:] or needs[NAMES.index(name) - 4]:
-            assert relative(ours, theirs) < tolerance, name
-    return out
 
 
 @pytest.fixture
@@ -70,13 +56,13 @@ SPLITS = [
 def check_splits(kernels, case):
     args = inputs(*case)
     check(kernels, args)
-    expected = aten.normal_equations(*(t.double() for t in args))
+    expected = aten.normal_equations(*wide(args))
     for ours, theirs in zip(kernels.normal_equations(*args), expected, strict=True):
         assert relative(ours, theirs) < 1e-6
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("case", SPLITS, ids=lambda case: "-".join(str(v).removeprefix("torch.") for v in case))
+@pytest.mark.parametrize("case", SPLITS, ids=name)
 def test_many_splits(kernels, case):
     check_splits(kernels, case)
 
@@ -102,7 +88,7 @@ def shared_out(monkeypatch, kernels):
         (F64, 4, 2, 40, 3, "BRN", "pixel", True),
         (BF16, 4, 2, 40, 16, "BNR", "pixel", True),
     ],
-    ids=str,
+    ids=name,
 )
 def test_samples_that_several_programs_share(kernels, case):
     """Fewer samples than programs, and programs with a sample more than others, too."""
@@ -142,7 +128,7 @@ def test_log_of_many_variances_does_not_overflow(kernels, monkeypatch):
     x, loc, P, d = inputs(F32, 1, 1, columns + 5, 1, "BNR", "pixel", True)
     d = torch.full_like(d, 0.99)
     out = kernels.mahalanobis_and_logdet(x, loc, P, d)
-    assert relative(out[1], aten.mahalanobis_and_logdet(*(t.double() for t in (x, loc, P, d)))[1]) < 1e-6
+    assert relative(out[1], aten.mahalanobis_and_logdet(*wide((x, loc, P, d)))[1]) < 1e-6
 
 
 def test_more_pixels_than_an_int32_counts_are_an_error(kernels):
@@ -157,7 +143,7 @@ def test_more_pixels_than_an_int32_counts_are_an_error(kernels):
 def test_tiles_of_the_rank_and_samples(kernels, needs, diagonal):
     """Pairs of tiles, several samples with one mean for all and one for each."""
     args = inputs(F32, 2, 1, 40, 18, "BRN" if diagonal == "pixel" else "BNR", diagonal, needs[0] == 1)
-    check(kernels, args, needs=[bool(n) for n in needs])
+    check(kernels, args, needs=needs)
 
 
 def test_float64_above_32_rows(kernels):
@@ -181,8 +167,8 @@ def check_collinear(kernels, R, diagonal):
     x, loc, P, d = collinear(R)
     if diagonal == "pixel":
         d = d.expand(-1, x.shape[-1]) * (0.5 + torch.rand_like(x[0]))
-    *_, wide = check(kernels, (x, loc, P, d))
-    assert wide[1]
+    *_, flags = check(kernels, (x, loc, P, d))
+    assert flags[1]
 
 
 @pytest.mark.parametrize(("R", "diagonal"), [(4, "item"), (4, "pixel"), (33, "pixel")])
@@ -209,7 +195,7 @@ def test_what_other_targets_choose(kernels, monkeypatch, target, case):
     loc, P, d = args[1:]
     omega_p, omega_d = torch.randn_like(P[None, :, 0]), torch.randn_like(loc)
     y = kernels.rsample(loc, P, d, omega_p, omega_d, None)
-    loc, P, d, omega_p, omega_d = (t.double() for t in (loc, P, d, omega_p, omega_d))
+    loc, P, d, omega_p, omega_d = wide((loc, P, d, omega_p, omega_d))
     assert relative(y, loc + torch.einsum("bnr,sbr->sbn", P, omega_p) + d.sqrt() * omega_d) < 1e-6
 
 
@@ -221,7 +207,7 @@ def test_an_item_with_nothing_observed(kernels):
     gram, w = kernels.normal_equations(x, loc, P, precision)
     assert not gram[1].any()
     assert not w[:, 1].any()
-    expected = aten.normal_equations(*(t.double() for t in (x, loc, P, precision)))
+    expected = aten.normal_equations(*wide((x, loc, P, precision)))
     for ours, theirs in zip((gram, w), expected, strict=True):
         assert relative(ours[..., 2, :], theirs[..., 2, :]) < 1e-6
 
@@ -234,27 +220,22 @@ def test_any_strides(kernels):
     loc = torch.randn(1, 1, 1, device=DEVICE).expand(1, 2, N)
     P = torch.randn(1, R, N, device=DEVICE).mT.expand(2, N, R)
     d = (0.5 + torch.rand(N, 2, device=DEVICE)).T
-    check(kernels, (x, loc, P, d))
-    one = torch.ones((), dtype=F64, device=DEVICE)
-    _, grads = oracle(x, loc, P, d, a=one.expand(2, 2), b=one.expand(2))
-    out = kernels.mahalanobis_and_logdet(x, loc, P, d)
-    ours = kernels.mahalanobis_and_logdet_backward(one.expand(2, 2), one.expand(2), x, loc, P, d, *out[2:], [True] * 4)
-    for name, a, b in zip(NAMES[4:], ours, grads, strict=True):
-        assert relative(a, b) < 2e-6, name
+    args, one = (x, loc, P, d), torch.ones((), dtype=F64, device=DEVICE)
+    check(kernels, args)
+    ab = one.expand(2, 2), one.expand(2)
+    for what, ours, theirs in zip(NAMES[4:], both(kernels, args, *ab)[1], oracle(args, *ab)[1], strict=True):
+        assert relative(ours, theirs) < 2e-6, what
 
 
 @pytest.mark.parametrize("which", range(4), ids=["x", "loc", "P", "d"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=["nan", "inf"])
 def test_a_value_that_is_not_finite_spoils_its_item_alone(kernels, which, bad):
-    args = inputs(F32, 1, 3, 20, 3, "BNR", "pixel", False)
-    a, b = weights(1, 3)
-    good = kernels.mahalanobis_and_logdet(*args)
-    good_grads = kernels.mahalanobis_and_logdet_backward(a, b, *args, *good[2:], [True] * 4)
+    args, ab = inputs(F32, 1, 3, 20, 3, "BNR", "pixel", False), weights(1, 3)
+    good, good_grads = both(kernels, args, *ab)
     args[which].select(0 if which > 1 else 1, 1).flatten()[4] = bad
     assert sum((~t.isfinite()).sum() for t in args) == 1
-    out = kernels.mahalanobis_and_logdet(*args)
+    out, grads = both(kernels, args, *ab)
     assert not (out[0][0, 1] + out[1][1]).isfinite()
-    grads = kernels.mahalanobis_and_logdet_backward(a, b, *args, *out[2:], [True] * 4)
     for at, ours, theirs in zip((1, 0, 1, 1, 0, 0), (*out[:2], *grads), (*good[:2], *good_grads), strict=True):
         for item in (0, 2):
             assert torch.equal(ours.select(at, item), theirs.select(at, item))
@@ -266,7 +247,7 @@ def test_a_diagonal_that_is_hardly_or_not_positive(kernels, d):
     args = inputs(F32, 1, 2, 20, 3, "BRN", "pixel", True)
     args[2][1, :2], args[3][1, :2] = 0, d
     args[0][:, 1, :2] = args[1][:, 1, :2]
-    expected, _ = oracle(*args)
+    expected = aten.mahalanobis_and_logdet(*wide(args))
     q, logdet, *_ = kernels.mahalanobis_and_logdet(*args)
     assert relative(q[:, 0], expected[0][:, 0]) < 2e-6
     assert relative(logdet[:1], expected[1][:1]) < 2e-6
@@ -281,22 +262,22 @@ def test_the_flag_of_one_item_for_all(kernels):
     """What is expanded over the items has a stride of 0, and nothing behind it is read."""
     x, loc, P, d = inputs(F32, 1, 1, 12, 3, "BRN", "pixel", True)
     a, b = weights(1, 1)
-    _, _, C_inv, v, *kept = kernels.mahalanobis_and_logdet(x, loc, P, d)
+    _, _, L_inv, v, *kept = kernels.mahalanobis_and_logdet(x, loc, P, d)
     flags = torch.tensor([True, False, False, False], device=DEVICE)
     expected = kernels.mahalanobis_and_logdet_backward(
-        a, b, x, loc, P, d, C_inv, v, *kept[:2], flags[:1].clone(), [True] * 4
+        a, b, x, loc, P, d, L_inv, v, *kept[:2], flags[:1].clone(), [True] * 4
     )
 
     def items(t, at=0):
         return t.expand(*t.shape[:at], 4, *t.shape[at + 1 :])
 
     ours = kernels.mahalanobis_and_logdet_backward(
-        items(a, 1), items(b), items(x, 1), items(loc, 1), items(P), items(d), items(C_inv), items(v, 1),
+        items(a, 1), items(b), items(x, 1), items(loc, 1), items(P), items(d), items(L_inv), items(v, 1),
         *kept[:2], items(flags[:1]), [True] * 4,
     )  # fmt: skip
-    for name, mine, theirs, at in zip(NAMES[4:], ours, expected, (1, 1, 0, 0), strict=True):
+    for what, mine, theirs, at in zip(NAMES[4:], ours, expected, (1, 1, 0, 0), strict=True):
         for i in range(4):
-            assert torch.equal(mine.select(at, i), theirs.select(at, 0)), name
+            assert torch.equal(mine.select(at, i), theirs.select(at, 0)), what
 
 
 if not INTERPRET:

@@ -29,7 +29,6 @@ FILES = [
     "test_student_t.py",
 ]
 SELECTION = {
-    "test_lowrank_transforms.py": ["-k", "not opcheck"],  # which names its implementation
     "test_lowrank_leverage.py": ["-k", "kernels"],
     # Conditionals and variances have no kernels of their own.
     "test_stencil.py": ["-k", "not condition and not estimated and not both_ways and not differentiable"],

@@ -1,11 +1,11 @@
 """The sweep of launches with a timer that is made up. Runs as `test_triton_kernels.py` does."""
 
-import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 from triton.runtime.errors import OutOfResources
+from triton_cases import INTERPRET, ON_A_DEVICE
 
 from bench import tune
 from bench.static.launches import Case
@@ -13,9 +13,8 @@ from lowrank_mvn.device import launch, tuned
 from lowrank_mvn.device.launch import Block
 from lowrank_mvn.factors.dense.triton import capacitance
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRET else "cuda:0")
-pytestmark = [] if INTERPRET else [pytest.mark.gpu]
+pytestmark = ON_A_DEVICE
 CASE = Case(3, "BRN", B=1, N=70)
 CELL = ("residual", 16, True)
 DEFAULT = Block(1, 64)

@@ -26,12 +26,6 @@ from .launches import AnyCase, Case, LinearCase, all_cases, all_linear_cases, st
 from .requested import in_interpreter
 from .verdict import verdict
 
-HEADER = (
-    f"{'kernel':32}{'target':8}{'case':36}{'regs':>5}{'spill':>6}{'shared':>8}{'occ.':>6}"
-    f"{'stages × tile × programs = in flight':>38}"
-    f"{'loads':>18}{'stores':>11}{'tensor':>7}{'ins/B':>7}{'cap':>7}  by, then every other pipe"
-    f" [TB/s; memory {model.MEMORY / 1e12:.1f}]"
-)
 # sm_86 takes sm_80's launches, where they fit its shared memory.
 DEFAULT_TARGETS = [target for target in TARGETS if target != "sm_86"]
 # Ranks that fill their padding and ranks that do not, and one that is walked over in tiles.
@@ -44,22 +38,20 @@ ALL_FEATURES = [10, 32, 64, 128, 200]
 LINEAR_LAYOUT = {"BRN": "BKM", "BNR": "BMK"}
 
 
-def line(row: dict) -> str:
-    def widths(name):
-        return " ".join(f"{n}×{w}" for w, n in row.get(name, {}).items())
+SHOWN = "registers", "spills", "shared", "occupancy", "loads", "stores", "tensor", "instructions_per_byte", "error"
 
-    text = f"{row['kernel'] + ' ' + row.get('sizes', ''):32}{row['target']:8}{row['case']:36}"
-    if "error" in row:
-        return text + row["error"]
-    text += f"{row['registers']:5}{row['spills']:6}{row['shared']:8}{row['occupancy']:6.0%}"
-    if "loads" in row:
-        text += f"{model.in_flight(row):>38}{widths('loads'):>18}{widths('stores'):>11}{row['tensor']:7}"
-        text += f"{row['instructions_per_byte']:7.2f}"
+
+def line(row: dict) -> str:
+    """What is known of a kernel, in the words of the JSON; the most that each pipe allows, in TB/s of P, the narrowest
+    first."""
+    shown = {name: row[name] for name in SHOWN if name in row}
+    if "tile" in row:
+        shown["in flight"] = model.in_flight(row)
     if "caps" in row:
-        first, *others = sorted(row["caps"], key=row["caps"].__getitem__)
-        text += f"{row['caps'][first] / 1e12:7.2f}  {first}, "
-        text += " ".join(f"{pipe} {row['caps'][pipe] / 1e12:.1f}" for pipe in others)
-    return text
+        caps = sorted(row["caps"].items(), key=lambda cap: cap[1])
+        shown["at most"] = " ".join(f"{pipe} {cap / 1e12:.1f}" for pipe, cap in caps)
+    words = (f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items())
+    return f"{row['kernel']} {row.get('sizes', '')} {row['case']}, {row['target']}: " + ", ".join(words)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -78,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=2, help="how many compile at once")
     parser.add_argument("--seconds", type=float, default=120.0, help="to give up the compilation of one kernel after")
     options = parser.parse_args(arguments)
-    print(model.ASSUMPTIONS, HEADER, sep="\n\n")
+    print(model.ASSUMPTIONS)
     named = options.rank or options.features or options.stencils
     ranks = options.rank or ([] if named else [10, 25, 64])
     features = options.features or ([] if named else [64])

@@ -1,30 +1,27 @@
 """Compiles in child processes, so that a compiler that hangs or dies costs one row and not the run."""
 
+import functools
 import multiprocessing
-import time
-from collections import deque
+import os
+import signal
 from collections.abc import Callable, Iterable
-from multiprocessing import connection
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from queue import SimpleQueue
 
 from .launches import AnyCase, Launch, captured, distinct
 
-Task = tuple[AnyCase, str, list[int]]  # a case, a target, and which of its launches
-
 
 def row_of(launch: Launch, case: AnyCase, target: str) -> dict:
-    """What is known of one launch on one target."""
+    """What the compiler says of one launch on one target."""
     from . import model
     from .compiled import compile_launch
     from .machine_code import widths
 
     built = compile_launch(launch, target)
-    row = _head(launch, case, target) | {
-        "registers": built.registers,
-        "spills": built.spills,
-        "shared": built.shared,
-        "programs": built.programs,
-        "occupancy": built.occupancy,
-    }
+    names = "registers", "spills", "shared", "programs", "occupancy"
+    row: dict = {name: getattr(built, name) for name in names}
     P = launch.tile
     if P is None or not built.loop:
         return row
@@ -56,7 +53,12 @@ def row_of(launch: Launch, case: AnyCase, target: str) -> dict:
     return row
 
 
-def _head(launch: Launch, case: AnyCase, target: str) -> dict:
+_launches = functools.lru_cache(1)(captured)
+
+
+def head(case: AnyCase, target: str, i: int) -> dict:
+    """What a case's launch number `i` is."""
+    launch = _launches(case, target)[i]
     return {
         "kernel": launch.name,
         **({"sizes": launch.sizes} if launch.sizes else {}),
@@ -69,39 +71,25 @@ def _head(launch: Launch, case: AnyCase, target: str) -> dict:
     }
 
 
-def _work(pipe: connection.Connection) -> None:
-    while (task := pipe.recv()) is not None:
-        case, target, wanted = task
-        launches = captured(case, target)
-        for launch in (launches[i] for i in wanted):
-            pipe.send(("begins", _head(launch, case, target)))
-            try:
-                pipe.send(("row", row_of(launch, case, target)))
-            except Exception as error:  # whatever the compiler does, the other rows are wanted
-                text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-                pipe.send(("row", _head(launch, case, target) | {"error": text}))
-        pipe.send(("done", None))
+def compiled(case: AnyCase, target: str, i: int) -> dict:
+    """`row_of` that launch, or what the compiler raises."""
+    try:
+        return row_of(_launches(case, target)[i], case, target)
+    except Exception as error:  # whatever it is, the other rows are wanted
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
 
 
 class _Child:
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs,), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.task: Task | None = None
-        self.head: dict | None = None  # of the launch that is being compiled
-        self.since = time.monotonic()
+    """A process that compiles one launch after the other."""
 
-    def give(self, task: Task | None) -> None:
-        self.task, self.head, self.since = task, None, time.monotonic()
-        self.pipe.send(task)
+    def __init__(self) -> None:
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        self.process = self.pool.submit(os.getpid).result()
 
     def end(self) -> None:
-        self.process.kill()
-        self.process.join()
-        self.pipe.close()
+        with suppress(ProcessLookupError):
+            os.kill(self.process, signal.SIGKILL)
+        self.pool.shutdown()
 
 
 def compile_all(
@@ -109,48 +97,31 @@ def compile_all(
 ) -> list[dict]:
     """One row per launch, in the order in which they are done, once where several cases have the same; one that takes
     longer than `seconds` says so."""
-    waiting = deque(distinct(tasks))
-    children: list[_Child] = []
-    rows: list[dict] = []
+    children: SimpleQueue[_Child | None] = SimpleQueue()
+    for _ in range(processes):
+        children.put(None)
 
-    def add(row: dict) -> None:
-        rows.append(row)
-        show(row)
-
-    while waiting or any(child.task for child in children):
-        while waiting and len(children) < processes:
-            children.append(_Child())
-        for child in children:
-            if child.task is None and waiting:
-                child.give(waiting.popleft())
-        busy = [child for child in children if child.task]
-        ready = connection.wait([child.pipe for child in busy], timeout=1.0)
-        for child in busy:
-            try:
-                if child.pipe in ready:
-                    kind, content = child.pipe.recv()
-                    child.since = time.monotonic()
-                    if kind == "begins":
-                        child.head = content
-                    elif kind == "row":
-                        assert child.task is not None
-                        child.task[2].pop(0)
-                        add(content)
-                    else:
-                        child.task = None
-                    continue
-                if time.monotonic() - child.since < seconds:
-                    continue
-                reason = f"given up after {seconds:g} s"
-            except EOFError:
-                reason = "the compiler died"
-            case, target, wanted = child.task or (None, "", [])
-            head = child.head or {"kernel": "(dispatch)", "case": case.name, "target": target}  # type: ignore[union-attr]
-            add(head | {"error": reason})
-            if child.head is not None:
-                waiting.appendleft((case, target, wanted[1:]))  # type: ignore[arg-type]
+    def row(case: AnyCase, target: str, i: int) -> dict:
+        child = children.get() or _Child()
+        found = {"kernel": "(dispatch)", "case": case.name, "target": target}
+        try:
+            for part in (head, compiled):
+                found |= child.pool.submit(part, case, target, i).result(seconds)
+        except (TimeoutError, BrokenProcessPool) as error:
+            died = isinstance(error, BrokenProcessPool)
+            found["error"] = "the compiler died" if died else f"given up after {seconds:g} s"
             child.end()
-            children.remove(child)
-    for child in children:
-        child.end()
+            child = None
+        children.put(child)
+        return found
+
+    rows = []
+    with ThreadPoolExecutor(processes) as threads:
+        waiting = [threads.submit(row, case, target, i) for case, target, new in distinct(tasks) for i in new]
+        for done in as_completed(waiting):
+            rows.append(done.result())
+            show(rows[-1])
+    for _ in range(processes):
+        if child := children.get():
+            child.end()
     return rows

@@ -70,7 +70,26 @@ class Case(NamedTuple):
         return self.R
 
     def step(self, make: Callable[..., torch.Tensor]) -> None:
-        step(self, make)
+        """Log-density, entropy and a sample with every gradient; where there are no samples, the entropy alone."""
+        S, B, N, R = self.S, self.B, self.N, self.R
+        others = self.others or self.dtype
+        P = make(B, R, N).to(self.dtype).mT if self.layout == "BRN" else make(B, N, R).to(self.dtype)
+        d = (make(B, N if self.diagonal == "pixel" else 1).abs() + 0.5).to(others)
+        x, loc = make(S, B, N).to(others), make(S if self.means else 1, B, N).to(others)
+        if not self.S:
+            logdet, *kept = dense.logdet(P, d)
+            dense.logdet_backward(logdet, P, d, *kept, [*self.needs[2:]])
+            return
+        q, logdet, *rest = dense.mahalanobis_and_logdet(x, loc, P, d)
+        dense.mahalanobis_and_logdet_backward(q, logdet, x, loc, P, d, *rest, [*self.needs])
+        seed = None if self.given else torch.zeros(self.B, dtype=torch.int64)
+        omega_p = make(self.S, self.B, self.R).to(loc.dtype)
+        omega_d = make(self.S, self.B, self.N).to(loc.dtype) if self.given else None
+        y = dense.rsample(loc, P, d, omega_p, omega_d, seed)
+        _, _, need_P, need_d = self.needs
+        dense.rsample_backward(y, P, d, omega_p, omega_d, seed, [need_P, need_d, self.given])
+        if self.gram:
+            dense.normal_equations(x, loc, P, d)
 
 
 class LinearCase(NamedTuple):
@@ -98,7 +117,26 @@ class LinearCase(NamedTuple):
         return self.K
 
     def step(self, make: Callable[..., torch.Tensor]) -> None:
-        linear_step(self, make)
+        """Log-density and entropy with gradients, and a sample; of a mean that is a tensor, conditioning too; without
+        samples the entropy alone."""
+        (K, R, B, S), others = (self.K, self.R, self.B, self.S), self.others or self.dtype
+        channels, pixels = self.channels, self.pixels
+        F = make(B, K, pixels).to(self.dtype) if self.layout == "BKM" else make(B, pixels, K).to(self.dtype).mT
+        W, m = make(1, channels, R, K + 1).to(others), None if self.loc else make(channels, K + 1).to(others)
+        d = ((make(B, channels, pixels) if self.diagonal == "pixel" else make(B, 1, 1)).abs() + 0.5).to(others)
+        if not S:
+            logdet, *kept = linear.logdet(F, W, d)
+            linear.logdet_backward(logdet, F, W, d, *kept, [*self.needs[1:]])
+            return
+        x, loc = make(S, B, channels, pixels).to(others), make(1, B, channels, pixels).to(others) if self.loc else None
+        problem = x, loc, F, W, m, d
+        q, logdet, *kept = linear.mahalanobis_and_logdet(*problem)
+        linear.mahalanobis_and_logdet_backward(q, logdet, *problem, *kept, [*self.needs])
+        seed, noise = (None, torch.empty_like(x)) if self.loc else (torch.zeros(B, dtype=torch.int64), None)
+        u = make(B, S, channels, K + 1).to(torch.promote_types(others, torch.float32))  # as its operator gives it
+        linear.rsample(loc, F, u, d, noise, seed)
+        if self.loc:
+            linear.normal_equations(*problem)
 
 
 class StencilCase(NamedTuple):
@@ -130,7 +168,21 @@ class StencilCase(NamedTuple):
         return self.rows
 
     def step(self, make: Callable[..., torch.Tensor]) -> None:
-        stencil_step(self, make)
+        """Log-density with every gradient, products with T, and solves with both triangles."""
+        pixels, stencils = math.prod(self.spatial), self.channels if self.ties else 1
+        x, loc = make(self.S, self.B, self.channels, pixels), make(1, self.B, self.channels, pixels)
+        weights = make(self.B, stencils, pixels), make(self.B, stencils, self.rows - 1, pixels)
+        ties = make(self.B, self.channels * (self.channels - 1) // 2, pixels).to(self.dtype) if self.ties else None
+        x, loc, log_diagonal, neighbours = (t.to(self.dtype) for t in (x, loc, *weights))
+        given = log_diagonal, neighbours, ties
+        where = self.spatial, self.neighbourhood
+        y, q, logdet = stencil.product(x, loc, *given, *where)
+        needs = [False, True, True, True, self.ties]
+        stencil.product_backward(x, loc, *given, y, None, q, logdet, *where, needs)
+        stencil.product_backward(x, None, *given, y, y, None, None, *where, [True, False, *needs[2:]])
+        stencil.transpose(x, *given, *where)
+        for transposed in (False, True):
+            stencil.solve(x, *given, *where, transposed)
 
 
 AnyCase = Case | LinearCase | StencilCase
@@ -151,8 +203,7 @@ class Launch(NamedTuple):
     @property
     def wide(self) -> bool:
         """Whether it is for the items that float32 is not good enough for."""
-        flags = self.arguments
-        return flags["FINAL"] if "FINAL" in flags else flags.get("KIND") in ("float64", "outer")
+        return self.arguments.get("KIND") in ("float64", "outer")
 
     @property
     def sizes(self) -> str | None:
@@ -191,75 +242,6 @@ class Launch(NamedTuple):
         tile = self.arguments["TILE"]
         rows = tile.SUMMED if "ONES" in self.arguments else tile.ROWS * getattr(tile, "PIECES", 1)
         return rows, tile.COLUMNS
-
-
-def inputs(case: Case, make: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """x, loc, P and d."""
-    S, B, N, R = case.S, case.B, case.N, case.R
-    others = case.others or case.dtype
-    P = make(B, R, N).to(case.dtype).mT if case.layout == "BRN" else make(B, N, R).to(case.dtype)
-    d = (make(B, N if case.diagonal == "pixel" else 1).abs() + 0.5).to(others)
-    return make(S, B, N).to(others), make(S if case.means else 1, B, N).to(others), P, d
-
-
-def step(case: Case, make: Callable[..., torch.Tensor]) -> None:
-    """Log-density, entropy and a sample with every gradient; where there are no samples, the entropy alone."""
-    x, loc, P, d = inputs(case, make)
-    if not case.S:
-        logdet, *kept = dense.logdet(P, d)
-        dense.logdet_backward(logdet, P, d, *kept, [*case.needs[2:]])
-        return
-    q, logdet, *rest = dense.mahalanobis_and_logdet(x, loc, P, d)
-    dense.mahalanobis_and_logdet_backward(q, logdet, x, loc, P, d, *rest, [*case.needs])
-    seed = None if case.given else torch.zeros(case.B, dtype=torch.int64)
-    omega_p = make(case.S, case.B, case.R).to(loc.dtype)
-    omega_d = make(case.S, case.B, case.N).to(loc.dtype) if case.given else None
-    y = dense.rsample(loc, P, d, omega_p, omega_d, seed)
-    _, _, need_P, need_d = case.needs
-    dense.rsample_backward(y, P, d, omega_p, omega_d, seed, [need_P, need_d, case.given])
-    if case.gram:
-        dense.normal_equations(x, loc, P, d)
-
-
-def linear_step(case: LinearCase, make: Callable[..., torch.Tensor]) -> None:
-    """Log-density and entropy with gradients, and a sample; of a mean that is a tensor, conditioning too; where there
-    are no samples, the entropy alone."""
-    (K, R, B, S), others = (case.K, case.R, case.B, case.S), case.others or case.dtype
-    channels, pixels = case.channels, case.pixels
-    F = make(B, K, pixels).to(case.dtype) if case.layout == "BKM" else make(B, pixels, K).to(case.dtype).mT
-    W, m = make(1, channels, R, K + 1).to(others), None if case.loc else make(channels, K + 1).to(others)
-    d = ((make(B, channels, pixels) if case.diagonal == "pixel" else make(B, 1, 1)).abs() + 0.5).to(others)
-    if not S:
-        logdet, *kept = linear.logdet(F, W, d)
-        linear.logdet_backward(logdet, F, W, d, *kept, [*case.needs[1:]])
-        return
-    x, loc = make(S, B, channels, pixels).to(others), make(1, B, channels, pixels).to(others) if case.loc else None
-    problem = x, loc, F, W, m, d
-    q, logdet, *kept = linear.mahalanobis_and_logdet(*problem)
-    linear.mahalanobis_and_logdet_backward(q, logdet, *problem, *kept, [*case.needs])
-    seed, noise = (None, torch.empty_like(x)) if case.loc else (torch.zeros(B, dtype=torch.int64), None)
-    u = make(B, S, channels, K + 1).to(torch.promote_types(others, torch.float32))  # as its operator gives it
-    linear.rsample(loc, F, u, d, noise, seed)
-    if case.loc:
-        linear.normal_equations(*problem)
-
-
-def stencil_step(case: StencilCase, make: Callable[..., torch.Tensor]) -> None:
-    """Log-density with every gradient, products with T, and solves with both triangles."""
-    pixels, stencils = math.prod(case.spatial), case.channels if case.ties else 1
-    x, loc = make(case.S, case.B, case.channels, pixels), make(1, case.B, case.channels, pixels)
-    weights = make(case.B, stencils, pixels), make(case.B, stencils, case.rows - 1, pixels)
-    ties = make(case.B, case.channels * (case.channels - 1) // 2, pixels).to(case.dtype) if case.ties else None
-    x, loc, log_diagonal, neighbours = (t.to(case.dtype) for t in (x, loc, *weights))
-    given = log_diagonal, neighbours, ties
-    where = case.spatial, case.neighbourhood
-    y, q, logdet = stencil.product(x, loc, *given, *where)
-    needs = [False, True, True, True, case.ties]
-    stencil.product_backward(x, loc, *given, y, None, q, logdet, *where, needs)
-    stencil.product_backward(x, None, *given, y, y, None, None, *where, [True, False, *needs[2:]])
-    stencil.transpose(x, *given, *where)
-    for transposed in (False, True):
-        stencil.solve(x, *given, *where, transposed)
 
 
 def captured(case: AnyCase, target: str) -> list[Launch]:

@@ -70,8 +70,8 @@ def floor(name: str, R: int) -> int | None:
     P, column = 4 * N * R, 4 * N
     return {
         "capacitance": P + 3 * column + 4 * R * (R + 1) // 2 + 4 * R + 8,
-        "residual": P + 3 * column + 16 * R + 8,
-        "backward": 2 * P + 6 * column + 8 * R * R + 8 * R + 24,
+        "residual": P + 4 * column + 16 * R + 8,
+        "backward": 2 * P + 5 * column + 8 * R * R + 16 * R + 24,
         "sample": P + 3 * column + 4 * R + 8,
         "sample_backward": P + 3 * column + 4 * R + 8,
     }.get(name)

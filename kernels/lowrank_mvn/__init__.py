@@ -1,18 +1,11 @@
 """Exact, fast, small multivariate normals N(μ, PPᵀ + D) over whole images.
 
-    distributions   `LowRankMultivariateNormal`, a drop-in for torch's class of that name;
-                    `LowRankMultivariateStudentT`, its heavy-tailed sibling; `StencilMultivariateNormal`, of a sparse
-                    precision; `GlobalLocalNormal`, low-rank plus that
-    functional      the same as functions, with `impl=` to choose the implementation
-    arguments       their arguments, checked once; layout: canonical shapes
-    local           the part of Σ that is not low-rank: a diagonal, or a `Stencil` of the precision
-    factors         the low-rank part, a folder for each kind: `dense`, a tensor; `linear`, a linear map of features
-    capacitance     R×R algebra and the rounding test, for every kind
-    registry        how operators are made known to torch
-    reference       the textbook formulas: the specification
-    device          what kernels of all kinds share
+    p = LowRankMultivariateNormal(loc, cov_factor, cov_diag)  # torch's class of that name, with its arguments
+    log_prob, entropy = p.log_prob_and_entropy(images)
 
-README.md in this folder derives the formulas; ARCHITECTURE.md at the root says where something new belongs.
+`LowRankMultivariateStudentT` has heavy tails, `StencilMultivariateNormal` a sparse precision, `GlobalLocalNormal` a
+low-rank part over one. A `LinearFactor` takes the place of a factor that is a 1×1 convolution of features. The
+functions do the same without a class; `impl=` chooses the implementation. README.md beside this derives the formulas.
 """
 
 from .distributions import (
@@ -27,6 +20,8 @@ from .factors.linear.mean import LinearMean
 from .functional import Conditional, condition, entropy, log_prob, log_prob_and_entropy, rsample
 from .local.stencil.stencil import Stencil
 from .registry import plain_operators
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Conditional",

@@ -36,7 +36,7 @@ class Normal(NamedTuple):
 
     @property
     def result_dtype(self) -> torch.dtype:
-        """Of densities and entropies."""
+        """The dtype of densities and entropies."""
         return result_dtype(self.mean, self.factor, *self.local.tensors().values())
 
 
@@ -57,7 +57,7 @@ class LocalNormal(NamedTuple):
 
     @property
     def result_dtype(self) -> torch.dtype:
-        """Of densities and entropies."""
+        """The dtype of densities and entropies."""
         return self.local.result_dtype(self.mean)
 
 
@@ -116,7 +116,7 @@ def normal(loc: Tensor | Mean, cov_factor: Tensor | Factor, cov_diag: Tensor | f
 
 
 def centred(cov_factor: Tensor | Factor, cov_diag: Tensor | float) -> Normal:
-    """The same with mean 0: of an entropy, which has no use for a mean."""
+    """The same with mean 0. An entropy needs no mean."""
     return _normal(None, cov_factor, cov_diag)
 
 

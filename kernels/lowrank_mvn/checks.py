@@ -186,10 +186,10 @@ def have_values(t: Tensor) -> bool:
 
 
 def finite(owner: object, tensors: Iterable[tuple[str, Tensor]], positive: str = "", constraint: object = None) -> None:
-    """That values are finite, and of the tensor named `positive` above 0.
+    """Raises ValueError for values that are not finite, or not above 0 in the tensor named `positive`.
 
-    By way of the extremes, which take no memory: P, or the features, may be most of what there is. Of a distributed
-    tensor each process looks at what it holds.
+    It looks at the extremes, which take no memory: P, or the features, may be most of what there is. Each process looks
+    at its own part of a distributed tensor.
     """
     for name, t in tensors:
         held = sharding.local(t.detach())

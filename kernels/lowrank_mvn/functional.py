@@ -9,10 +9,11 @@ Shapes broadcast as in `torch.distributions`: with event size N and rank R,
                  there is a density, not below the smallest normal number (1.2e-38 in float32): 1/d has to exist
 
 float32 and float64 are computed in as they are; float16 and bfloat16 are read as such, computed in float32, and
-give a float32 log-density and entropy. `impl` is "aten" (closed forms, any device), "triton" (the same as GPU kernels;
-the default for CUDA and ROCm tensors, and for CPU tensors only in Triton's interpreter) or "reference" (the textbook
-formulas, inexact in float32). Forward-mode derivatives, and derivatives beyond the first, go through the formulas
-of the reference in float64 whatever the implementation.
+give a float32 log-density and entropy. `impl` is "aten" (closed forms, any device), "cpu" (the same as compiled C++;
+the default for CPU tensors where it was built), "triton" (the same as GPU kernels; the default for CUDA and ROCm
+tensors, and for CPU tensors only in Triton's interpreter) or "reference" (the textbook formulas, inexact in float32).
+Forward-mode derivatives, and derivatives beyond the first, go through the formulas of the reference in float64
+whatever the implementation.
 """
 
 import math
@@ -101,7 +102,7 @@ def rsample(
     Args:
         noise: ω_p [..., R] and ω_d [..., N], broadcast to `sample_shape` + batch; drawn from torch's generator, in
             this order, where it is not given. The kernels of "triton" draw ω_d themselves, from a seed that they take
-            from torch's generator: the same seed gives the same sample, but not that of "aten".
+            from torch's generator: the same seed gives the same sample, but not that of "aten" and "cpu".
 
     All samples share one pass over P. Nothing is factorised: a zero diagonal gives samples.
 

@@ -24,23 +24,32 @@ class Layout:
         self.S = math.prod([shape[i] for i in self.sample_dims])
         self.B = math.prod([shape[i] for i in self.item_dims])
         self.items_shape = items_shape
+        self.plain = len(shape) == 1 and not self.sample_dims  # [B] items, one sample: nothing to sort
 
     def vectors(self, t: Tensor) -> Tensor:
         """[..., N] -> [B, N] of what items have one of, a view where it can be one."""
+        if t.shape[:-1] == self.items_shape and t.dim() == 2:
+            return t
         return t.expand(*self.items_shape, t.shape[-1]).reshape(self.B, t.shape[-1])
 
     def factors(self, P: Tensor) -> Tensor:
         """[..., N, R] -> [B, N, R]: a view or, where P is broadcast over some of the items, a copy that lies as P."""
+        if P.shape[:-2] == self.items_shape and P.dim() == 3:
+            return P
         if P.stride(-2) < P.stride(-1):
             return self.factors(P.mT).mT
         return P.expand(*self.items_shape, *P.shape[-2:]).reshape(self.B, *P.shape[-2:])
 
     def samples(self, t: Tensor) -> Tensor:
         """[..., N] -> [S, B, N]."""
+        if self.plain and t.shape[:-1] == self.shape:
+            return t.unsqueeze(0)
         return self._ordered(t, list(self.shape)).reshape(self.S, self.B, t.shape[-1])
 
     def means(self, t: Tensor) -> Tensor:
         """[..., N] -> [S, B, N], or [1, B, N] where it has no sample dimension."""
+        if self.plain and t.shape[:-1] == self.shape:
+            return t.unsqueeze(0)
         padded = (1,) * (len(self.shape) - t.dim() + 1) + tuple(t.shape[:-1])
         if any(padded[i] != 1 for i in self.sample_dims):
             return self.samples(t)
@@ -57,6 +66,8 @@ class Layout:
 
     def restore(self, t: Tensor) -> Tensor:
         """[S, B, ...] -> the broadcast shape."""
+        if self.plain:
+            return t.squeeze(0)
         trailing = t.shape[2:]
         back = [self.order.index(i) for i in range(len(self.shape))]
         extra = range(len(back), len(back) + len(trailing))

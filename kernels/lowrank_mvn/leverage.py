@@ -1,22 +1,22 @@
-"""grad_d at pixels that P explains almost alone, the same for every kind of factor; README.md derives it.
+"""Gradients at pixels that P explains almost alone, the same for every kind of factor; README.md derives it.
 
 With aₙ = pₙ/√dₙ, 1 − hₙ = dₙπₙ is the share that a pixel's own noise has in its variance given all others, and
 πₙ = (1 − hₙ)/dₙ cancels where the leverage hₙ = aₙᵀC⁻¹aₙ is near one. That happens at few pixels H, because Σ hₙ ≤ R.
-With C_L = C − A_HᵀA_H, which is summed without H and never subtracted, Yᵀ = C⁻¹A_Hᵀ and U = I − A_HYᵀ,
+With C_L = C − A_HᵀA_H = L_LL_Lᵀ, which is summed without H and never subtracted, Yᵀ = C⁻¹A_Hᵀ and U = I − A_HYᵀ,
 
-    (D^½Σ⁻¹D^½)_HH = UᵀU + YC_LYᵀ           d_H^½ z_H = (D^½Σ⁻¹D^½)_HH d_H^{-½}δ_H − Yw_L
+    (D^½Σ⁻¹D^½)_HH = UᵀU + YL_L(YL_L)ᵀ           d_H^½ z_H = (D^½Σ⁻¹D^½)_HH d_H^{-½}δ_H − Yw_L
 
-are sums of squares, as q is: an error of Y enters them squared.
+are sums of squares, as q is: an error of Y enters them squared. Rows of D⁻¹PC⁻¹ are those of D^(−½)Y.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .capacitance import factorise, root, with_identity
+from .capacitance import factorise, improve, inexact, with_identity
 
 # Below this, 1 − h is made again: float32 leaves an error of about 1e-6 of it.
 SMALL = 0.1
@@ -24,9 +24,10 @@ SMALL = 0.1
 TOLERANCE = 1e-7
 # The first leaves what ε‖aₙ‖² makes of an error of that size, the second no more than rounding up to ‖aₙ‖² = 1e14.
 REFINEMENTS = 2
+# Where every C⁻¹ⱼⱼ is below this, P says much in all directions, and L⁻¹ needs no closer look.
+INFORMED = 1e-4
 # Values of P, or of the samples, that are gathered at once.
 VALUES = 1 << 20
-EPS = torch.finfo(torch.float64).eps
 
 Items = slice | Tensor
 
@@ -46,13 +47,25 @@ class Pixels(Protocol):
     def sums(self, precision: Tensor) -> tuple[Tensor, Tensor]:
         """Pᵀ diag(ρ) P [b, R, R] and Pᵀ diag(ρ) δ [b, S, R] with a precision ρ [b, N], from products in float64."""
 
+    def mixed_gram(self, precision: Tensor, A: Tensor) -> Tensor:
+        """APᵀ diag(ρ) PAᵀ [b, R, R], from products of rows of PAᵀ in float64; A [b, R, R]."""
+
+
+class Gradients(NamedTuple):
+    """What `mend` writes into, None where nobody needs it."""
+
+    d: Tensor | None  # [B, N or 1]
+    x: Tensor | None = None  # [S, B, N]
+    loc: Tensor | None = None  # [S or 1, B, N]
+    P: Tensor | None = None  # [B, N, R]
+
 
 class Remainders:
     """1 − h of every item, as the blocks of a backward pass have it."""
 
-    def __init__(self, N: int, C_inv: Tensor, wide: Tensor) -> None:
-        self.N, self.C_inv, self.wide = N, C_inv, wide
-        self.least = C_inv.new_ones(len(wide))
+    def __init__(self, N: int, L_inv: Tensor, wide: Tensor) -> None:
+        self.N, self.L_inv, self.wide = N, L_inv, wide
+        self.least = L_inv.new_ones(len(wide))
         self.total: Tensor | None = None  # of items with products in float64
 
     def add(self, b: slice, rest: Tensor) -> None:
@@ -65,133 +78,229 @@ class Remainders:
             self.total[b] += rest.sum(1)
 
     def doubtful(self) -> Tensor:
-        """Indices of the items for which `mend` is needed: one h is near one or, in float64, C⁻¹ was not good enough,
-        so that they do not add up to R − tr C⁻¹. On other devices than the CPU all items: no decision waits there."""
-        N, R = self.N, self.C_inv.shape[-1]
+        """Which items `mend` is needed for, [B]: one h is near one or, in float64, they do not add up to R − tr C⁻¹.
+
+        On other devices than the CPU all items: no decision waits there.
+        """
+        N, R = self.N, self.L_inv.shape[-1]
         if self.least.device.type != "cpu":
-            return torch.arange(len(self.least))
+            return torch.ones_like(self.wide)
         found = self.least < SMALL
         if self.total is not None:
-            off = self.total - (N - R + self.C_inv.diagonal(dim1=-2, dim2=-1).sum(-1))
+            off = self.total - (N - R + self.L_inv.square().sum((-2, -1)))
             # Errors of many pixels add up; what can be mended is that of a few.
             found |= self.wide & (off.abs() > TOLERANCE * math.sqrt(max(1.0, N / R)))
-        return found.nonzero().squeeze(1)
+        return found
 
 
-def doubtful_sums(N: int, C_inv: Tensor) -> Tensor:
-    """Indices of the items with one d for which `mend` is needed: N − R + tr C⁻¹ cancels where N ≤ R, and is not good
-    enough where C⁻¹ is not (on other devices than the CPU no decision waits for that)."""
-    B, R = C_inv.shape[:2]
-    diagonal = C_inv.diagonal(dim1=-2, dim2=-1)
-    if N <= R or C_inv.device.type != "cpu" or not bool((diagonal > 1e-4).any()):
-        return torch.arange(B if N <= R else 0)
-    squares = factorise(C_inv)[0].diagonal(dim1=-2, dim2=-1)
-    error = EPS * (squares * diagonal).sqrt().sum(-1).square()  # as `capacitance.too_rough` has it
-    return (~(error <= TOLERANCE * (N - R))).nonzero().squeeze(1)
+def doubtful_rows(L_inv: Tensor, dtype: torch.dtype) -> Tensor:
+    """Which items [B] have directions in which P says so little beside others that products with C⁻¹ are not good
+    enough for results in `dtype`. On other devices than the CPU all items."""
+    if L_inv.device.type != "cpu":
+        return L_inv.new_ones(len(L_inv), dtype=torch.bool)
+    if not bool((L_inv.square().sum(-2) > INFORMED).any()):
+        return L_inv.new_zeros(len(L_inv), dtype=torch.bool)
+    return inexact(lower_inverse(L_inv).square().sum(-1), L_inv, dtype)
+
+
+def lower_inverse(L: Tensor) -> Tensor:
+    """L of L⁻¹, or L⁻¹ of L."""
+    ones = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
+    inverse: Tensor = torch.linalg.solve_triangular(L, ones, upper=False)
+    return inverse
 
 
 def mend(
-    grad_d: Tensor,
     doubtful: Tensor,
+    size: int,
     pixels: Callable[[Items], Pixels],
-    with_d_per_pixel: Callable[[Items], Tensor],
     d: Tensor,
-    C_inv: Tensor,
+    L_inv: Tensor,
+    v: Tensor,
     grad_q: Tensor,
     grad_logdet: Tensor,
-    sizes: tuple[int, int],
+    grads: Gradients,
 ) -> None:
-    """Makes grad_d [B, N or 1] of the doubtful items again where π cancels.
+    """Makes the gradients of the doubtful items [B] again at the pixels of the largest leverages.
 
     Args:
-        with_d_per_pixel: gives grad_d [b, N] as if such items had a d for each pixel, where they have one.
-        d: [B, N or 1].
-        grad_q: [B, S]; as C⁻¹ [B, R, R] and grad_logdet [B], in float64.
-        sizes: N, and the values that an item has.
+        size: how many values an item has.
+        d: [B, N or 1]; grad_d of one value is made again where all pixels are among those.
+        v: [B, S, R]; as L⁻¹ [B, R, R], grad_q [B, S] and grad_logdet [B] in float64.
     """
-    N, size = sizes
-    for t in _together(doubtful, size):
-        if d.shape[1] < N:
-            grad_d[t] = with_d_per_pixel(t).sum(1, keepdim=True)
-        else:
-            H, values = at_heaviest(pixels(t), d[t], C_inv[t], grad_q[t], grad_logdet[t])
-            grad_d[t] = grad_d[t].scatter(1, H, values.to(grad_d.dtype))
+    here = doubtful.device.type == "cpu"
+    for t in together(doubtful.nonzero().squeeze(1) if here else torch.arange(len(doubtful)), size):
+        top = Heaviest(pixels(t), d[t], L_inv[t])
+        index = torch.arange(len(d), device=d.device)[t].unsqueeze(1), top.H
+        b = grad_logdet[t].unsqueeze(1)
+        grad_d, rows = b * top.pi, 2 * (b * top.scale).unsqueeze(-1) * top.Y
+        shared = grads.loc is not None and len(grads.loc) != grad_q.shape[1]
+        if grads.loc is not None and shared:
+            grads.loc[0][index] = 0
+        for s in top.samples(grad_q.shape[1]):
+            z = top.scores(s)
+            az = grad_q[t, s, None] * z
+            grad_d -= (az * z).sum(1)
+            rows -= 2 * az.mT @ v[t, s]
+            if grads.x is not None:
+                grads.x[s][:, *index] = (2 * az).transpose(0, 1).to(grads.x.dtype)
+            if grads.loc is not None and shared:
+                grads.loc[0][index] -= (2 * az.sum(1)).to(grads.loc.dtype)
+            elif grads.loc is not None:
+                grads.loc[s][:, *index] = (-2 * az).transpose(0, 1).to(grads.loc.dtype)
+        if grads.P is not None:
+            grads.P[index] = rows.to(grads.P.dtype)
+        if grads.d is not None and grads.d.shape[1] > 1:
+            grads.d[index] = grad_d.to(grads.d.dtype)
+        elif grads.d is not None and top.all:
+            grads.d[t] = grad_d.sum(1, keepdim=True).to(grads.d.dtype)
 
 
-def _together(items: Tensor, size: int) -> Iterator[Items]:
+def together(items: Tensor, size: int) -> Iterator[Items]:
     """Items, `size` values each, that are gathered together; neighbours, or a single one, as a view."""
     for part in items.split(max(1, VALUES // max(1, size))) if len(items) else ():
         first, last = int(part[0]), int(part[-1])
         yield slice(first, last + 1) if last - first == len(part) - 1 else part
 
 
-def at_heaviest(pixels: Pixels, d: Tensor, C_inv: Tensor, grad_q: Tensor, grad_logdet: Tensor) -> tuple[Tensor, Tensor]:
-    """The pixels of the largest leverages, [b, k], and grad_d = grad_logdet π − Σ_s grad_q z² there.
+class Heaviest:
+    """The pixels H [b, k] of the largest leverages of some items, and what holds there: π [b, k], Y [b, k, R], d^(−½).
 
-    `d` [b, N], the rest in float64: C⁻¹ [b, R, R], `grad_q` [b, S], `grad_logdet` [b].
+    `d` [b, N or 1], L⁻¹ [b, R, R] in float64.
     """
-    (b, N), R, S, d = d.shape, C_inv.shape[-1], grad_q.shape[1], d.double()
-    k = min(N, 2 * R)  # at most 2R leverages are above ½
-    if k == N:
-        H = torch.arange(N, device=d.device).expand(b, N)
-        gram, w = C_inv.new_zeros(b, R, R), C_inv.new_zeros(b, S, R)
-    else:
-        H = (pixels.norms(root(C_inv)) / d).topk(k, 1).indices
-        gram, w = pixels.sums(d.reciprocal().scatter(1, H, 0))
-    scale = d.gather(1, H).rsqrt()
-    A = pixels.rows(H) * scale.unsqueeze(-1)
-    precision, Y = without_cancellation(A, gram)
-    grad_d = grad_logdet.unsqueeze(1) * precision.diagonal(dim1=-2, dim2=-1)
-    step = max(1, VALUES // max(1, b * k))
-    for start in range(0, S, step):
-        s = slice(start, start + step)
-        z = (pixels.deltas(H, s) * scale.unsqueeze(1)) @ precision - w[:, s] @ Y.mT
-        grad_d -= (grad_q[:, s, None] * z.square()).sum(1)
-    return H, grad_d * scale.square()
+
+    def __init__(self, pixels: Pixels, d: Tensor, L_inv: Tensor) -> None:
+        norms = pixels.norms(L_inv)
+        (b, N), R = norms.shape, L_inv.shape[-1]
+        d = d.double().expand(b, N)
+        k = min(N, 2 * R)  # at most 2R leverages are above ½
+        self.pixels, self.all = pixels, k == N
+        self.H = torch.arange(N, device=d.device).expand(b, N) if self.all else (norms / d).topk(k, 1).indices
+        self.scale = d.gather(1, self.H).rsqrt()
+        root: Tensor | None = None
+        self.w: Tensor | None = None  # of the other pixels
+        if not self.all:
+            root, self.w = _root_of_rest(pixels, d.reciprocal().scatter(1, self.H, 0))
+        A = pixels.rows(self.H) * self.scale.unsqueeze(-1)
+        self.precision, self.Y = without_cancellation(A, root, L_inv)
+        self.pi = self.precision.diagonal(dim1=-2, dim2=-1) * self.scale.square()
+
+    def samples(self, S: int) -> Iterator[slice]:
+        """So many of S samples that what is made of them is small."""
+        step = max(1, VALUES // max(1, self.H.numel()))
+        for start in range(0, S, step):
+            yield slice(start, min(start + step, S))
+
+    def scores(self, s: slice) -> Tensor:
+        """z of some samples at H, [b, s, k]."""
+        z = (self.pixels.deltas(self.H, s) * self.scale.unsqueeze(1)) @ self.precision
+        return (z if self.w is None else z - self.w[:, s] @ self.Y.mT) * self.scale.unsqueeze(1)
 
 
-def without_cancellation(A: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """(D^½Σ⁻¹D^½)_HH [b, k, k] and Y [b, k, R] of A_H [b, k, R] and C_L − I [b, R, R]; rows of zeros do no harm."""
-    C_L, identity = with_identity(gram), torch.eye(A.shape[1], dtype=A.dtype, device=A.device)
-    L = torch.linalg.cholesky_ex(C_L + A.mT @ A)[0]
-    ones = torch.eye(A.shape[2], dtype=A.dtype, device=A.device)
-    L_inv = torch.linalg.solve_triangular(L, ones, upper=False)  # C⁻¹ itself would lose its small eigenvalues
-    Y = A @ L_inv.mT @ L_inv
+def _root_of_rest(pixels: Pixels, precision: Tensor) -> tuple[Tensor, Tensor]:
+    """L_L [b, R, R] and w_L [b, S, R] of the pixels that have a precision."""
+    gram, w = pixels.sums(precision)
+    C = with_identity(gram)
+    L_inv, log_det = factorise(C)
+    everyone = torch.ones(len(C), dtype=torch.bool, device=C.device)
+    improve(L_inv, log_det, C, everyone, C.dtype, lambda items: pixels.mixed_gram(precision, L_inv)[items])
+    return lower_inverse(L_inv), w
+
+
+def without_cancellation(A: Tensor, root: Tensor | None, L_inv: Tensor) -> tuple[Tensor, Tensor]:
+    """(D^½Σ⁻¹D^½)_HH [b, k, k] and Y [b, k, R] of A_H [b, k, R], L_L [b, R, R] (I if none) and L⁻¹ of C, which may be
+    rough; rows of zeros do no harm."""
+    identity = torch.eye(A.shape[1], dtype=A.dtype, device=A.device)
+    Y = A @ L_inv.mT @ L_inv  # C⁻¹ itself would lose its small eigenvalues
     for _ in range(REFINEMENTS):  # of CYᵀ = Aᵀ; the residual is that of products, not of C, which is rounded
         U = identity - A @ Y.mT
-        Y = Y + (U.mT @ A - Y @ C_L) @ L_inv.mT @ L_inv
-    U = identity - A @ Y.mT
-    return U.mT @ U + Y @ C_L @ Y.mT, Y
+        Y = Y + (U.mT @ A - (Y if root is None else Y @ root @ root.mT)) @ L_inv.mT @ L_inv
+    U, V = identity - A @ Y.mT, Y if root is None else Y @ root
+    return U.mT @ U + V @ V.mT, Y
 
 
-def add_pi(
-    grad_d: Tensor,
-    heaviest: Tensor,
-    d: Tensor,
-    grad_logdet: Tensor,
-    rows: Callable[[Tensor], Tensor],
-    gram: Callable[[Tensor, Tensor], Tensor],
-) -> None:
-    """Adds grad_logdet π to grad_d [B, N] at the pixels that a kernel left out; nothing waits for the host.
+class Listed:
+    """The pixels H that a kernel has listed for each item [B, 1 + k], behind their number; nothing waits for the host.
 
     Args:
-        heaviest: lists of the pixels [B, 1 + k], which begin with their number.
+        d: [B, N].
         rows: gives pₙ [B, k, R] in float64 of indices [B, k].
-        gram: gives Pᵀ diag(ρ) P [B, R, R] of a precision ρ [B, N] for the items that are flagged [B], 0 for the others.
+        gram: gives Pᵀ diag(ρ) P [B, R, R] of a precision ρ [B, N] for the items that are flagged [B], 0 for the others;
+            of APᵀ in the place of Pᵀ where it is given A [B, R, R].
+        exactly: to float64's rounding; else as float32 has to be.
     """
-    count, H = heaviest[:, :1], heaviest[:, 1:].long()
-    listed = torch.arange(H.shape[1], device=H.device) < count
-    H = torch.where(listed, H, H[:, :1])  # as if pixels were listed several times
-    precision = d.to(torch.promote_types(d.dtype, torch.float32)).reciprocal()
-    scale = precision.gather(1, H).double().mul_(listed).sqrt_()
-    A = rows(H) * scale.unsqueeze(-1)
-    rest = gram(precision.scatter_(1, H, 0), (count[:, 0] > 0).view(torch.uint8))
-    pi = without_cancellation(A, rest)[0].diagonal(dim1=-2, dim2=-1) * scale.square()
-    grad_d.scatter_add_(1, H, (grad_logdet.unsqueeze(1) * pi).to(grad_d.dtype))
 
+    def __init__(
+        self,
+        listed: Tensor,
+        d: Tensor,
+        L_inv: Tensor,
+        rows: Callable[[Tensor], Tensor],
+        gram: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        exactly: bool,
+    ) -> None:
+        count, H = listed[:, :1], listed[:, 1:].long()
+        self.listed = torch.arange(H.shape[1], device=H.device) < count
+        self.H = torch.where(self.listed, H, H[:, :1])  # as if pixels were listed several times
+        precision = d.to(torch.promote_types(d.dtype, torch.float32)).reciprocal()
+        self.scale = precision.gather(1, self.H).double().mul_(self.listed).sqrt_()
+        self.A, self.L_inv = rows(self.H) * self.scale.unsqueeze(-1), L_inv
+        precision, flags = precision.scatter(1, self.H, 0), (count[:, 0] > 0).view(torch.uint8)
+        C = with_identity(gram(precision, flags, None))
+        root, log_det = factorise(C)
+        if exactly:
+            everyone = torch.ones_like(flags, dtype=torch.bool)
+            improve(root, log_det, C, everyone, C.dtype, lambda items: gram(precision, flags, root)[items])
+        self.precision, self.Y = without_cancellation(self.A, lower_inverse(root), L_inv)
+        self.pi = self.precision.diagonal(dim1=-2, dim2=-1) * self.scale.square()
 
-def sum_of_few(P: Tensor, d: Tensor) -> Tensor:
-    """Σₙ πₙ [B] of one d [B] and no more pixels than columns: P [B, N, R] in float64."""
-    gram = P.new_zeros(len(P), P.shape[2], P.shape[2])
-    precision, _ = without_cancellation(P * d.double().rsqrt()[:, None, None], gram)
-    return precision.diagonal(dim1=-2, dim2=-1).sum(1) / d.double()
+    def add_pi(self, grad_d: Tensor, grad_logdet: Tensor) -> None:
+        """Adds grad_logdet π to grad_d [B, N]."""
+        grad_d.scatter_add_(1, self.H, (grad_logdet.unsqueeze(1) * self.pi).to(grad_d.dtype))
+
+    def mend(
+        self,
+        grads: Gradients,
+        grad_q: Tensor,
+        grad_logdet: Tensor,
+        residual: Tensor,
+        step: Tensor,
+        v: Tensor,
+    ) -> None:
+        """Makes gradients again; grad_q [B, S], grad_logdet [B], r before the last step [S, B, N], step, v [S, B, R].
+
+        z is that of δ − Pv at any v: D_H^(−½)(XD_H^(−½)r_H − Yg_L), with the part g_L of g = C step that other pixels
+        have.
+        """
+        b = grad_logdet.unsqueeze(1)
+        grad_d, rows, mean = b * self.pi, 2 * (b * self.scale).unsqueeze(-1) * self.Y, torch.zeros_like(self.scale)
+        L, size = lower_inverse(self.L_inv), max(1, VALUES // max(1, self.H.numel()))
+        for start in range(0, len(residual), size):
+            s = slice(start, start + size)
+            H = self.H.expand(*residual[s].shape[:2], -1)
+            r = residual[s].gather(2, H).double() * self.scale
+            g = torch.matmul(torch.matmul(step[s].unsqueeze(2), L), L.mT) - torch.matmul(r.unsqueeze(2), self.A)
+            z = torch.matmul(r.unsqueeze(2), self.precision) - torch.matmul(g, self.Y.mT)
+            z = z.squeeze(2) * self.scale
+            az = grad_q.T[s].unsqueeze(2) * z
+            grad_d -= (az * z).sum(0)
+            rows -= 2 * torch.einsum("sbk,sbr->bkr", az, v[s])
+            mean -= 2 * az.sum(0)
+            if grads.x is not None:
+                self._put(grads.x[s], 2 * az)
+            if grads.loc is not None and len(grads.loc) == len(residual):
+                self._put(grads.loc[s], -2 * az)
+        if grads.loc is not None and len(grads.loc) != len(residual):
+            self._put(grads.loc, mean.unsqueeze(0))
+        if grads.P is not None:
+            for grad, row in zip(grads.P.unbind(2), rows.unbind(2), strict=True):
+                self._put(grad, row)
+        if grads.d is not None:
+            self._put(grads.d, grad_d)
+
+    def _put(self, grad: Tensor, values: Tensor) -> None:
+        """Writes values [..., B, k] into grad [..., B, N] at the pixels that are listed."""
+        H, listed = (t.expand(values.shape) for t in (self.H, self.listed))
+        values = values.to(grad.dtype)
+        spare = torch.where(listed, values, grad.gather(-1, H))  # what is there already, where nothing is listed
+        grad.scatter_(-1, H, torch.where(listed, values, spare[..., :1]))

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import sharding
+from .device import native
 
 NAMESPACE = "lowrank_mvn"
 library = torch.library.Library(NAMESPACE, "DEF")
@@ -42,13 +43,17 @@ class WhenUsed(ModuleType):
 def implementations(room: str) -> dict[str, Any]:
     """The implementations of a kind of factor, modules of its package `room`, by the name that `impl=` gives them."""
     found: dict[str, Any] = {"aten": importlib.import_module(f"{room}.aten")}
-    if importlib.util.find_spec("triton") is not None:
+    # A room without compiled passes takes torch's operators on the CPU, so that rooms can be used together.
+    found["cpu"] = WhenUsed(f"{room}.cpu") if importlib.util.find_spec(f"{room}.cpu") else found["aten"]
+    if importlib.util.find_spec("triton") and importlib.util.find_spec(f"{room}.triton"):
         found["triton"] = WhenUsed(f"{room}.triton")
     return found
 
 
 def runs_on(impl: str, device: torch.device) -> bool:
     """Whether an implementation can take tensors of that device; Triton's takes CPU tensors in its interpreter only."""
+    if impl == "cpu":
+        return device.type == "cpu" and native.missing() is None
     return impl != "triton" or device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -58,13 +63,15 @@ def chosen(impl: str | None, modules: Mapping[str, Any], device: torch.device, k
     Raises:
         ValueError: it is not available for that `kind` of argument; the error lists what is.
     """
-    available = [name for name in (*modules, "reference") if runs_on(name, device)]
     if _plain.depth and impl in (None, *modules):
         return "aten"
     if impl is None:
-        return "triton" if device.type == "cuda" and "triton" in available else "aten"
+        own = "triton" if device.type == "cuda" else "cpu"
+        return own if own in modules and runs_on(own, device) else "aten"
+    available = [name for name in (*modules, "reference") if runs_on(name, device)]
     if impl not in available:
-        raise ValueError(f"impl={impl!r} is not available for {kind} on {device}, expected one of {available}")
+        why = f": {native.missing()}" if impl == "cpu" and device.type == "cpu" and native.missing() else ""
+        raise ValueError(f"impl={impl!r} is not available for {kind} on {device}, expected one of {available}{why}")
     return impl
 
 
@@ -124,13 +131,20 @@ def transformed() -> bool:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """The operators choose their own precision. Tensors without values have no autocast."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    if device.type == "meta" or not (torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type)):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def pull_back(function: Callable[..., Any], inputs: Sequence[Tensor], cotangents: Any) -> tuple[Tensor, ...]:
     """∂(cotangents · function)/∂inputs through float64 copies, differentiable again."""
     pull: Any = torch.func.vjp(lambda *tensors: function(*(t.double() for t in tensors)), *inputs)[1]
     return tuple(pull(cotangents.double() if isinstance(cotangents, Tensor) else tuple(c.double() for c in cotangents)))
+
+
+def like(t: Tensor) -> Tensor:
+    """An empty tensor of that shape and dtype, contiguous."""
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 def kept(value: Tensor, need: bool) -> Tensor:
@@ -184,6 +198,19 @@ def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+PLAIN_TENSORS = Tensor, torch.nn.Parameter
+
+
+def _only_autograd(inputs: Sequence[Any]) -> bool:
+    """Whether nobody but autograd looks at what is done with these tensors, on the CPU: no compiler, trace, transform
+    or mode, and no other kind of tensor."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return False
+    return all(type(t) in PLAIN_TENSORS and t.is_cpu and not t.is_neg() for t in inputs if isinstance(t, Tensor))
+
+
 class Operator:
     """An operator of this package: call it with the arguments of its schema.
 
@@ -205,7 +232,8 @@ class Operator:
         library.impl(self.name, self.kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", self._shapes, lib=library)
         self._operator = getattr(torch.ops.lowrank_mvn, self.name)
-        self._function: Any = None
+        self._function: Any = None  # as an `autograd.Function`, for transforms
+        self._direct: Any = None  # and for autograd alone, without the dispatcher
         operators.append(self)
 
     def _shapes(self, *inputs: Any) -> Any:
@@ -217,6 +245,9 @@ class Operator:
     def __call__(self, *inputs: Any) -> Any:
         if _plain.depth:
             return self.kernel(*inputs)
+        if self._direct and _only_autograd(inputs):
+            recorded = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
+            return self._direct.apply(*inputs) if recorded else self.kernel(*inputs)
         return self._function.apply(*inputs) if self._function and transformed() else self._operator(*inputs)
 
     def register(
@@ -267,6 +298,14 @@ class Operator:
         qualname = f"{NAMESPACE}::{self.name}"
         torch.library.register_autograd(qualname, backward, setup_context=setup_context, lib=library)
         torch.library.register_vmap(qualname, vmap, lib=library)
+
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = self.kernel(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        direct = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._direct = type(self.name, (torch.autograd.Function,), direct)
         members = {
             "forward": staticmethod(lambda *inputs: self._operator(*inputs)),
             "setup_context": staticmethod(setup_context),
@@ -274,6 +313,68 @@ class Operator:
             "vmap": staticmethod(vmap),
         }
         self._function = type(self.name, (torch.autograd.Function,), members)
+
+    def cotangents(self, names: Sequence[str], saved: SimpleNamespace, grads: SimpleNamespace) -> dict[str, Tensor]:
+        """The gradients of these outputs, zeros in float64 where one has none: sizes are those of the letters of `dims`
+        in what was saved."""
+        given = {n: getattr(grads, n) for n in names}
+        if all(grad is not None for grad in given.values()):
+            return given
+        known = [(self.dims[n], t) for n, t in vars(saved).items() if isinstance(t, Tensor)]
+        sizes: dict[str, int] = {}
+        for word, t in known:
+            sizes |= {letter: size for letter, size in zip(word, t.shape, strict=True) if sizes.get(letter, 1) == 1}
+
+        def zeros(name: str) -> Tensor:
+            return known[0][1].new_zeros([sizes[letter] for letter in self.dims[name]], dtype=torch.float64)
+
+        return {n: zeros(n) if grad is None else grad for n, grad in given.items()}
+
+    def differentiate_by(
+        self,
+        backward: "Operator",
+        needs: Sequence[str] = (),
+        batched: Callable[..., Any] | None = None,
+        finish: Callable[..., Mapping[str, Tensor]] = lambda found, *_: found,
+    ) -> None:
+        """Registers the operator that computes the gradients. It takes by name: `grad_NAME` for each output that has a
+        gradient, what is saved for it, and which gradients are wanted, `needs` of these inputs ("x|loc": of either) or
+        `need_NAME`.
+
+        Args:
+            finish: from its results by name, what was saved and what is needed to the gradients by name.
+        """
+        of_inputs = ("needs", *(f"need_{n}" for n in self.arguments))
+        saves = [n for n in backward.arguments if n not in of_inputs and not n.startswith("grad_")]
+        outputs = [n for n in self.outputs if f"grad_{n}" in backward.arguments]
+
+        def derivative(saved: Any, needed: Any, grads: Any) -> Mapping[str, Tensor]:
+            given = vars(saved) | {f"grad_{n}": t for n, t in self.cotangents(outputs, saved, grads).items()}
+            given |= {f"need_{n}": need for n, need in vars(needed).items()}
+            given["needs"] = [any(getattr(needed, n) for n in names.split("|")) for names in needs]
+            made = backward(*(given[n] for n in backward.arguments))
+            found = {n.removeprefix("grad_"): t for n, t in zip(backward.outputs, made, strict=True)}
+            return finish(found, saved, needed)
+
+        self.register(derivative, saves, batched, [n for n in self.outputs if n not in outputs])
+
+    def differentiate(self, textbook: Callable[..., Any], batched: Callable[..., Any] | None = None) -> None:
+        """Registers the derivative of `textbook`, the same function of the same tensors, in float64."""
+
+        def derivative(saved: Any, needs: Any, grads: Any) -> dict[str, Tensor]:
+            cotangents = tuple(self.cotangents(self.outputs, saved, grads).values())
+            inputs = [getattr(saved, n) for n in self.tensors]
+            pulled = pull_back(textbook, inputs, cotangents if len(cotangents) > 1 else cotangents[0])
+            return dict(zip(self.tensors, pulled, strict=True))
+
+        self.register(derivative, self.tensors, batched)
+
+    def differentiate_again(
+        self, textbook: Callable[..., Any], parameters: Sequence[str], batched: Callable[..., Any] | None = None
+    ) -> None:
+        """Registers the derivative of an operator that computes the gradients of `textbook`(*parameters)."""
+        cotangents = [n for n in self.arguments if n.startswith("grad_")]
+        self.register(second_derivative(textbook, cotangents, parameters), (*cotangents, *parameters), batched)
 
 
 # --- Batching: the mapped dimension V joins the items B or, where the factor is shared, the samples S --------------
@@ -342,20 +443,3 @@ def one_by_one(op: Operator, V: int, given: dict[str, Any], mapped: dict[str, in
     if isinstance(calls[0], Tensor):
         return torch.stack(calls), 0
     return tuple(torch.stack(parts) for parts in zip(*calls, strict=True)), (0,) * len(op.outputs)
-
-
-__all__ = [
-    "Dims",
-    "Operator",
-    "chosen",
-    "decomposed",
-    "forward_mode",
-    "implementations",
-    "plain_operators",
-    "pull_back",
-    "recorded",
-    "runs_on",
-    "second_derivative",
-    "transformed",
-    "without_autocast",
-]

@@ -77,7 +77,7 @@ def _placements(operator: "Operator") -> Callable[..., list[Placements]]:
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     def at(name: str, shape: torch.Size, B: int, alone: Any) -> Any:
-        """Where the items are in a tensor; `alone` if it has none of its own."""
+        """The dimension of a tensor that holds the items; `alone` if it has none of its own."""
         word = operator.dims[name]
         i = word.find("B")
         if len(word) != len(shape):  # an empty output, which nobody needs

@@ -29,7 +29,7 @@ class OfRun:
     run: tyro.conf.Positional[Path]
     """Folder of the run (path)."""
     step: int | None = None
-    """Of the checkpoint; by default the newest whole one (steps)."""
+    """Checkpoint to open; by default the newest whole one (steps)."""
     out: Path | None = None
     """Picture to write; by default one in figures/ in the run (path)."""
     device: str = "cpu"

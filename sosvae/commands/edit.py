@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+import socket
 import threading
 import webbrowser
 from dataclasses import dataclass
@@ -80,11 +81,17 @@ def _serve(runs: "Runs", o: Options) -> int:
     address = f"http://{shown}:{sock.getsockname()[1]}/?token={token}"
     app = create_app(runs, token, o.host, o.allowed_host)
     config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="off")
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            # From here on Ctrl-C is the server's: before, it could fall into a place that swallows it.
+            print(f"{address}\nCtrl-C stops.", flush=True)
+            if not o.no_browser:
+                threading.Thread(target=webbrowser.open, args=[address], daemon=True).start()
+
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn has stopped by then, and raises it once more
-        print(f"{address}\nCtrl-C stops.", flush=True)
-        if not o.no_browser:
-            threading.Timer(0.5, webbrowser.open, [address]).start()
-        uvicorn.Server(config).run([sock])
+        Server(config).run([sock])
     return 0
 
 

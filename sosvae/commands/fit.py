@@ -23,11 +23,11 @@ class Options:
 
     config: Settings = field(default_factory=Config)
     memory: float = 16.0
-    """What there is, of a GPU or of the machine (GiB)."""
+    """Memory of the GPU or of the machine (GiB)."""
     reserve: float | None = None
-    """Of it, left free for what the model does not count: the process itself, libraries' own buffers, a GPU's context,
-    fragmentation. What is left is what torch's allocator may hold at the peak of a step. By default a tenth of the
-    memory and at least 0.5 (GiB)."""
+    """Part of it that stays free for what the model does not count: the process itself, libraries' own buffers, a GPU's
+    context, fragmentation. Torch's allocator may hold the rest at the peak of a step. By default a tenth of the memory
+    and at least 0.5 (GiB)."""
     json: bool = False
     """Print JSON, memory in bytes."""
 

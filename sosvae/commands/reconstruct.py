@@ -17,7 +17,7 @@ class Options(OfSamples):
     samples: int = 3
     """Samples below each mean (count)."""
     source: str | None = None
-    """Where the run's images are, if they have moved, like --data.source of `sosvae train`."""
+    """Place of the run's images, if they have moved, like --data.source of `sosvae train`."""
     accept_data_changes: bool = False
     """Go on, although images have come, gone or changed since the run was trained."""
 

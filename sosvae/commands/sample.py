@@ -19,7 +19,7 @@ class Options(OfSamples):
     samples: int = 4
     """Samples below each mean (count)."""
     seed: int = 0
-    """Of codes and samples."""
+    """Seed of codes and samples."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

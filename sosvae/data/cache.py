@@ -71,7 +71,7 @@ def opened(config: DataConfig, source: Source) -> tuple[Cache, list[str]]:
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """Where caches lie."""
+    """The folder of all caches."""
     if config.cache is not None:
         return Path(config.cache).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sosvae"
@@ -195,7 +195,7 @@ def _decode_all(file: BinaryIO, config: DataConfig, source: Source) -> dict[str,
 
 
 def _header(shape: tuple[int, ...]) -> bytes:
-    """Of a .npy file, always `HEADER` bytes long: how many images there are is known after them (numpy's NEP 1)."""
+    """Header of a .npy file (numpy's NEP 1), `HEADER` bytes long: it is written last, when the images are counted."""
     text = repr({"descr": "|u1", "fortran_order": False, "shape": shape}).encode()
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", HEADER - 10) + text.ljust(HEADER - 11) + b"\n"
 

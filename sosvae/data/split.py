@@ -64,7 +64,7 @@ class Split:
 
     @property
     def digest(self) -> str:
-        """Of names, contents and parts together."""
+        """SHA-256 of names, contents and parts."""
         return hashlib.sha256(json.dumps([self.decoding, self.parts], sort_keys=True).encode()).hexdigest()
 
     def write(self, path: Path) -> None:
@@ -158,7 +158,7 @@ def _flat(split: Split) -> dict[str, tuple[str, str]]:
 
 
 def _place(group: str, person: bytes = b"") -> float:
-    """Where a group stands in [0, 1), from its name alone; another `person` has another order."""
+    """A place in [0, 1) for a group, from its name alone; another `person` gives another order."""
     digest = hashlib.blake2b(group.encode("utf-8", "surrogatepass"), digest_size=8, person=person).digest()
     return int.from_bytes(digest, "big") / 2**64
 

@@ -13,7 +13,7 @@ from .decode import shown
 __all__ = ["SUFFIXES", "Tree", "walk"]
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".pgm", ".ppm", ".bmp", ".tif", ".tiff", ".webp"}
-# Beside those with a dot in front: what systems and programs put beside images, often with copies of them.
+# Folders that systems and programs put beside images, often with copies of them. Names with a dot in front count too.
 SERVICE = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "__pycache__"}
 SHOWN = 12  # kinds of what was left out
 

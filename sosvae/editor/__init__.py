@@ -2,6 +2,7 @@
 
 runs.py        finds runs, decodes and encodes
 parameters.py  what one code sends to the page: typed arrays behind a JSON header
+conditionals.py  what a page cannot work out
 uploads.py     a stranger's file as an image, within limits
 guard.py       token, Host and Origin
 document.py    the page as one HTML document

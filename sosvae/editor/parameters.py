@@ -9,8 +9,13 @@ end of the header) and, where float16 was asked for, `error`. Arrays:
 - `factor` [R, N], B = PV with PᵀP = V diag(s²) Vᵀ, largest component first; absent for independent pixels;
 - `scale` [R], float16 only: row k of `factor` has to be multiplied with it (a power of two, so that a small component
   does not become subnormal);
-- `d` [N] or [1], always float32: 1e-5 is subnormal in float16;
+- `d` [N] or [1], always float32: 1e-5 is subnormal in float16; or, where the local part is a sparse precision TTᵀ,
+- `t` [stencils, pixels], `s` [stencils, neighbours, pixels] and, where channels are tied, `ties` [pairs, pixels or 1],
+  with the neighbours' `offsets` (row, column) in the header; see `lowrank_mvn.Stencil`. Of these `s`, relative weights,
+  may be float16;
 - `original` [channels, H, W] of bytes, the image that the code comes from, if there is one.
+
+Student's t has its degrees of freedom, `df`, in the header; factor and d are those of its scale matrix.
 
 A distribution that the page has no formulas for is sent as its mean with `where` = "server": the page says so, and asks
 the server for conditionals.
@@ -25,7 +30,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lowrank_mvn import LowRankMultivariateNormal
+from lowrank_mvn import (
+    GlobalLocalNormal,
+    LowRankMultivariateNormal,
+    LowRankMultivariateStudentT,
+    Stencil,
+    StencilMultivariateNormal,
+)
+from lowrank_mvn.local.stencil.grid import offsets
 
 from ..models.observation import Observation, PixelwiseNormal
 
@@ -39,12 +51,16 @@ class Prediction(NamedTuple):
     """One p(x|z) in its principal basis, float32 on the CPU."""
 
     loc: NDArray[np.float32]  # [N]
-    factor: NDArray[np.float32] | None  # [R, N]
-    d: NDArray[np.float32] | None  # [N] or [1]; None where the page has no formulas
+    factor: NDArray[np.float32] | None = None  # [R, N]
+    d: NDArray[np.float32] | None = None  # [N] or [1]
+    stencil: Mapping[str, NDArray[np.float32]] | None = None  # t, s and ties
+    offsets: tuple[tuple[int, ...], ...] = ()
+    df: float | None = None  # degrees of freedom of Student's t; factor and d are then of its scale matrix
 
     @property
     def where(self) -> str:
-        return "server" if self.d is None else "page"
+        """ "server" where the page has no formulas."""
+        return "server" if self.d is None and self.stencil is None else "page"
 
 
 @torch.no_grad()
@@ -57,12 +73,31 @@ def predict(p: Observation) -> Prediction:
     loc = _float32(p.loc[0])
     if isinstance(p, PixelwiseNormal):
         return Prediction(loc, None, _one_d(p.cov_diag[0]))
-    if not isinstance(p, LowRankMultivariateNormal):
-        return Prediction(loc, None, None)
-    P = p.cov_factor[0].double()
+    if isinstance(p, LowRankMultivariateNormal):
+        return Prediction(loc, _principal(p.cov_factor[0]), _one_d(p.cov_diag[0]))
+    if isinstance(p, LowRankMultivariateStudentT):
+        return Prediction(loc, _principal(p.cov_factor[0]), _one_d(p.cov_diag[0]), df=float(p.df[0]))
+    if isinstance(p, GlobalLocalNormal | StencilMultivariateNormal) and isinstance(p.stencil, Stencil):
+        factor = _principal(p.cov_factor[0]) if isinstance(p, GlobalLocalNormal) else None
+        return Prediction(loc, factor, None, _weights(p.stencil), offsets(p.stencil.neighbourhood))
+    return Prediction(loc)
+
+
+def _principal(P: torch.Tensor) -> NDArray[np.float32]:
+    """B = PV, transposed."""
+    P = P.double()
     V = torch.linalg.eigh(P.mT @ P).eigenvectors.flip(-1)  # eigenvalues ascend
     V = V * torch.where(V.sum(0) < 0, -1.0, 1.0)  # a column's sign is free: fixed, so that pictures are reproducible
-    return Prediction(loc, _float32((P @ V).mT), _one_d(p.cov_diag[0]))
+    return _float32((P @ V).mT)
+
+
+def _weights(stencil: Stencil) -> dict[str, NDArray[np.float32]]:
+    """Of the first item."""
+    t, s, ties = stencil.log_diagonal.exp(), stencil.neighbours, stencil.ties
+    weights = {"t": t.reshape(-1, *t.shape[-3:])[0].flatten(1), "s": s.reshape(-1, *s.shape[-4:])[0].flatten(2)}
+    if ties is not None:
+        weights["ties"] = ties.reshape(-1, *ties.shape[-3:])[0].flatten(1)
+    return {name: _float32(value) for name, value in weights.items()}
 
 
 def pack(
@@ -90,8 +125,16 @@ def pack(
         arrays["factor"] = prediction.factor
     if prediction.d is not None:
         arrays["d"] = prediction.d
+    if prediction.stencil is not None:
+        arrays |= prediction.stencil
+        header["offsets"] = [list(offset) for offset in prediction.offsets]
+    if prediction.df is not None and np.isfinite(prediction.df):
+        header["df"] = prediction.df
     if precision == "float16":
         arrays, header["error"] = _halved(arrays)
+        if prediction.stencil is not None:
+            arrays["s"] = arrays["s"].astype(np.float16)
+            header["error"]["local"] = _off(prediction, arrays["s"].astype(np.float32), shape)
     if original is not None:
         arrays["original"] = original
     return container(arrays, {"version": 1, "shape": list(shape), "where": prediction.where, **header})
@@ -129,6 +172,24 @@ def _halved(arrays: Mapping[str, NDArray[Any]]) -> tuple[dict[str, NDArray[Any]]
         # One standard deviation along every component at once, in the worst pixel.
         error["factor"] = float(np.sqrt(np.square(restored - factor).sum(0)).max())
     return halved, error
+
+
+def _off(prediction: Prediction, s: NDArray[np.float32], shape: tuple[int, int, int]) -> float:
+    """How far other weights `s` take one sample of the local part, in the worst pixel (intensity)."""
+    channels, *size = shape
+    side = 1 + 2 * max(abs(part) for offset in prediction.offsets for part in offset)
+    arrays = {name: torch.tensor(array) for name, array in (prediction.stencil or {}).items()}
+    ties = arrays.get("ties")
+    if ties is not None:
+        ties = ties.unflatten(-1, size if ties.shape[-1] > 1 else (1, 1))
+
+    def sample(weights: torch.Tensor) -> torch.Tensor:
+        t = arrays["t"].log().unflatten(-1, size)
+        stencil = Stencil(t, weights.unflatten(-1, size), ties, (side, side), channels)
+        omega = torch.randn(channels * size[0] * size[1], generator=torch.Generator().manual_seed(0))
+        return stencil.colour(omega, "aten")
+
+    return float((sample(arrays["s"]) - sample(torch.tensor(s))).abs().max())
 
 
 def container(arrays: Mapping[str, NDArray[Any]], header: Mapping[str, Any]) -> bytes:

@@ -84,7 +84,6 @@ class Runs:
                     "name": name,
                     "head": config.model.head,
                     "shape": list(config.image_shape),
-                    "rank": config.model.rank if config.model.head == "structured" else 0,
                     "latents": config.model.latents,
                     "source": config.data.source.partition(":")[0],
                     "step": steps[-1] if steps else None,

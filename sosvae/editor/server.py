@@ -5,7 +5,7 @@
     GET  api/heldout?run=&count=  held-out images, as a container of bytes
     POST api/decode               {run, code, precision} → parameters
     POST api/encode?run=          an image file → parameters at its code
-    POST api/condition            {run, code, indices, values, seed} → an image, where the page has no formulas
+    POST api/condition            {run, code, indices, values, …} → an image, where the page cannot work it out
     POST api/save?run=&kind=      a PNG or a session, into the run's folder `edits/`
     GET  api/health
 
@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -28,9 +27,10 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from ..files import write_atomically
+from .conditionals import Conditionals
 from .document import document
 from .guard import App, Guard
-from .parameters import Prediction, container, pack
+from .parameters import container
 from .runs import CodeError, Runs
 from .uploads import MAX_BYTES, UploadError, read_image
 
@@ -43,6 +43,7 @@ KINDS = {"png": b"\x89PNG\r\n\x1a\n", "json": b"{"}  # what may be saved, and ho
 
 def create_app(runs: Runs, token: str, host: str = "127.0.0.1", allowed_hosts: Iterable[str] = ()) -> App:
     """The ASGI application, guarded."""
+    conditionals = Conditionals(runs)
 
     async def page(_: Request) -> Response:
         nonce = secrets.token_urlsafe(16)
@@ -81,7 +82,7 @@ def create_app(runs: Runs, token: str, host: str = "127.0.0.1", allowed_hosts: I
 
     async def condition(request: Request) -> Response:
         asked = await _json(request)
-        return _binary(await run_in_threadpool(_condition, runs, asked))
+        return _binary(await run_in_threadpool(conditionals.answer, asked))
 
     async def save(request: Request) -> Response:
         run = runs.run(request.query_params.get("run", ""))
@@ -136,31 +137,6 @@ def listen(host: str, port: int, tries: int = 20) -> socket.socket:
             continue
         return sock
     raise OSError(f"no port from {port} on is free")
-
-
-@torch.no_grad()
-def _condition(runs: Runs, asked: dict[str, Any]) -> bytes:
-    """The conditional mean, or a sample, given pinned values: for distributions that the page has no formulas for."""
-    name, code = str(asked.get("run")), asked.get("code", {})
-    p: Any = runs.distribution(name, code)
-    if not hasattr(p, "condition"):
-        raise CodeError("this model has no conditionals")
-    N = p.event_shape[0]
-    indices = torch.tensor(asked.get("indices", []), dtype=torch.int64)
-    values = torch.tensor(asked.get("values", []), dtype=torch.float32)
-    if len(indices) != len(values) or (len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < N):
-        raise CodeError(f"pinned values are indices below {N} and as many numbers")
-    observed = torch.zeros(N, dtype=torch.bool)
-    observed[indices] = True
-    edited = p.loc.clone()
-    edited[0, indices] = values
-    conditional = p.condition(edited, observed) if len(indices) else p
-    image = conditional.loc[0]
-    if asked.get("seed") is not None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(asked["seed"]))
-            image = conditional.sample()[0]
-    return pack(Prediction(image.numpy(), None, None), runs.model(name).image_shape)
 
 
 def _with_headers(app: App) -> App:

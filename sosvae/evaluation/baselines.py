@@ -66,6 +66,7 @@ def one_sigma(
     return OneSigma(model, max(total / count, MIN_VARIANCE))
 
 
+@torch.enable_grad()  # also where it is called in the middle of an evaluation
 def refitted(
     vae: VAE,
     config: Config,
@@ -79,8 +80,9 @@ def refitted(
 ) -> VAE:
     """`vae` with the pixel-wise head in place of its own, fitted to training images on the frozen network's features.
 
-    It starts from the mean of `vae` (both heads are 1×1 convolutions of the same features) and the mean squared
-    residual of a few batches. Images are dequantised, and codes drawn from q(z|x).
+    It has two 3×3 convolutions before its variances, as `sosvae train-head` gives every head, starts from the mean of
+    `vae` and the mean squared residual of a few batches, and may move both. Images are dequantised, and codes drawn
+    from q(z|x).
 
     Args:
         config: of `vae`.
@@ -105,7 +107,7 @@ def refitted(
                 (F.shape[1], (x - vae.head.mean(F).flatten(1)).square().mean()) for F, x in map(batch_of, range(8))
             ]
         start = max(float(sum(square for _, square in found)) / len(found), MIN_VARIANCE)
-        settings = config.replace(model={"diagonal": start, "fixed_diagonal": False}).model
+        settings = config.replace(model={"diagonal": start, "fixed_diagonal": False, "head_layers": 2}).model
         head = heads.find("pixelwise")(found[0][0], vae.image_shape[0], settings).to(device)
         head.mean.load_state_dict(vae.head.mean.state_dict())
         optimizer = torch.optim.Adam(head.parameters(), lr=lr)

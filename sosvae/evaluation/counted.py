@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lowrank_mvn import LowRankMultivariateNormal
+from lowrank_mvn import LowRankMultivariateNormal, LowRankMultivariateStudentT
 
 from ..models.observation import Observation, PixelwiseNormal
 
@@ -22,22 +22,25 @@ BLACK = 0  # grey level up to which a pixel counts as black
 AT_ONCE = 256  # images that are looked at together
 
 
-def changing(images: NDArray[np.uint8], black: int = BLACK) -> Tensor | None:
+def changing(images: NDArray[np.uint8], indices: NDArray[np.int64] | None = None, black: int = BLACK) -> Tensor | None:
     """The pixels that are not black in every image, bool [N]; none where all of them change.
 
     Args:
-        images: uint8, [images, channels, H, W], of the training part: what is left out is not chosen on other images.
+        images: uint8, [images, channels, H, W], possibly memory-mapped.
+        indices: of those that are looked at, the training part: what is left out is not chosen on other images. By
+            default all.
         black: grey level up to which a pixel counts as black, 0 to 255.
 
     Raises:
         ValueError: every pixel is black in every image.
     """
     brightest = np.zeros(images.shape[1:], dtype=np.uint8)
-    for start in range(0, len(images), AT_ONCE):
-        np.maximum(brightest, images[start : start + AT_ONCE].max(0), out=brightest)
+    indices = np.arange(len(images)) if indices is None else indices
+    for start in range(0, len(indices), AT_ONCE):
+        np.maximum(brightest, images[indices[start : start + AT_ONCE]].max(0), out=brightest)
     counted = torch.from_numpy(brightest.reshape(-1) > black)
     if not counted.any():
-        raise ValueError(f"all {len(images)} images are black everywhere, expected pixels that change")
+        raise ValueError(f"all {len(indices)} images are black everywhere, expected pixels that change")
     return None if counted.all() else counted
 
 
@@ -73,4 +76,11 @@ def _(p: PixelwiseNormal, x: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
 def _(p: LowRankMultivariateNormal, x: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
     parts = p.loc[..., counted], p.cov_factor[..., counted, :], p.cov_diag[..., counted]
     rows = LowRankMultivariateNormal(*parts, validate_args=False)
+    return rows.log_prob_and_entropy(x[..., counted])
+
+
+@_marginal.register
+def _(p: LowRankMultivariateStudentT, x: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    parts = p.df, p.loc[..., counted], p.cov_factor[..., counted, :], p.cov_diag[..., counted]
+    rows = LowRankMultivariateStudentT(*parts, validate_args=False)
     return rows.log_prob_and_entropy(x[..., counted])

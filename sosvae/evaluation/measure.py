@@ -65,7 +65,7 @@ def of_block(
     p = model.decode(model.encode(x).loc)
     with devices.seeded(device, int(np.random.default_rng((settings.seed, first, 2)).integers(2**63))):
         y = p.rsample((settings.samples,))
-    covered = calibration.inside(p, flat, counted=counted)
+        covered = calibration.inside(p, flat, counted=counted)  # under the seed: variances may be estimates
     found = {
         "log_likelihood": bits.log_likelihood(p, flat, counted),
         "bound": bits.bound(model, x, noise, counted),

@@ -15,7 +15,7 @@ SAMPLE_VALUES = 1 << 20  # that are made at once: 4 MiB in float32, of which a f
 
 
 class Quality(NamedTuple):
-    """Of samples from the prior."""
+    """Measures of samples from the prior."""
 
     neighbour_correlation: float  # of (sample − mean) between horizontal neighbours: 1 smooth, 0 speckled
     deviation: float  # standard deviation of samples over that of the data: far above 1, the variance has exploded

@@ -68,7 +68,7 @@ class Chain(nn.Sequential):
             return run(x)
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            """Of the first time that a batch goes through, and of the second."""
+            """Contexts of the first pass of a batch, and of the second."""
             return nullcontext(), _statistics_left_alone([self[i] for i in positions])
 
         # No noise is drawn on the way, so that there is no generator to turn back.

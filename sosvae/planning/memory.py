@@ -284,7 +284,7 @@ class StepMemory:
         config = with_images(config, PRIME_SIDES[0], PRIME_SIDES[0], PRIME_BATCH)
         self.phases = [_sizes(config, formulation, False)]
         if config.training.mean_only_steps:
-            # Of no formulation: the covariance head is left out.
+            # The formulation does not matter here: the covariance head is left out.
             self.phases.append(_sizes(config, "linear", True))
 
     def peak(self, side: int | None = None, batch: int = 1, accumulate: int = 1) -> Peak:

@@ -189,7 +189,7 @@ def _show(axes: Axes, kind: str, prediction: Prediction, i: int, scale: float) -
 
 
 def _scales(predictions: Mapping[str, Prediction]) -> dict[str, dict[str, float]]:
-    """Where the colours of each kind of picture end, by kind and model.
+    """The end of the colour scale of each kind of picture, by kind and model.
 
     A difference is shown on one scale for all models, so that they can be compared; variances and covariances
     each on its own model's, since the point is where they are. The two signs of a covariance share theirs.

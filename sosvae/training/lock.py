@@ -20,8 +20,8 @@ class InUseError(OSError):
 def locked(path: Path) -> Iterator[None]:
     """Holds a lock on the file `path`, in a folder that is there; the file is gone afterwards.
 
-    The system drops the lock of a process that dies. Its file stays, means nothing, and is taken over. Where the file
-    system has no locks, it does without.
+    The system drops the lock of a process that dies. Its file stays, means nothing, and is taken over. On a file
+    system without locks nothing is locked.
 
     Raises:
         InUseError: another process has it, or another thread of this one.

@@ -295,7 +295,7 @@ def plain(values: Any) -> Any:
 
 
 def _bytes(values: Any) -> int:
-    """Of all tensors in there."""
+    """Bytes of all tensors in a nested structure."""
     if isinstance(values, torch.Tensor):
         return values.nbytes
     if isinstance(values, dict):

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 from triton.compiler.compiler import max_shared_mem
 
+from ..capacitance import GOOD_ENOUGH, LOG_DET_TOLERANCE
 from . import tuned
 from .tiles import Placed
 
@@ -34,7 +35,12 @@ MAX_PIXELS = 2**31 - 2**20
 LARGE, LEAST_COLUMNS = 12_288, 256
 
 # Relative error of a sum of products, by how they are made: that of the split into 11 bits and the rest, or of float32.
-ROUNDING = {"tf32": 2.0**-21, "float32": 2.0**-23}
+ROUNDING = {"tf32": 2.0**-21, "float32": 2.0**-23, "float64": 2.0**-52}
+
+
+def tolerance(kind: str, R: int) -> float:
+    """How much rounding may move log|C| before C is made again with float64 products, or of better rows."""
+    return R * GOOD_ENOUGH[torch.float64] if kind == "float64" else LOG_DET_TOLERANCE
 
 
 class Block(NamedTuple):

@@ -109,7 +109,7 @@ def no_logs(BLOCK_N: tl.constexpr):
 
 @triton.jit
 def add_logs(sums, d):
-    """Of float64 the logarithms; of float32 the exponents, exact, and the product of mantissas in float64."""
+    """Adds log d: in float64 the logarithms; in float32 the exponents, which are exact, and mantissas as a product."""
     exponents, mantissas, valid, logs = sums
     if d.dtype == tl.float64:
         logs += tl.log(d)

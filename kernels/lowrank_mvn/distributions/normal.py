@@ -119,7 +119,7 @@ class LowRankMultivariateNormal(TorchLowRank):
         return new
 
     def __repr__(self) -> str:
-        """As torch's; of what is linear in features the shape, without making it."""
+        """Torch's text. A linear factor or mean shows its shape and is not built."""
         p, shape = self._parameters, self._batch_shape + self._event_shape
         found: list[str] = []
         for name, t, whole in (
@@ -152,8 +152,10 @@ class LowRankMultivariateNormal(TorchLowRank):
 
     @property
     def _normal(self) -> arguments.Normal:
-        """The parameters; checked together once more where one was assigned: moved by hand to another device, they are
-        on two devices in between."""
+        """The parameters, checked together again after an assignment.
+
+        Not during it: parameters that are moved one by one to another device are on two devices in between.
+        """
         if self._replaced:
             p = self._parameters
             arguments.normal(p.mean, p.factor, p.local.variance())

@@ -274,7 +274,7 @@ class LowRankMultivariateStudentT(Distribution):
         return row.expand(self._batch_shape + self._event_shape)
 
     def _widening(self) -> Tensor:
-        """ν/(ν − 2) where it is finite and positive, else 1, which nobody sees."""
+        """ν/(ν − 2) for ν > 2; the callers replace the 1 that stands elsewhere."""
         df = 2 * self._half_df().expand(self._batch_shape)
         return torch.where(df > 2, df / torch.where(df > 2, df - 2, 1), 1).to(self._parameters.result_dtype)
 

@@ -14,7 +14,7 @@ Diagonal = Tensor  # d [..., N] or [..., 1]
 class Capacitance(NamedTuple):
     """What a pass over a factor leaves for the next call with the same factor and diagonal, in canonical shapes."""
 
-    C_inv: Tensor
+    L_inv: Tensor
     logdet: Tensor
     wide: Tensor
 

@@ -26,7 +26,7 @@ class Precision(Local):
 
     @property
     def N(self) -> int:
-        """Of the event: channels · pixels."""
+        """Size of the event: channels · pixels."""
         return self.channels * self.spatial.numel()
 
     def free(self) -> Tensor | int:
@@ -61,7 +61,7 @@ class Precision(Local):
         raise NotImplementedError
 
     def result_dtype(self, *others: Mean | Factor) -> torch.dtype:
-        """Of densities, and what samples are computed in."""
+        """The dtype of densities, which samples are computed in too."""
         return result_dtype(*self.tensors().values(), *others)
 
     # --- Beside a factor ------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ class Precision(Local):
         impl: str,
         noise: Tensor | None = None,
     ) -> tuple[Tensor, Factor, "Precision"]:
-        """As of any local part; `noise` is the variance τ² of what is observed, 0 (or none) where it is exact."""
+        """`Local.condition`, with noise: the variance τ² of what is observed, 0 or none if it is exact."""
 
     @abstractmethod
     def uncolour(self, value: Tensor) -> Tensor:

@@ -66,8 +66,8 @@ class FactorHead(Head):
     """A head with a low-rank factor P, the output of a 1×1 convolution.
 
     `factor.weight` is [R·channels, K, 1, 1]; row r·channels + c makes channel c of column r of P. P and the mean are
-    not built by default: the likelihood goes from the features straight to the weights. Where the configuration asks
-    for P, it is the transposed view of the convolution's output, [B, R, N], without a copy.
+    not built by default: the likelihood is computed from features and weights. If the configuration asks for P, it is
+    the transposed view of the convolution's output, [B, R, N], without a copy.
     """
 
     def __init__(self, features: int, channels: int, config: ModelConfig, std: float = INITIAL_STD) -> None:

@@ -60,7 +60,7 @@ class DenseFactor(_Dense, Factor):
                 q, logdet = formula(*self._work(impl, value, loc, P, d))
             return q, logdet.expand(items), None
         layout = Layout(broadcast(value.shape[:-1], loc.shape[:-1], items), items)
-        q, logdet, C_inv, *_, wide = op.mahalanobis_and_logdet(
+        q, logdet, L_inv, *_, wide = op.mahalanobis_and_logdet(
             layout.samples(value),
             layout.means(loc),
             layout.factors(P),
@@ -68,7 +68,7 @@ class DenseFactor(_Dense, Factor):
             *(given or (None, None, None)),
             impl,
         )
-        return layout.restore(q), logdet.reshape(items), Capacitance(C_inv, logdet.detach(), wide)
+        return layout.restore(q), logdet.reshape(items), Capacitance(L_inv, logdet.detach(), wide)
 
     def logdet(self, d: Tensor, impl: str) -> tuple[Tensor, Capacitance | None]:
         P, items = self.tensor, self._items(d)
@@ -76,8 +76,8 @@ class DenseFactor(_Dense, Factor):
             with without_autocast(P.device):
                 return reference.logdet(*self._work(impl, P, d)).expand(items), None
         layout = Layout(items, items)
-        logdet, C_inv, wide = op.logdet(layout.factors(P), layout.vectors(d), impl)
-        return logdet.reshape(items), Capacitance(C_inv, logdet.detach(), wide)
+        logdet, L_inv, wide = op.logdet(layout.factors(P), layout.vectors(d), impl)
+        return logdet.reshape(items), Capacitance(L_inv, logdet.detach(), wide)
 
     def sample(self, mean: Mean, d: Tensor, shape: torch.Size, noise: Noise, impl: str) -> Tensor:
         P, omega_d = self.tensor, noise.omega_d
@@ -125,8 +125,17 @@ class DenseFactor(_Dense, Factor):
             P = layout.factors(P)
             known = torch.where(observed, fixed(given).to(high), d.new_ones(()))
             precision = layout.vectors(known.reciprocal() * observed)
-            gram, w = op.normal_equations(layout.samples(value), layout.means(loc), P, precision, impl)
-            L_inv_t, v = (t.to(high) for t in posterior(gram, w.permute(1, 2, 0), layout.vectors(given)))
+            observations = layout.samples(value), layout.means(loc), P
+            gram, w = op.normal_equations(*observations, precision, impl)
+
+            def exactly() -> tuple[Tensor, Tensor]:
+                with torch.no_grad():
+                    none = None, None, None
+                    made = op.mahalanobis_and_logdet(*observations, precision.reciprocal(), *none, impl)
+                return made[2], made[3]
+
+            root_and_v = posterior(gram, w.permute(1, 2, 0), layout.vectors(given), exactly, high)
+            L_inv_t, v = (t.to(high) for t in root_and_v)
             P = P.to(high)
             deviation = layout.restore(torch.bmm(v.mT, P.mT).transpose(0, 1))
             factor = torch.bmm(P, L_inv_t) if P.stride(-1) <= P.stride(-2) else torch.bmm(L_inv_t.mT, P.mT).mT

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ... import reference
 from ...capacitance import product_dtype
-from ...registry import Operator, front, implementations, into_items, into_samples, kept, pull_back, second_derivative
+from ...registry import Operator, front, implementations, into_items, into_samples, kept, like
 
 IMPLEMENTATIONS = implementations(__package__)
 
@@ -25,36 +25,31 @@ DIMS = {
     **dict.fromkeys(("mahalanobis", "grad_mahalanobis"), "SB"),
     **dict.fromkeys(("P", "grad_P"), "BNR"),
     **dict.fromkeys(("d", "precision", "grad_d"), "BN"),
-    **dict.fromkeys(("gram", "C_inv"), "BRR"),
+    **dict.fromkeys(("gram", "L_inv"), "BRR"),
     **dict.fromkeys(("logdet", "grad_logdet", "wide", "seed"), "B"),
 }
-
-
-def _like(t: Tensor) -> Tensor:
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 # --- q = δᵀΣ⁻¹δ and log|Σ| ------------------------------------------------------------------------------------------
 
 
-def _forward_fake(x, loc, P, d, C_inv, logdet, wide, impl):  # type: ignore[no-untyped-def]
+def _forward_fake(x, loc, P, d, L_inv, logdet, wide, impl):  # type: ignore[no-untyped-def]
     (S, B, N), R = x.shape, P.shape[2]
-    keeps = IMPLEMENTATIONS[impl].KEEPS_RESIDUAL
     new = P.new_empty
     return (
         new(S, B, dtype=torch.float64),
         new(B, dtype=torch.float64),
         new(B, R, R, dtype=torch.float64),
         new(S, B, R, dtype=torch.float64),
-        new(S, B, R if keeps else 0, dtype=torch.float64),
-        new(S, B, N if keeps else 0, dtype=product_dtype(x, loc, P, d) if keeps else torch.float64),
+        new(S, B, R, dtype=torch.float64),
+        new(S, B, N, dtype=product_dtype(x, loc, P, d)),
         new(B, dtype=torch.bool),
     )
 
 
 mahalanobis_and_logdet = Operator(
-    "mahalanobis_and_logdet(Tensor x, Tensor loc, Tensor P, Tensor d, Tensor? C_inv, Tensor? logdet, Tensor? wide,"
-    " str impl) -> (Tensor mahalanobis, Tensor logdet, Tensor C_inv, Tensor v, Tensor step,"
+    "mahalanobis_and_logdet(Tensor x, Tensor loc, Tensor P, Tensor d, Tensor? L_inv, Tensor? logdet, Tensor? wide,"
+    " str impl) -> (Tensor mahalanobis, Tensor logdet, Tensor L_inv, Tensor v, Tensor step,"
     " Tensor residual, Tensor wide)",
     lambda *inputs: IMPLEMENTATIONS[inputs[-1]].mahalanobis_and_logdet(*inputs[:-1]),
     _forward_fake,
@@ -64,42 +59,30 @@ mahalanobis_and_logdet = Operator(
 
 def _backward_fake(*inputs: Any) -> tuple[Tensor, ...]:
     _, _, x, loc, P, d, *_, needs, _ = inputs
-    grads = _like(x), _like(loc), torch.empty_like(P), _like(d)
+    grads = like(x), like(loc), torch.empty_like(P), like(d)
     return tuple(kept(g, need) for g, need in zip(grads, needs, strict=True))
 
 
 mahalanobis_and_logdet_backward = Operator(
     "mahalanobis_and_logdet_backward(Tensor grad_mahalanobis, Tensor grad_logdet, Tensor x, Tensor loc, Tensor P,"
-    " Tensor d, Tensor C_inv, Tensor v, Tensor step, Tensor residual, Tensor wide, bool[4] needs, str impl)"
+    " Tensor d, Tensor L_inv, Tensor v, Tensor step, Tensor residual, Tensor wide, bool[4] needs, str impl)"
     " -> (Tensor grad_x, Tensor grad_loc, Tensor grad_P, Tensor grad_d)",
     lambda *inputs: IMPLEMENTATIONS[inputs[-1]].mahalanobis_and_logdet_backward(*inputs[:-1]),
     _backward_fake,
     DIMS,
 )
 PARAMETERS = "x", "loc", "P", "d"
-KEPT = "C_inv", "v", "step", "residual", "wide"
-
-
-def _derivative(saved: Any, needs: Any, grads: Any) -> dict[str, Tensor]:
-    v, logdet = saved.v, grads.logdet
-    grad_q = v.new_zeros(v.shape[:2]) if grads.mahalanobis is None else grads.mahalanobis
-    logdet = v.new_zeros(v.shape[1]) if logdet is None else logdet
-    wanted = [getattr(needs, n) for n in PARAMETERS]
-    given = (getattr(saved, n) for n in PARAMETERS + KEPT)
-    return dict(
-        zip(PARAMETERS, mahalanobis_and_logdet_backward(grad_q, logdet, *given, wanted, saved.impl), strict=True)
-    )
 
 
 def _batched(op: Operator, V: int, given: dict[str, Any], mapped: dict[str, int]) -> Any:
-    if mapped.keys() & {"P", "d", "C_inv", "logdet", "wide"}:
+    if mapped.keys() & {"P", "d", "L_inv", "logdet", "wide"}:
         return into_items(op, V, given, mapped)
     return into_samples(op, V, given, mapped, shared="loc")
 
 
 def _batched_backward(op: Operator, V: int, given: dict[str, Any], mapped: dict[str, int]) -> Any:
     _, need_loc, need_P, need_d = given["needs"]
-    if need_P or need_d or mapped.keys() & {"P", "d", "C_inv", "wide"}:
+    if need_P or need_d or mapped.keys() & {"P", "d", "L_inv", "wide"}:
         return into_items(op, V, given, mapped)
     if "grad_logdet" in mapped:  # without grad_P and grad_d nothing depends on it
         given = given | {"grad_logdet": torch.zeros_like(given["grad_logdet"].select(mapped["grad_logdet"], 0))}
@@ -108,13 +91,8 @@ def _batched_backward(op: Operator, V: int, given: dict[str, Any], mapped: dict[
     return (grad_x, grad_loc.sum(1, keepdim=True) if need_loc and one_loc else grad_loc, *rest), dims
 
 
-mahalanobis_and_logdet.register(_derivative, (*PARAMETERS, *KEPT, "impl"), _batched, constants=KEPT)
-COTANGENTS = "grad_mahalanobis", "grad_logdet"
-mahalanobis_and_logdet_backward.register(
-    second_derivative(reference.mahalanobis_and_logdet, COTANGENTS, PARAMETERS),
-    (*COTANGENTS, *PARAMETERS),
-    _batched_backward,
-)
+mahalanobis_and_logdet.differentiate_by(mahalanobis_and_logdet_backward, PARAMETERS, _batched)
+mahalanobis_and_logdet_backward.differentiate_again(reference.mahalanobis_and_logdet, PARAMETERS, _batched_backward)
 
 
 # --- log|Σ| alone, for an entropy without a density -------------------------------------------------------------------
@@ -127,34 +105,26 @@ def _logdet_fake(P, d, impl):  # type: ignore[no-untyped-def]
 
 
 logdet = Operator(
-    "logdet(Tensor P, Tensor d, str impl) -> (Tensor logdet, Tensor C_inv, Tensor wide)",
+    "logdet(Tensor P, Tensor d, str impl) -> (Tensor logdet, Tensor L_inv, Tensor wide)",
     lambda P, d, impl: IMPLEMENTATIONS[impl].logdet(P, d),
     _logdet_fake,
     DIMS,
 )
 
 
-def _logdet_backward_fake(grad_logdet, P, d, C_inv, wide, needs, impl):  # type: ignore[no-untyped-def]
-    return kept(torch.empty_like(P), needs[0]), kept(_like(d), needs[1])
+def _logdet_backward_fake(grad_logdet, P, d, L_inv, wide, needs, impl):  # type: ignore[no-untyped-def]
+    return kept(torch.empty_like(P), needs[0]), kept(like(d), needs[1])
 
 
 logdet_backward = Operator(
-    "logdet_backward(Tensor grad_logdet, Tensor P, Tensor d, Tensor C_inv, Tensor wide, bool[2] needs, str impl)"
+    "logdet_backward(Tensor grad_logdet, Tensor P, Tensor d, Tensor L_inv, Tensor wide, bool[2] needs, str impl)"
     " -> (Tensor grad_P, Tensor grad_d)",
     lambda *inputs: IMPLEMENTATIONS[inputs[-1]].logdet_backward(*inputs[:-1]),
     _logdet_backward_fake,
     DIMS,
 )
-
-
-def _derivative_of_logdet(saved: Any, needs: Any, grads: Any) -> dict[str, Tensor]:
-    wanted = [needs.P, needs.d]
-    grad_P, grad_d = logdet_backward(grads.logdet, saved.P, saved.d, saved.C_inv, saved.wide, wanted, saved.impl)
-    return {"P": grad_P, "d": grad_d}
-
-
-logdet.register(_derivative_of_logdet, ("P", "d", "C_inv", "wide", "impl"), constants=("C_inv", "wide"))
-logdet_backward.register(second_derivative(reference.logdet, ("grad_logdet",), ("P", "d")), ("grad_logdet", "P", "d"))
+logdet.differentiate_by(logdet_backward, ("P", "d"))
+logdet_backward.differentiate_again(reference.logdet, ("P", "d"))
 
 
 # --- PᵀDP, and with it the projection of δ: for conditionals and principal components -----------------------------
@@ -175,12 +145,7 @@ gram = Operator(
     lambda P, precision, impl: P.new_empty(P.shape[0], P.shape[2], P.shape[2], dtype=torch.float64),
     DIMS,
 )
-gram.register(
-    lambda saved, needs, grads: dict(
-        zip(("P", "precision"), pull_back(_textbook_gram, (saved.P, saved.precision), grads.gram), strict=True)
-    ),
-    ("P", "precision"),
-)
+gram.differentiate(_textbook_gram)
 
 
 def _normal_equations_fake(x, loc, P, precision, impl):  # type: ignore[no-untyped-def]
@@ -194,15 +159,4 @@ normal_equations = Operator(
     _normal_equations_fake,
     DIMS,
 )
-
-
-def _derivative_of_normal_equations(saved: Any, needs: Any, grads: Any) -> dict[str, Tensor]:
-    names = "x", "loc", "P", "precision"
-    inputs = [getattr(saved, n) for n in names]
-    S, (B, _, R) = inputs[0].shape[0], saved.P.shape
-    grad_gram = saved.P.new_zeros(B, R, R, dtype=torch.float64) if grads.gram is None else grads.gram
-    grad_w = saved.P.new_zeros(S, B, R, dtype=torch.float64) if grads.w is None else grads.w
-    return dict(zip(names, pull_back(_textbook_normal_equations, inputs, (grad_gram, grad_w)), strict=True))
-
-
-normal_equations.register(_derivative_of_normal_equations, ("x", "loc", "P", "precision"))
+normal_equations.differentiate(_textbook_normal_equations)

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...registry import Operator, kept, pull_back
-from .op import DIMS, IMPLEMENTATIONS, _like
+from ...registry import Operator, kept, like, pull_back
+from .op import DIMS, IMPLEMENTATIONS
 
 rsample = Operator(
     "rsample(Tensor loc, Tensor P, Tensor d, Tensor omega_p, Tensor? omega_d, Tensor? seed, str impl) -> Tensor y",
@@ -26,7 +26,7 @@ def _backward(grad_y, P, d, omega_p, omega_d, seed, needs, impl):  # type: ignor
 
 
 def _backward_fake(grad_y, P, d, omega_p, omega_d, seed, needs, impl):  # type: ignore[no-untyped-def]
-    grads = torch.empty_like(P), _like(d), _like(grad_y if omega_d is None else omega_d)
+    grads = torch.empty_like(P), like(d), like(grad_y if omega_d is None else omega_d)
     return tuple(kept(g, need) for g, need in zip(grads, needs, strict=True))
 
 

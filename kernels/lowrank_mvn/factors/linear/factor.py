@@ -161,12 +161,21 @@ class LinearFactor(Linear, Factor):
         x = torch.where(observed, value.to(high), value.new_zeros((), dtype=high))
         with without_autocast(self.device):
             shift = self._shift(mean, layout, high)
-            parts = [
-                op.normal_equations(*tensors, impl)
-                for tensors in self._calls(layout, layout.samples(x), shift, self._joined(mean), precision)
-            ]
-            gram, w = (concatenated(part, dim) for part, dim in zip(zip(*parts, strict=True), (0, 1), strict=True))
-            L_inv_t, v = posterior(gram, w.permute(1, 2, 0), layout.vectors(given))
+            calls = [*self._calls(layout, layout.samples(x), shift, self._joined(mean), precision)]
+
+            def joined(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
+                return concatenated([a for a, _ in parts], 0), concatenated([b for _, b in parts], 1)
+
+            def exactly() -> tuple[Tensor, Tensor]:
+                made = []
+                with torch.no_grad():
+                    for *rest, precision in calls:
+                        assert precision is not None
+                        made.append(op.mahalanobis_and_logdet(*rest, precision.reciprocal(), impl)[2:4])
+                return joined(made)
+
+            gram, w = joined([op.normal_equations(*tensors, impl) for tensors in calls])
+            L_inv_t, v = posterior(gram, w.permute(1, 2, 0), layout.vectors(given), exactly, high)
             factor = self.mix(L_inv_t.reshape(*items, R, R)).masked(~observed)
             deviation = self.times(layout.restore(v.permute(2, 0, 1)).to(high))
             loc = mean.materialise(high).to(high) + deviation.to(high)

@@ -13,7 +13,7 @@ m [channels, K+1] are in float64; S samples, B items, R columns, K features and 
 import torch
 from torch import Tensor
 
-from ...capacitance import exceeds, too_rough
+from ...capacitance import exceeds, inverse, too_rough
 
 
 def one_d(d: Tensor) -> bool:
@@ -56,14 +56,16 @@ def weighted(A: Tensor, W: Tensor) -> Tensor:
     return torch.matmul(A.unsqueeze(1), W)
 
 
-def quadratic(A: Tensor, W: Tensor) -> Tensor:
-    """M_c = W_cᵀAW_c [B, channels, K+1, K+1] of A [B, R, R]."""
-    return torch.matmul(W.mT, weighted(A, W))
+def quadratic(L_inv: Tensor, W: Tensor) -> Tensor:
+    """M_c = W_cᵀC⁻¹W_c [B, channels, K+1, K+1]."""
+    rows = weighted(L_inv, W)
+    return torch.matmul(rows.mT, rows)
 
 
-def quadratic_sum(A: Tensor, W: Tensor) -> Tensor:
-    """Σ_c M_c = Σ_c W_cᵀAW_c [B, 1, K+1, K+1] of A [B, R, R]: all that one G for all channels needs."""
-    return torch.matmul(W.flatten(1, 2).mT, weighted(A, W).flatten(1, 2)).unsqueeze(1)
+def quadratic_sum(L_inv: Tensor, W: Tensor) -> Tensor:
+    """Σ_c M_c = Σ_c W_cᵀC⁻¹W_c [B, 1, K+1, K+1]: all that one G for all channels needs."""
+    rows = weighted(L_inv, W).flatten(1, 2)
+    return torch.matmul(rows.mT, rows).unsqueeze(1)
 
 
 def logdet_D(d: Tensor, N: int) -> Tensor:
@@ -74,7 +76,7 @@ def logdet_D(d: Tensor, N: int) -> Tensor:
     return torch.stack(logs) if logs else d.new_zeros(0, dtype=torch.float64)
 
 
-def rough(diagonal_G: Tensor, W: Tensor, C_inv: Tensor, rounding: float, tiles: bool) -> Tensor:
+def rough(diagonal_G: Tensor, W: Tensor, L_inv: Tensor, rounding: float, tiles: bool) -> Tensor:
     """Whether float32 products in a pass may have moved log|C| by more than its tolerance, or failed, [B].
 
     `diagonal_G` [B, channels or 1, K+1] is that of G_c, and |ΔG_kl| ≤ ε√(G_kk G_ll) with ε = `rounding`. From the
@@ -85,8 +87,8 @@ def rough(diagonal_G: Tensor, W: Tensor, C_inv: Tensor, rounding: float, tiles: 
     g = diagonal_G.sqrt().unsqueeze(-1)
     if tiles:
         a = torch.matmul(W.abs(), g).squeeze(-1)  # [B, channels, R]
-        return too_rough(a.square().sum(1), C_inv, rounding)
-    M = (quadratic_sum if g.shape[1] == 1 else quadratic)(C_inv, W)
+        return too_rough(a.square().sum(1), L_inv, rounding)
+    M = (quadratic_sum if g.shape[1] == 1 else quadratic)(L_inv, W)
     return exceeds(rounding * torch.matmul(torch.matmul(M.abs_(), g).mT, g).sum((1, 2, 3)))
 
 
@@ -96,13 +98,13 @@ def of_scores(zF: Tensor, WG: Tensor, step: Tensor) -> Tensor:
 
 
 def grad_weight(
-    grad_q: Tensor, grad_logdet: Tensor, C_inv: Tensor, v: Tensor, WG: Tensor, zF: Tensor, shared: bool
+    grad_q: Tensor, grad_logdet: Tensor, L_inv: Tensor, v: Tensor, WG: Tensor, zF: Tensor, shared: bool
 ) -> Tensor:
     """grad_W_c = 2 grad_logdet C⁻¹W_cG_c − 2 grad_q v(F̃z_c)ᵀ [1 or B, channels, R, K+1].
 
     Summed over items that share W; grad_q [B, S], grad_logdet [B].
     """
-    grad = weighted(2 * grad_logdet[:, None, None] * C_inv, WG)
+    grad = weighted(2 * grad_logdet[:, None, None] * inverse(L_inv), WG)
     grad -= torch.matmul((2 * grad_q.unsqueeze(-1) * v).mT, zF.flatten(2)).unflatten(2, zF.shape[2:]).transpose(1, 2)
     return grad.sum(0, keepdim=True) if shared else grad
 

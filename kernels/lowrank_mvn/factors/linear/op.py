@@ -10,39 +10,25 @@ from torch import Tensor
 
 from ... import reference
 from ...capacitance import product_dtype
-from ...registry import (
-    Operator,
-    front,
-    implementations,
-    joined,
-    kept,
-    one_by_one,
-    outputs_of,
-    parted,
-    second_derivative,
-)
+from ...registry import Operator, front, implementations, joined, kept, like, one_by_one, outputs_of, parted
 from . import aten, forms
 
 IMPLEMENTATIONS = implementations(__package__)
 
-# A dimension that no tensor has apart from B and S is a full stop.
+# Channels are c, pixels n, and rows of F, with or without the ones, k.
 DIMS = {
-    **dict.fromkeys(("x", "loc", "grad_x", "residual"), "SB.."),
-    **dict.fromkeys(("F", "grad_F"), "B.."),
-    **dict.fromkeys(("W", "grad_W"), "B..."),
-    **dict.fromkeys(("m", "grad_m"), ".."),
-    **dict.fromkeys(("d", "precision", "grad_d", "grad_precision", "norms", "grad_norms"), "B.."),
-    **dict.fromkeys(("gram", "grad_gram", "C_inv"), "B.."),
-    **dict.fromkeys(("v", "step", "w", "grad_w"), "SB."),
+    **dict.fromkeys(("x", "loc", "grad_x", "residual"), "SBcn"),
+    **dict.fromkeys(("F", "grad_F"), "Bkn"),
+    **dict.fromkeys(("W", "grad_W"), "BcRk"),
+    **dict.fromkeys(("m", "grad_m"), "ck"),
+    **dict.fromkeys(("d", "precision", "grad_d", "grad_precision", "norms", "grad_norms"), "Bcn"),
+    **dict.fromkeys(("gram", "grad_gram", "L_inv"), "BRR"),
+    **dict.fromkeys(("v", "step", "w", "grad_w"), "SBR"),
     **dict.fromkeys(("mahalanobis", "grad_mahalanobis"), "SB"),
     **dict.fromkeys(("logdet", "grad_logdet", "wide"), "B"),
-    "WG": "B...",
-    "zF": "B...",
+    "WG": "BcRk",
+    "zF": "BSck",
 }
-
-
-def _like(t: Tensor) -> Tensor:
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 def _batched(op: Operator, V: int, given: dict[str, Any], mapped: dict[str, int]) -> Any:
@@ -75,9 +61,8 @@ def _of_loc(grad_x: Tensor, x: Tensor, loc: Tensor) -> Tensor:
     return -(grad_x if loc.shape[0] == x.shape[0] else grad_x.sum(0, keepdim=True)).to(loc.dtype)
 
 
-def _of_parameters(made: tuple[Tensor, ...], saved: Any, needs: Any, diagonal: str) -> dict[str, Tensor]:
-    """Gradients by name, of those of x, F, W, m and the diagonal."""
-    found = dict(zip(("x", "F", "W", "m", diagonal), made, strict=True))
+def _of_parameters(found: dict[str, Tensor], saved: Any, needs: Any) -> dict[str, Tensor]:
+    """With the gradient of loc, which follows from that of x."""
     if needs.loc:
         found["loc"] = _of_loc(found["x"], saved.x, saved.loc)
     return found | {"x": found["x"].to(saved.x.dtype)}
@@ -117,7 +102,7 @@ def _forward(x, loc, F, W, m, d, impl):  # type: ignore[no-untyped-def]
 
 mahalanobis_and_logdet = Operator(
     "linear_mahalanobis_and_logdet(Tensor x, Tensor? loc, Tensor F, Tensor W, Tensor? m, Tensor d, str impl)"
-    " -> (Tensor mahalanobis, Tensor logdet, Tensor C_inv, Tensor v, Tensor step, Tensor WG, Tensor zF,"
+    " -> (Tensor mahalanobis, Tensor logdet, Tensor L_inv, Tensor v, Tensor step, Tensor WG, Tensor zF,"
     " Tensor residual, Tensor wide)",
     _forward,
     _forward_fake,
@@ -130,15 +115,15 @@ def _backward_fake(*inputs: Any) -> tuple[Tensor, ...]:
     return (
         x.new_empty(x.shape if need_x else (0,), dtype=product_dtype(x, F, W, d)),
         kept(torch.empty_like(F), need_F),
-        _like(W),
-        F.new_empty(0) if m is None else _like(m),
-        kept(_like(d), need_d),
+        like(W),
+        F.new_empty(0) if m is None else like(m),
+        kept(like(d), need_d),
     )
 
 
 mahalanobis_and_logdet_backward = Operator(
     "linear_mahalanobis_and_logdet_backward(Tensor grad_mahalanobis, Tensor grad_logdet, Tensor x, Tensor? loc,"
-    " Tensor F, Tensor W, Tensor? m, Tensor d, Tensor C_inv, Tensor v, Tensor step, Tensor WG, Tensor zF,"
+    " Tensor F, Tensor W, Tensor? m, Tensor d, Tensor L_inv, Tensor v, Tensor step, Tensor WG, Tensor zF,"
     " Tensor residual, Tensor wide, bool[3] needs, str impl)"
     " -> (Tensor grad_x, Tensor grad_F, Tensor grad_W, Tensor grad_m, Tensor grad_d)",
     lambda *inputs: IMPLEMENTATIONS[inputs[-1]].mahalanobis_and_logdet_backward(*inputs[:-1]),
@@ -146,18 +131,6 @@ mahalanobis_and_logdet_backward = Operator(
     DIMS,
 )
 PARAMETERS = "x", "loc", "F", "W", "m", "d"
-KEPT = "C_inv", "v", "step", "WG", "zF", "residual", "wide"
-
-
-def _derivative(saved: Any, needs: Any, grads: Any) -> dict[str, Tensor]:
-    v = saved.v
-    grad_q = v.new_zeros(v.shape[:2]) if grads.mahalanobis is None else grads.mahalanobis
-    grad_logdet = v.new_zeros(v.shape[1]) if grads.logdet is None else grads.logdet
-    wanted = [needs.x or needs.loc, needs.F, needs.d]
-    given = (getattr(saved, n) for n in PARAMETERS + KEPT)
-    return _of_parameters(
-        mahalanobis_and_logdet_backward(grad_q, grad_logdet, *given, wanted, saved.impl), saved, needs, "d"
-    )
 
 
 def _full(x: Tensor, loc: Tensor | None, F: Tensor, W: Tensor, m: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -197,11 +170,10 @@ def _textbook_equations(x: Any, loc: Any, F: Any, W: Any, m: Any, precision: Any
     return scaled.mT @ P, torch.einsum("sbn,bnr->sbr", _full(x, loc, F, W, m)[0], scaled)
 
 
-mahalanobis_and_logdet.register(_derivative, (*PARAMETERS, *KEPT, "impl"), _batched, constants=KEPT)
-COTANGENTS = "grad_mahalanobis", "grad_logdet"
-mahalanobis_and_logdet_backward.register(
-    second_derivative(_textbook, COTANGENTS, PARAMETERS), (*COTANGENTS, *PARAMETERS), _batched
+mahalanobis_and_logdet.differentiate_by(
+    mahalanobis_and_logdet_backward, ("x|loc", "F", "d"), _batched, finish=_of_parameters
 )
+mahalanobis_and_logdet_backward.differentiate_again(_textbook, PARAMETERS, _batched)
 
 
 # --- log|Σ| alone, for an entropy without a density -------------------------------------------------------------------
@@ -217,39 +189,26 @@ def _logdet_fake(F, W, d, impl):  # type: ignore[no-untyped-def]
 
 
 logdet = Operator(
-    "linear_logdet(Tensor F, Tensor W, Tensor d, str impl) -> (Tensor logdet, Tensor C_inv, Tensor WG, Tensor wide)",
+    "linear_logdet(Tensor F, Tensor W, Tensor d, str impl) -> (Tensor logdet, Tensor L_inv, Tensor WG, Tensor wide)",
     lambda F, W, d, impl: IMPLEMENTATIONS[impl].logdet(F, W, d),
     _logdet_fake,
     DIMS,
 )
 
 
-def _logdet_backward_fake(grad_logdet, F, W, d, C_inv, WG, wide, needs, impl):  # type: ignore[no-untyped-def]
-    return kept(torch.empty_like(F), needs[0]), _like(W), kept(_like(d), needs[1])
+def _logdet_backward_fake(grad_logdet, F, W, d, L_inv, WG, wide, needs, impl):  # type: ignore[no-untyped-def]
+    return kept(torch.empty_like(F), needs[0]), like(W), kept(like(d), needs[1])
 
 
 logdet_backward = Operator(
-    "linear_logdet_backward(Tensor grad_logdet, Tensor F, Tensor W, Tensor d, Tensor C_inv, Tensor WG, Tensor wide,"
+    "linear_logdet_backward(Tensor grad_logdet, Tensor F, Tensor W, Tensor d, Tensor L_inv, Tensor WG, Tensor wide,"
     " bool[2] needs, str impl) -> (Tensor grad_F, Tensor grad_W, Tensor grad_d)",
     lambda *inputs: IMPLEMENTATIONS[inputs[-1]].logdet_backward(*inputs[:-1]),
     _logdet_backward_fake,
     DIMS,
 )
-
-
-def _derivative_of_logdet(saved: Any, needs: Any, grads: Any) -> dict[str, Tensor]:
-    given = saved.F, saved.W, saved.d, saved.C_inv, saved.WG, saved.wide
-    made = logdet_backward(grads.logdet, *given, [needs.F, needs.d], saved.impl)
-    return dict(zip(("F", "W", "d"), made, strict=True))
-
-
-FACTOR = "F", "W", "d"
-logdet.register(
-    _derivative_of_logdet, (*FACTOR, "C_inv", "WG", "wide", "impl"), _batched, constants=("C_inv", "WG", "wide")
-)
-logdet_backward.register(
-    second_derivative(_textbook_logdet, ("grad_logdet",), FACTOR), ("grad_logdet", *FACTOR), _batched
-)
+logdet.differentiate_by(logdet_backward, ("F", "d"), _batched)
+logdet_backward.differentiate_again(_textbook_logdet, ("F", "W", "d"), _batched)
 
 
 # --- PᵀDP, and with it the projection of δ: for conditionals and principal components -----------------------------
@@ -264,7 +223,7 @@ gram = Operator(
 
 
 def _gram_backward_fake(grad_gram, F, W, precision, needs):  # type: ignore[no-untyped-def]
-    return kept(torch.empty_like(F), needs[0]), _like(W), kept(_like(precision), needs[1])
+    return kept(torch.empty_like(F), needs[0]), like(W), kept(like(precision), needs[1])
 
 
 gram_backward = Operator(
@@ -274,19 +233,8 @@ gram_backward = Operator(
     _gram_backward_fake,
     DIMS,
 )
-MOMENTS = "F", "W", "precision"
-gram.register(
-    lambda saved, needs, grads: dict(
-        zip(
-            MOMENTS,
-            gram_backward(grads.gram, saved.F, saved.W, saved.precision, [needs.F, needs.precision]),
-            strict=True,
-        )
-    ),
-    MOMENTS,
-    _batched,
-)
-gram_backward.register(second_derivative(_textbook_gram, ("grad_gram",), MOMENTS), ("grad_gram", *MOMENTS), _batched)
+gram.differentiate_by(gram_backward, ("F", "precision"), _batched)
+gram_backward.differentiate_again(_textbook_gram, ("F", "W", "precision"), _batched)
 
 
 def _equations_fake(x, loc, F, W, m, precision, impl):  # type: ignore[no-untyped-def]
@@ -309,24 +257,10 @@ normal_equations_backward = Operator(
     lambda *inputs: _backward_fake(*inputs, ""),
     DIMS,
 )
-EQUATIONS = "x", "loc", "F", "W", "m", "precision"
-
-
-def _derivative_of_equations(saved: Any, needs: Any, grads: Any) -> dict[str, Tensor]:
-    (S, B), R = saved.x.shape[:2], saved.W.shape[2]
-    grad_gram = saved.x.new_zeros(B, R, R, dtype=torch.float64) if grads.gram is None else grads.gram
-    grad_w = saved.x.new_zeros(S, B, R, dtype=torch.float64) if grads.w is None else grads.w
-    wanted = [needs.x or needs.loc, needs.F, needs.precision]
-    made = normal_equations_backward(grad_gram, grad_w, *(getattr(saved, n) for n in EQUATIONS), wanted)
-    return _of_parameters(made, saved, needs, "precision")
-
-
-normal_equations.register(_derivative_of_equations, EQUATIONS, _batched)
-normal_equations_backward.register(
-    second_derivative(_textbook_equations, ("grad_gram", "grad_w"), EQUATIONS),
-    ("grad_gram", "grad_w", *EQUATIONS),
-    _batched,
+normal_equations.differentiate_by(
+    normal_equations_backward, ("x|loc", "F", "precision"), _batched, finish=_of_parameters
 )
+normal_equations_backward.differentiate_again(_textbook_equations, (*PARAMETERS[:-1], "precision"), _batched)
 
 
 # --- diag PPᵀ, for variances --------------------------------------------------------------------------------------
@@ -341,7 +275,7 @@ row_norms = Operator(
 row_norms_backward = Operator(
     "linear_row_norms_backward(Tensor grad_norms, Tensor F, Tensor W, bool need_F) -> (Tensor grad_F, Tensor grad_W)",
     aten.row_norms_backward,
-    lambda grad_norms, F, W, need_F: (kept(torch.empty_like(F), need_F), _like(W)),
+    lambda grad_norms, F, W, need_F: (kept(torch.empty_like(F), need_F), like(W)),
     DIMS,
 )
 
@@ -350,13 +284,5 @@ def _textbook_norms(F: Tensor, W: Tensor) -> Tensor:
     return _full_factor(F, W).square().sum(-1).view(F.shape[0], W.shape[1], F.shape[2])
 
 
-row_norms.register(
-    lambda saved, needs, grads: dict(
-        zip(("F", "W"), row_norms_backward(grads.norms, saved.F, saved.W, needs.F), strict=True)
-    ),
-    ("F", "W"),
-    _batched,
-)
-row_norms_backward.register(
-    second_derivative(_textbook_norms, ("grad_norms",), ("F", "W")), ("grad_norms", "F", "W"), _batched
-)
+row_norms.differentiate_by(row_norms_backward, batched=_batched)
+row_norms_backward.differentiate_again(_textbook_norms, ("F", "W"), _batched)

@@ -20,9 +20,10 @@ from .grid import Sizes, channel_pairs, pairs
 class Cut:
     """How the pixels of all channels fall into blocks; the last one is filled up with rows that tie nothing."""
 
-    channels: int
+    channels: int  # of a block: all of them, or one, where channels are independent and an item is several
     spatial: Sizes
     rows: int  # of a block
+    groups: int  # of channels
 
     @property
     def blocks(self) -> int:
@@ -39,8 +40,8 @@ class Cut:
         return torch.Size(self.spatial[1:]).numel()
 
     def split(self, x: Tensor, fill: float = 0.0) -> list[Tensor]:
-        """[S, B, N] -> blocks [B, b, S]."""
-        image = x.unflatten(-1, (self.channels, self.spatial[0], self.width))
+        """[S, B, N] -> blocks [B · groups, b, S]."""
+        image = x.unflatten(-1, (self.groups, self.channels, self.spatial[0], self.width)).flatten(1, 2)
         image = torch.nn.functional.pad(image, (0, 0, 0, self.filled), value=fill)
         parts = image.unflatten(3, (self.blocks, self.rows)).permute(1, 3, 2, 4, 5, 0).flatten(2, 4)
         return list(parts.unbind(1))
@@ -49,7 +50,12 @@ class Cut:
         """Undoes `split`."""
         image = torch.stack(parts, 1).unflatten(2, (self.channels, self.rows, self.width))
         rows: Tensor = image.permute(5, 0, 2, 1, 3, 4).flatten(3, 4)
-        return rows[:, :, :, : self.spatial[0]].flatten(2)
+        return self.items(rows[:, :, :, : self.spatial[0]], 1).flatten(2)
+
+    def items(self, t: Tensor, dim: int) -> Tensor:
+        """[..., B · groups, ...] -> [..., B, groups, ...]."""
+        apart: Tensor = t.unflatten(dim, (t.shape[dim] // self.groups, self.groups))
+        return apart
 
     def places(self, c: int, pixel: Tensor) -> tuple[Tensor, Tensor]:
         """The block of each pixel of a channel, and the place in it."""
@@ -58,7 +64,7 @@ class Cut:
 
 
 class Banded:
-    """A block bidiagonal L: `diagonal` [B, b, b], lower triangular, and `below` [B, b, b], for each block."""
+    """A block bidiagonal L: `diagonal` [items, b, b], lower triangular, and `below` [items, b, b], for each block."""
 
     def __init__(self, cut: Cut, diagonal: list[Tensor], below: list[Tensor]) -> None:
         self.cut, self.diagonal, self.below = cut, diagonal, below
@@ -73,8 +79,13 @@ class Banded:
         spatial: list[int],
         neighbourhood: list[int],
     ) -> "Banded":
-        """T, of weights in canonical shapes."""
-        cut = Cut(channels, tuple(spatial), max(1, neighbourhood[0] // 2))
+        """T, of weights in canonical shapes; independent channels are items by themselves, whose blocks are smaller."""
+        groups = 1 if ties is not None else channels
+        if groups > 1:
+            log_diagonal = log_diagonal.expand(-1, channels, -1).flatten(0, 1).unsqueeze(1)
+            neighbours = neighbours.expand(-1, channels, -1, -1).flatten(0, 1).unsqueeze(1)
+            channels = 1
+        cut = Cut(channels, tuple(spatial), max(1, neighbourhood[0] // 2), groups)
         B, b = len(log_diagonal), channels * cut.rows * cut.width
         t = log_diagonal.exp().expand(-1, channels, -1)
         s = neighbours.expand(-1, channels, -1, -1)
@@ -141,7 +152,7 @@ class Banded:
     def logdet(self) -> Tensor:
         """log|(LLᵀ)⁻¹| [B]."""
         logs = [D.diagonal(dim1=-2, dim2=-1).log().sum(-1) for D in self.diagonal]
-        return -2 * torch.stack(logs).sum(0)
+        return -2 * self.cut.items(torch.stack(logs).sum(0), 0).sum(-1)
 
     def variance(self) -> Tensor:
         """The diagonal of (LLᵀ)⁻¹ [B, N]: Σᵢ = Lᵢ⁻ᵀ(I + EᵢᵀΣᵢ₊₁Eᵢ)Lᵢ⁻¹."""

@@ -37,7 +37,7 @@ def _named(saved: Any, *names: str) -> list[Any]:
 
 
 def _batched(op: Operator, V: int, given: dict[str, Any], mapped: dict[str, int]) -> Any:
-    """Where the stencil is shared, what is mapped joins the samples."""
+    """If the stencil is shared, the mapped dimension joins the samples."""
     if mapped.keys() & set(WEIGHTS):
         return into_items(op, V, given, mapped)
     return into_samples(op, V, given, mapped, shared="loc")

@@ -211,8 +211,8 @@ class Stencil(Precision):
     def variance(self) -> Tensor:
         """diag D [..., N], exactly, differentiable: Takahashi's recursion from the last rows of the image to the first.
 
-        In float64, O(N b²) for b = channels · pixels in as many rows as a neighbourhood reaches down: seconds for a
-        colour photograph, milliseconds at 64×64.
+        In float64, O(N b²) for b pixels in as many rows as a neighbourhood reaches down, of all channels where they are
+        tied: seconds for a colour photograph, milliseconds at 64×64.
         """
         return self.banded().variance().reshape(*self.batch_shape, self.N).to(self.dtype)
 
@@ -237,7 +237,7 @@ class Stencil(Precision):
         return images
 
     def _weights(self, layout: Layout) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Of each item: log t, s and m."""
+        """log t, s and m of each item."""
         n, items = len(self.neighbourhood), layout.items_shape
 
         def canonical(t: Tensor, own: int) -> Tensor:

@@ -2,8 +2,9 @@
 import { logDensity } from "./maths/density";
 import { Parameters } from "./maths/parameters";
 import { Pins } from "./maths/pins";
-import { Posterior } from "./maths/posterior";
-import { normals } from "./maths/random";
+import { posteriorOf } from "./maths/posteriors";
+import { chiSquare, normals } from "./maths/random";
 import { slerp } from "./maths/slerp";
+import { Stencil } from "./maths/stencil";
 
-export const core = { logDensity, Parameters, Pins, Posterior, normals, slerp };
+export const core = { chiSquare, logDensity, Parameters, Pins, posteriorOf, normals, slerp, Stencil };

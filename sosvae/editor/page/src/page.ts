@@ -30,11 +30,19 @@ app.source.onState = (reachable, why) => {
   banner.textContent = why;
   if (reachable) app.onMessage("The server is back.");
 };
-const byServer = el(
-  "div",
-  { class: "banner calm", role: "status", hidden: true },
-  "This model's local part has no formulas in the page: after each stroke the server works the image out.",
-);
+const byServer = el("div", { class: "banner calm", role: "status", hidden: true }, "");
+/** Who works out what the page does not; empty where it does everything itself. */
+function helper(): string {
+  const { loaded, source } = app;
+  if (loaded?.conditions !== "server") return "";
+  const why =
+    loaded.where === "server"
+      ? "The page has no formulas for this model's distribution"
+      : "Neighbouring pixels of this model go together, and at this size the page does not work out what a pin leaves";
+  return source.isFile
+    ? `${why}: the rest of the image does not follow an edit in a page without its server.`
+    : `${why}: after each stroke the server does.`;
+}
 
 const dialog = el(
   "dialog",
@@ -45,7 +53,10 @@ const dialog = el(
 );
 const help = (): void => dialog.showModal();
 
-stage.canvas.setAttribute("aria-label", "The image. Arrow keys move the brush, Enter paints.");
+stage.canvas.setAttribute(
+  "aria-label",
+  "The image. Arrow keys move the brush, Enter paints, or sets a corner of the lasso.",
+);
 stage.element.append(
   toolsIsland(app, pointer),
   optionsIsland(app),
@@ -59,7 +70,8 @@ const main = el("main", {}, el("h1", { class: "unseen" }, "SOS-VAE editor"), sta
 document.body.append(main, sidePanel(app), dialog);
 listenToKeys(app, stage, pointer, help);
 app.listen(() => {
-  byServer.hidden = app.loaded?.where !== "server";
+  byServer.textContent = helper();
+  byServer.hidden = byServer.textContent === "";
   stage.canvas.classList.toggle("picking", pointer.picking);
   document.body.classList.toggle("busy", app.busy);
 });

@@ -38,6 +38,13 @@ export interface View {
   locked: number[];
 }
 
+/** Between four samples: the seeds of the corners, row by row, and a place along an edge. */
+export interface Walk {
+  corners: number[];
+  edge: number;
+  t: number;
+}
+
 export interface Doc {
   run: string;
   code: Code;
@@ -45,6 +52,7 @@ export interface Doc {
   strokes: Stroke[];
   /** Another run, shown at the code of the same image. */
   compare: string | null;
+  walk: Walk;
 }
 
 export type Show = "image" | "mean" | "deviation" | "covariance" | "original" | "before";
@@ -53,11 +61,12 @@ export interface RunInfo {
   name: string;
   head: string;
   shape: [number, number, number];
-  rank: number;
   latents: number;
   source: string;
   step: number | null;
 }
+
+export const START_WALK: Walk = { corners: [11, 22, 33, 44], edge: 0, t: 0 };
 
 export const START_VIEW: View = {
   mode: "mean",

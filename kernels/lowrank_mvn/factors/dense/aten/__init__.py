@@ -4,7 +4,7 @@ Everything is computed block by block over N, so that nothing of the size of P i
 gradient. With C = I + PᵀD⁻¹P, δ = x − μ, w = PᵀD⁻¹δ (README.md of the package derives all of it):
 
     capacitance   read P: C, w, log|D|       (products in float32, sums over blocks in float64)
-                  R×R, in float64: log|C|, C⁻¹
+                  R×R, in float64: log|C|, L⁻¹
     residual      v = C⁻¹w; read P: r = δ − Pv,  q(v) = rᵀD⁻¹r + vᵀv,  g = PᵀD⁻¹r − v
                   q = q(v) − gᵀC⁻¹g,  v ← v + C⁻¹g
     backward      read P, write grad_P, and every other gradient
@@ -19,11 +19,7 @@ from .capacitance import gram, logdet, normal_equations
 from .residual import mahalanobis_and_logdet
 from .sampling import noise, rsample, rsample_backward
 
-# The residual of the forward pass is an output of it.
-KEEPS_RESIDUAL = True
-
 __all__ = [
-    "KEEPS_RESIDUAL",
     "gram",
     "logdet",
     "logdet_backward",

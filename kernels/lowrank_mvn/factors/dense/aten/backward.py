@@ -3,15 +3,17 @@
     grad_x = 2 grad_q z = −grad_loc        grad_P = 2 grad_logdet D⁻¹PC⁻¹ − 2 grad_q z vᵀ
     grad_d = grad_logdet π − grad_q z²     π = diag Σ⁻¹ = 1/d − diag(PC⁻¹Pᵀ)/d²
 
-with r ← r − PC⁻¹g and z = D⁻¹r. Where π cancels, `leverage` makes grad_d again.
+with r ← r − PC⁻¹g and z = D⁻¹r. Where one pixel's row of P outweighs others, `leverage` makes all of them again.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from ....capacitance import product_dtype, runs, sum_of_pi
+from ....capacitance import inverse, product_dtype, runs, spans, sum_of_pi
 from ....device.pages import Scratch, empty_gradient
-from ....leverage import Items, Remainders, doubtful_sums, mend
+from ....leverage import Gradients, Items, Remainders, doubtful_rows, mend
 from ....registry import kept
 from . import blocks
 from .pixels import Pixels
@@ -24,7 +26,7 @@ def mahalanobis_and_logdet_backward(
     loc: Tensor,
     P: Tensor,
     d: Tensor,
-    C_inv: Tensor,
+    L_inv: Tensor,
     v: Tensor,
     step: Tensor,
     residual: Tensor,
@@ -38,16 +40,17 @@ def mahalanobis_and_logdet_backward(
     grad_x, grad_loc = _empty(x, need_x), _empty(loc, need_loc)
     grad_P = empty_gradient(P) if need_P else x.new_empty(0)
     grad_q, grad_logdet = grad_mahalanobis.T.double(), grad_logdet.double()  # [B, S], [B]
-    grad_d = _of_logdet(grad_logdet, d, N, C_inv, need_d)
-    rest = Remainders(N, C_inv, wide) if need_d and not one_d else None
+    grad_d = _of_logdet(grad_logdet, d, N, L_inv, need_d)
+    rest = Remainders(N, L_inv, wide) if need_d and not one_d else None
     v, step = v.transpose(0, 1), step.transpose(0, 1)  # [B, S, R]
     minus_2av = -2 * grad_q.unsqueeze(-1) * v
-    for items, products in runs(wide, dtype):
-        PC_scratch, Q_scratch = Scratch(products, P.device), Scratch(products, P.device)
-        weight, minus_step, coefficients = 2 * grad_logdet[:, None, None] * C_inv, -step, minus_2av.to(products)
+    products_of_P = _Products(L_inv, grad_logdet, d, wide, dtype)
+    for items, products, rooted in products_of_P.runs():
+        Q_scratch, of_P = Scratch(products, P.device), products_of_P.of(products, rooted)
+        minus_step, coefficients = -step, minus_2av.to(products)
         if one_d:  # D⁻¹ is in the R×R part, and Q is P
-            weight, minus_step = (t / d.double().unsqueeze(-1) for t in (weight, minus_step))
-        weight, minus_step = weight.to(products), minus_step.to(products)
+            minus_step = minus_step / d.double().unsqueeze(-1)
+        minus_step = minus_step.to(products)
         for b, n, part in blocks.vector_blocks(P, S, items, products):
             d_inv = blocks.diagonal(d, b, n, products).reciprocal()
             r = residual[:, b, n].to(products).transpose(0, 1)
@@ -60,9 +63,7 @@ def mahalanobis_and_logdet_backward(
                 zj = torch.addcmul(shift, r[i, :, j], blocks.columns(d_inv, i, j).unsqueeze(1), out=z[i, :, j])
                 if not need_P and row_sums is None:
                     continue
-                PC = blocks.times(Q, weight[b][i], PC_scratch.like(p))  # 2 grad_logdet QC⁻¹
-                if row_sums is not None:
-                    torch.sum(Q.mul_(PC), -1, out=row_sums[i, j])
+                PC = of_P(p, Q, b, i, None if row_sums is None else row_sums[i, j])
                 if need_P and S == 1 and products == P.dtype:  # straight into the gradient: a step less
                     torch.addcmul(PC, zj.mT, coefficients[b][i], out=grad_P[b, n][i, j])
                 elif need_P:
@@ -83,63 +84,102 @@ def mahalanobis_and_logdet_backward(
     def pixels(t: Items) -> Pixels:
         return Pixels((x[:, t], loc[:, t]), P[t])
 
-    def with_d_per_pixel(t: Items) -> Tensor:
-        of_q = grad_mahalanobis[:, t], grad_logdet[t], x[:, t], loc[:, t]
-        kept = C_inv[t], v[t].transpose(0, 1), step[t].transpose(0, 1), residual[:, t], wide[t]
-        each, wanted = d[t].double().expand(-1, N), [False, False, False, True]
-        return mahalanobis_and_logdet_backward(*of_q, P[t], each, *kept, wanted)[3]
-
-    if need_d:
-        doubtful, size = doubtful_sums(N, C_inv) if rest is None else rest.doubtful(), N * (P.shape[2] + 2 * S)
-        mend(grad_d, doubtful, pixels, with_d_per_pixel, d, C_inv, grad_q, grad_logdet, (N, size))
+    each = (grad_d, need_d), (grad_x, need_x), (grad_loc, need_loc), (grad_P, need_P)
+    grads = Gradients(*(g if need else None for g, need in each))
+    doubtful = _doubtful(products_of_P.rooted, N, L_inv, rest, need_d)
+    mend(doubtful, N * (P.shape[2] + 2 * S), pixels, d, L_inv, v, grad_q, grad_logdet, grads)
     return grad_x, grad_loc, grad_P, grad_d.to(d.dtype)
 
 
 def logdet_backward(
-    grad_logdet: Tensor, P: Tensor, d: Tensor, C_inv: Tensor, wide: Tensor, needs: list[bool]
+    grad_logdet: Tensor, P: Tensor, d: Tensor, L_inv: Tensor, wide: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor]:
     """grad_P = 2 grad_logdet D⁻¹PC⁻¹ and grad_d = grad_logdet π; empty where `needs` says no."""
     need_P, need_d = needs
     (B, N, R), one_d, dtype = P.shape, d.shape[1] == 1, product_dtype(P, d)
     grad_P = empty_gradient(P) if need_P else P.new_empty(0)
     grad_logdet = grad_logdet.double()
-    grad_d = _of_logdet(grad_logdet, d, N, C_inv, need_d)
-    rest = Remainders(N, C_inv, wide) if need_d and not one_d else None
-    for items, products in runs(wide, dtype) if need_P or rest else ():
-        PC_scratch, Q_scratch = Scratch(products, P.device), Scratch(products, P.device)
-        weight = 2 * grad_logdet[:, None, None] * C_inv
-        weight = (weight / d.double().unsqueeze(-1) if one_d else weight).to(products)
+    grad_d = _of_logdet(grad_logdet, d, N, L_inv, need_d)
+    rest = Remainders(N, L_inv, wide) if need_d and not one_d else None
+    products_of_P = _Products(L_inv, grad_logdet, d, wide, dtype)
+    for items, products, rooted in products_of_P.runs() if need_P or rest else ():
+        Q_scratch, of_P = Scratch(products, P.device), products_of_P.of(products, rooted)
         for b, n, p in blocks.factor_blocks_of(P, items, products):
             d_inv = blocks.diagonal(d, b, n, products).reciprocal()
             Q = blocks.scaled(p, None if one_d else d_inv, Q_scratch)
-            PC = blocks.times(Q, weight[b], PC_scratch.like(p))
+            row_sums = None if rest is None else d_inv.new_empty(p.shape[:2])
+            PC = of_P(p, Q, b, slice(None), row_sums)
             if need_P:
                 grad_P[b, n] = PC
-            if rest is not None:
-                grad_d[b, n] = _of_pi(grad_logdet[b], d_inv, Q.mul_(PC).sum(-1), b, rest)
+            if rest is not None and row_sums is not None:
+                grad_d[b, n] = _of_pi(grad_logdet[b], d_inv, row_sums, b, rest)
 
     def pixels(t: Items) -> Pixels:
         return Pixels(None, P[t])
 
-    def with_d_per_pixel(t: Items) -> Tensor:
-        each = d[t].double().expand(-1, N)
-        return logdet_backward(grad_logdet[t], P[t], each, C_inv[t], wide[t], [False, True])[1]
-
-    if need_d:
-        doubtful, no_q = doubtful_sums(N, C_inv) if rest is None else rest.doubtful(), grad_logdet.new_empty(B, 0)
-        mend(grad_d, doubtful, pixels, with_d_per_pixel, d, C_inv, no_q, grad_logdet, (N, N * R))
+    grads = Gradients(grad_d if need_d else None, P=grad_P if need_P else None)
+    doubtful, none = _doubtful(products_of_P.rooted, N, L_inv, rest, need_d), grad_logdet.new_empty(B, 0)
+    mend(doubtful, N * R, pixels, d, L_inv, none.unsqueeze(-1).expand(B, 0, R), none, grad_logdet, grads)
     return grad_P, grad_d.to(d.dtype)
+
+
+class _Products:
+    """2 grad_logdet D⁻¹PC⁻¹, and the products of its rows with those of D⁻¹P."""
+
+    def __init__(self, L_inv: Tensor, grad_logdet: Tensor, d: Tensor, wide: Tensor, dtype: torch.dtype) -> None:
+        self.L_inv, self.wide, self.dtype = L_inv, wide, dtype
+        self.weight = 2 * grad_logdet[:, None, None]
+        if d.shape[1] == 1:
+            self.weight = self.weight / d.double().unsqueeze(-1)
+        self.weighted = self.weight * inverse(L_inv)
+        # Items for which a product with C⁻¹ is one with L⁻ᵀ, then one with L⁻¹.
+        self.rooted = wide & doubtful_rows(L_inv, dtype)
+
+    def runs(self) -> Iterator[tuple[slice, torch.dtype, bool]]:
+        """Runs of items, with the dtype of their products, and whether those are with the root."""
+        for items, products in runs(self.wide, self.dtype):
+            for part, rooted in spans(self.rooted[items]):
+                yield slice(items.start + part.start, items.start + part.stop), products, rooted
+
+    def of(self, products: torch.dtype, rooted: bool) -> "_Product":
+        if rooted:
+            return _Product(self.L_inv.mT.to(products), (self.weight * self.L_inv).to(products), self.weight)
+        return _Product(None, self.weighted.to(products), self.weight)
+
+
+class _Product:
+    def __init__(self, half: Tensor | None, whole: Tensor, weight: Tensor) -> None:
+        self.half, self.whole, self.weight = half, whole, weight
+        self.half_scratch, self.scratch = Scratch(whole.dtype, whole.device), Scratch(whole.dtype, whole.device)
+
+    def __call__(self, p: Tensor, Q: Tensor, b: slice, i: slice, row_sums: Tensor | None) -> Tensor:
+        """The product of a block, in the layout of `p`, and its row sums [b, n] in place; may overwrite Q = D⁻¹P."""
+        if self.half is not None:
+            Q = blocks.times(Q, self.half[b][i], self.half_scratch.like(p))
+        PC = blocks.times(Q, self.whole[b][i], self.scratch.like(p))
+        if row_sums is not None and self.half is not None:  # a sum of squares
+            torch.sum(Q.square_(), -1, out=row_sums).mul_(self.weight[b][i].squeeze(-1))
+        elif row_sums is not None:
+            torch.sum(Q.mul_(PC), -1, out=row_sums)
+        return PC
+
+
+def _doubtful(rooted: Tensor, N: int, L_inv: Tensor, rest: Remainders | None, need_d: bool) -> Tensor:
+    """Which items have pixels whose gradients are to be made again, [B]."""
+    if rest is not None:
+        return rooted | rest.doubtful()
+    return torch.ones_like(rooted) if need_d and L_inv.shape[-1] >= N else rooted
 
 
 def _empty(t: Tensor, need: bool) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format) if need else t.new_empty(0)
 
 
-def _of_logdet(grad_logdet: Tensor, d: Tensor, N: int, C_inv: Tensor, need: bool) -> Tensor:
+def _of_logdet(grad_logdet: Tensor, d: Tensor, N: int, L_inv: Tensor, need: bool) -> Tensor:
     """grad_d, holding grad_logdet Σπ already where d is one value, and then in float64."""
     if not need or d.shape[1] > 1:
         return kept(torch.zeros_like(d, memory_format=torch.contiguous_format), need)
-    return (grad_logdet * sum_of_pi(d[:, 0], N, C_inv)).unsqueeze(1)
+    return (grad_logdet * sum_of_pi(d[:, 0], N, L_inv)).unsqueeze(1)
 
 
 def _of_pi(grad_logdet: Tensor, d_inv: Tensor, row_sums: Tensor, b: slice, rest: Remainders) -> Tensor:

@@ -31,3 +31,6 @@ class Pixels:
 
     def sums(self, precision: Tensor) -> tuple[Tensor, Tensor]:
         return sums(self.samples, self.P, precision, slice(0, len(precision)), torch.float64, inverted=True)
+
+    def mixed_gram(self, precision: Tensor, A: Tensor) -> Tensor:
+        return sums(None, self.P, precision, slice(0, len(precision)), torch.float64, inverted=True, mix=A)[0]

@@ -11,7 +11,6 @@ others at once, so that a step can be captured in a CUDA graph. The functions ha
 """
 
 from .dispatch import (
-    KEEPS_RESIDUAL,
     gram,
     logdet,
     logdet_backward,
@@ -22,7 +21,6 @@ from .dispatch import (
 from .sampling import noise, rsample, rsample_backward
 
 __all__ = [
-    "KEEPS_RESIDUAL",
     "gram",
     "logdet",
     "logdet_backward",

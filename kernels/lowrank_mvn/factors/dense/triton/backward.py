@@ -1,14 +1,16 @@
 r"""The backward pass: read P, write grad_P, and grad_x, grad_loc, grad_d on the way; only what is asked for.
 
-With a = ∂loss/∂q [S, B], b = ∂loss/∂log|Σ| [B], z = D⁻¹(δ − Pv) and T = C⁻¹Pᵀ:
+With a = ∂loss/∂q [S, B], b = ∂loss/∂log|Σ| [B], the residual r that `residual` stored before the last step of v,
+z = D⁻¹(r − P step) and T = C⁻¹Pᵀ:
 
     grad_x = 2az = −grad_loc        grad_P = 2b D⁻¹Tᵀ − 2 Σₛ a z vᵀ
     grad_d = bπ − Σₛ az²            π = diag Σ⁻¹ = 1/d − diag(PT)/d²
 
-The residual is made in float64, as in `residual`, and rounded once; T in three tf32 products of high and low parts (C⁻¹
-is split once), what is dropped being 2⁻²² of what is kept. Items that needed float64 for C need it for T too, whose
-terms cancel as far: "float64" adds R products of a column of C⁻¹ and a row of P in float64, and each of the two kernels
-leaves the other's items alone.
+T is made in three tf32 products of high and low parts (C⁻¹ is split once), what is dropped being 2⁻²² of what is kept.
+r, which loses most of its size where d is small and v had far to go, gets its step in float64, and is
+rounded once. Items that needed float64 for C need it for T too, whose
+terms cancel as far: "float64" adds R products of a column of C⁻¹ and a row of P in float64, and as many with L⁻¹, whose
+squares add up to diag PT; each of the two kernels leaves the other's items alone.
 """
 
 from typing import NamedTuple
@@ -60,7 +62,7 @@ BLOCKS: Table = {
 }
 # None or several samples, or values to be converted, take the registers that 128 columns of 64 rows just leave.
 SPARING_BLOCKS: Table = {**BLOCKS, (64, True): Block(4, 64)}
-# Where tiles of rows are walked over, the accumulators of one and the products with another are in registers at once.
+# A walk over tiles of rows holds the accumulators of one and the products with another in registers at once.
 TILED_BLOCKS: TiledTable = {
     True: Block(4, 64),
     False: Block(8, 32),
@@ -103,12 +105,12 @@ def _product_and_diagonal(tile, C_high, C_low, C, KIND: tl.constexpr):
 def backward_kernel(
     a_at,  # [B, S]
     b_at,  # [B]
-    x_at,  # [B, S, N], or none if there are no samples
-    loc_at,  # [B, S, N], or none if it is zero
+    r_at,  # [B, S, N], or none if there are no samples
     P_at,  # [B, R, N]
     d_at,  # [B, N], or [B, 1] if ONE_D
-    C_inv_ptr,  # [B, R, R]
+    inverses,  # C⁻¹ and L⁻¹ [B, R, R]
     v_ptr,  # [S, B, R], if there are samples
+    step_ptr,  # [S, B, R], likewise
     marks,  # [B], items that products of KIND are for, none: all; [B, 1 + 2R], where pixels of large h go, or none
     grad_x_ptr,  # [S, B, N]; as the others, none where it is not needed
     grad_loc_ptr,  # [S, B, N], or [CHUNKS, B, N] if SHARED_LOC
@@ -122,7 +124,7 @@ def backward_kernel(
     KIND: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """z = D⁻¹(x − μ − Pv), T = C⁻¹Pᵀ: 2az, −2az, 2b D⁻¹Tᵀ − 2 Σₛ a z vᵀ and bπ − Σₛ az² of one split of the columns."""
+    """z = D⁻¹(r − P step), T = C⁻¹Pᵀ: 2az, −2az, 2b D⁻¹Tᵀ − 2 Σₛ a z vᵀ and bπ − Σₛ az² of one split of the columns."""
     # One loop, and longer than a function should be: a tile of P in registers serves every gradient.
     BLOCK_R: tl.constexpr = TILE.ROWS
     BLOCK_N: tl.constexpr = TILE.COLUMNS
@@ -130,7 +132,7 @@ def backward_kernel(
     WIDE: tl.constexpr = KIND == "float64"
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
     NEED_P: tl.constexpr = grad_P_at is not None
-    NEED_PI: tl.constexpr = grad_d_ptr is not None and not ONE_D
+    EACH_D: tl.constexpr = grad_d_ptr is not None and not ONE_D
     S, B, N = sizes
     SPLITS, length, CHUNKS = cut
     pid = tl.program_id(0)
@@ -139,23 +141,23 @@ def backward_kernel(
     chunk = tl.program_id(1) % CHUNKS
     own = tl.full((), 1, tl.int64) * chunk
     wide_ptr, heaviest_ptr = marks
+    NEED_PI: tl.constexpr = EACH_D or heaviest_ptr is not None
     if wide_ptr is not None:  # noqa: SIM102  (decided when compiling)
         if (tl.load(wide_ptr + item) != 0) != WIDE:
             return
     N = multiple(N, TILE.ALIGN)
     P_item = of_item(P_at, item, TILE.ALIGN)
     d_item = of_item(d_at, item, 1 if ONE_D else TILE.ALIGN)
-    if x_at is not None:
-        x_item = of_item(x_at, item, TILE.ALIGN)
-        if loc_at is not None:
-            loc_item = of_item(loc_at, item, TILE.ALIGN)
+    if r_at is not None:
+        r_item = of_item(r_at, item, TILE.ALIGN)
     if NEED_P:
         if TILE.LIKE:  # the offsets of one are those of the other
             grad_P_ptr = grad_P_at[0] + own * grad_P_at[2] + item * multiple(P_at[1], TILE.ALIGN)
             grad_P_item = (grad_P_ptr, P_item[1], P_item[2])
         else:
             grad_P_item = of_item(of_item(grad_P_at, item, TILE.ALIGN), own, 1)
-    C_inv_ptr += item * R * R
+    C_inv_ptr = inverses[0] + item * R * R
+    L_inv_ptr = inverses[1] + item * R * R
     offs_k = tl.arange(0, BLOCK_R)
     offs_r = rows_of(offs_k)  # in the order of a product's result, as whatever has BLOCK_R columns below
     rows, columns_p = places(TILE)
@@ -185,12 +187,17 @@ def backward_kernel(
             if NEED_P or NEED_PI:
                 if WIDE:
                     T = tl.zeros((BLOCK_N, BLOCK_R), tl.float64)
+                    half = tl.zeros((BLOCK_N, BLOCK_R), tl.float64)  # PᵀL⁻ᵀ, so that π has a sum of squares
                     for k in range(R):
-                        C_k = tl.load(C_inv_ptr + k * R + offs_t, mask=offs_t < R, other=0.0)
                         row = P_item[0] + tl.full((), 1, tl.int64) * k * P_item[1]
-                        P_k = load_row((row, P_item[2]), columns, mask_n).to(tl.float64)
-                        T += ordered(P_k, TILE)[:, None] * C_k[None, :]
-                    diagonal = tl.sum(T * P.to(tl.float64), 1)
+                        P_k = ordered(load_row((row, P_item[2]), columns, mask_n).to(tl.float64), TILE)
+                        if NEED_P:
+                            C_k = tl.load(C_inv_ptr + k * R + offs_t, mask=offs_t < R, other=0.0)
+                            T += P_k[:, None] * C_k[None, :]
+                        if NEED_PI:
+                            L_k = tl.load(L_inv_ptr + offs_t * R + k, mask=offs_t < R, other=0.0)
+                            half += P_k[:, None] * L_k[None, :]
+                    diagonal = tl.sum(half * half, 1)
                 elif TILES == 1:
                     T, diagonal = _product_and_diagonal(P_tile, C_high, C_low, C_inv, KIND)
                 else:
@@ -210,28 +217,24 @@ def backward_kernel(
                     grad_P = T * (2.0 * b * d_inv)[:, None]
             grad_loc = tl.zeros((BLOCK_N,), dtype)
             az2 = tl.zeros((BLOCK_N,), dtype)
-            if x_at is not None:
+            if r_at is not None:
                 for s in range(chunk, S, CHUNKS):
                     at = tl.full((), 1, tl.int64) * s
-                    delta = load_row(of_item(x_item, at, 1), columns, mask_n).to(tl.float64)
-                    if loc_at is not None:
-                        delta -= load_row(of_item(loc_item, at, 1), columns, mask_n).to(tl.float64)
-                    v_row = v_ptr + (at * B + item) * R
-                    v = tl.load(v_row + offs_t, mask=offs_t < R, other=0.0)
-                    r = ordered(delta, TILE)
-                    if TILES == 1:
-                        r -= tl.sum(P.to(tl.float64) * v[None, :], 1)
-                    else:
-                        for other in range(TILES):
-                            P_k = load_placed(P_item, other * BLOCK_R + rows, columns_p, n, N, R, TILE)
-                            offs_v = other * BLOCK_R + offs_r
-                            v_k = tl.load(v_row + offs_v, mask=offs_v < R, other=0.0)
-                            r -= tl.sum(result(P_k).to(tl.float64) * v_k[None, :], 1)
+                    r = ordered(load_row(of_item(r_item, at, 1), columns, mask_n).to(tl.float64), TILE)
+                    own_row = (at * B + item) * R
+                    for other in tl.static_range(TILES):
+                        P_k = P
+                        if TILES > 1:
+                            P_k = result(load_placed(P_item, other * BLOCK_R + rows, columns_p, n, N, R, TILE))
+                        offs_v = other * BLOCK_R + offs_r
+                        step = tl.load(step_ptr + own_row + offs_v, mask=offs_v < R, other=0.0)
+                        r -= tl.sum(P_k.to(tl.float64) * step[None, :], 1)
                     a = tl.load(a_at[0] + item * a_at[1] + at * a_at[2]).to(dtype)
                     z = r.to(dtype) * d_inv
                     az = a * z
                     if NEED_P:
-                        grad_P -= (2.0 * az)[:, None] * v.to(dtype)[None, :]
+                        v = tl.load(v_ptr + own_row + offs_t, mask=offs_t < R, other=0.0).to(dtype)
+                        grad_P -= (2.0 * az)[:, None] * v[None, :]
                     if tile == 0:
                         az2 += az * z
                         where = (at * B + item) * N + columns
@@ -255,8 +258,9 @@ def backward_kernel(
                 own_n = ordered(offs_n, TILE)
                 found = heaviest_ptr + item * (1 + 2 * R)
                 pi = without_heaviest(pi, d_inv, own_n, (own_n < N) & (chunk == 0), found, 2 * R)
-            grad_d = narrow(in_memory(b * pi - az2_tile, TILE), grad_d_ptr)
-            tl.store(grad_d_ptr + (own * B + item) * N + columns, grad_d, mask=mask_n)
+            if EACH_D:
+                grad_d = narrow(in_memory(b * pi - az2_tile, TILE), grad_d_ptr)
+                tl.store(grad_d_ptr + (own * B + item) * N + columns, grad_d, mask=mask_n)
     if grad_d_ptr is not None and ONE_D:
         tl.store(grad_d_ptr + (own * B + item) * SPLITS + pid_s, -tl.sum(az2_sum, 0))
 
@@ -265,9 +269,10 @@ class Samples(NamedTuple):
     """What the gradients of q depend on, for S samples; a = ∂loss/∂q."""
 
     a: Tensor  # [S, B]
-    x: Tensor  # [S, B, N]
-    loc: Tensor | None  # [S or 1, B, N], none if it is zero
+    r: Tensor  # [S, B, N], before the last step of v
     v: Tensor  # [S, B, R]
+    step: Tensor  # [S, B, R], the last of v
+    one_mean: bool = False  # whether they share one
 
 
 class Gradients(NamedTuple):
@@ -285,18 +290,18 @@ def gradients(
     b: Tensor,
     P: Tensor,
     d: Tensor,
-    C_inv: Tensor,
+    inverses: tuple[Tensor, Tensor],
     wide: Tensor | None,
     grads: Gradients,
     kind: str,
     chunks: int = 1,
 ) -> Tensor:
-    """Fills `grads`, b [B] being ∂loss/∂log|Σ|; −Σ az² [B] where d is one value per item.
+    """Fills `grads`, b [B] being ∂loss/∂log|Σ|, with C⁻¹ and L⁻¹; −Σ az² [B] where d is one value per item.
 
     With `wide` [B] only the items that products of that kind are for.
     """
     B, N, R = P.shape
-    S = 0 if samples is None else samples.x.shape[0]
+    S = 0 if samples is None else samples.r.shape[0]
     block_r = launch.padded_rank(R) if launch.fused_rank(P.device) >= R else launch.TILED_R
     by_column, one_d = P.stride(1) == 1, d.shape[1] == 1
     if kind == "float64":
@@ -310,8 +315,7 @@ def gradients(
     columns = launch.split_columns(N, R, block.columns)
     splits = max(1, launch.ceil_div(N, columns))
     sums = P.new_zeros(chunks, B, splits, dtype=torch.float64)
-    loc = None if samples is None else samples.loc
-    vectors = [t for t in (None if samples is None else samples.x, loc, d) if t is not None]
+    vectors = [d] if samples is None else [samples.r, d]
     launch.launch(
         backward_kernel,
         (B * splits, chunks),
@@ -319,12 +323,12 @@ def gradients(
         block.num_stages,
         a_at=None if samples is None else launch.at(samples.a.T),
         b_at=launch.at(b),
-        x_at=None if samples is None else launch.samples_at(samples.x),
-        loc_at=None if loc is None else launch.samples_at(loc),
+        r_at=None if samples is None else launch.samples_at(samples.r),
         P_at=launch.at(P.mT),
         d_at=launch.at(d),
-        C_inv_ptr=C_inv,
+        inverses=inverses,
         v_ptr=None if samples is None else samples.v,
+        step_ptr=None if samples is None else samples.step,
         marks=(None if wide is None else wide.view(torch.uint8), grads.heaviest),
         grad_x_ptr=grads.x,
         grad_loc_ptr=grads.loc,
@@ -334,7 +338,7 @@ def gradients(
         cut=(splits, columns, chunks),
         R=R,
         ONE_D=one_d,
-        SHARED_LOC=loc is not None and loc.shape[0] != S,
+        SHARED_LOC=samples is not None and samples.one_mean,
         KIND=kind,
         TILE=launch.placed(block, block_r, P, P if grads.P is None else grads.P[0], vectors),
     )

@@ -65,6 +65,26 @@ def _load_stacked(x, loc, P, offs_r, n, N, R: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def _mixed(P, mix_ptr, pid, scale, n, N, R: tl.constexpr, KIND: tl.constexpr, TILE: tl.constexpr):
+    """Tile `pid` of the rows AQ, with A lower triangular [R, R] and Q = P·scale, in float64."""
+    BLOCK_R: tl.constexpr = TILE.ROWS
+    BLOCK_N: tl.constexpr = TILE.COLUMNS
+    local = tl.arange(0, BLOCK_R)
+    offs_i = pid * BLOCK_R + local
+    total = tl.zeros((BLOCK_R, BLOCK_N), tl.float64)
+    for tile in range(pid + 1):
+        offs_k = tile * BLOCK_R + local
+        Q = scaled(load_tile(P, offs_k, n, N, R, TILE), scale[None, :], n, N, tl.float64, KIND)
+        mask = (offs_i < R)[:, None] & (offs_k < R)[None, :]
+        A = tl.load(mix_ptr + offs_i[:, None] * R + offs_k[None, :], mask=mask, other=0.0)
+        if KIND == "outer":
+            total += tl.sum(A[:, :, None] * Q[None, :, :], 1)
+        else:
+            total += tl.dot(A, Q, out_dtype=tl.float64)
+    return total
+
+
+@triton.jit
 def capacitance_kernel(
     x_at,  # [B, N], unless PROJECTION is "none"
     loc_at,  # [B, N], likewise
@@ -74,6 +94,7 @@ def capacitance_kernel(
     w_ptr,  # [B, SPLITS, R], unless PROJECTION is "none"
     logdet_ptr,  # [B, SPLITS], unless ONE_D or INVERTED
     flag_ptr,  # [B], or none for all items
+    mix_ptr,  # [B, R, R], lower triangular, that columns of P are multiplied by, or none; in float64 only
     N,
     cut,  # programs for an item, columns for each
     R: tl.constexpr,
@@ -140,10 +161,15 @@ def capacitance_kernel(
             delta = load_row(x_item, columns, mask_n).to(dtype) - load_row(loc_item, columns, mask_n).to(dtype)
         if PROJECTION == "augmented":
             P = tl.where((offs_i == R)[:, None], delta[None, :], P)
-        Q = scaled(P, scale[None, :], n, N, dtype, KIND)
+        if mix_ptr is not None:
+            Q = _mixed(P_item, mix_ptr + b * R * R, pid_i, scale, n, N, R, KIND, TILE)
+        else:
+            Q = scaled(P, scale[None, :], n, N, dtype, KIND)
         if PROJECTION == "beside":
             w += fold(fold(Q * (delta * scale)[None, :], FAR, True), NEAR)
-        if TILES > 1:  # noqa: SIM108
+        if TILES > 1 and mix_ptr is not None:
+            Q_j = _mixed(P_item, mix_ptr + b * R * R, pid_j, scale, n, N, R, KIND, TILE)
+        elif TILES > 1:
             Q_j = scaled(load_tile(P_item, offs_j, n, N, R, TILE), scale[None, :], n, N, dtype, KIND)
         else:
             Q_j = Q
@@ -175,10 +201,12 @@ def partial_sums(
     kind: str,
     inverted: bool = False,
     flags: Tensor | None = None,
+    mix: Tensor | None = None,
 ) -> Parts:
     """Partial sums over the splits; `vectors` are x and loc [B, N], without which w is not made.
 
-    With `flags` only the items whose flag is set are made.
+    With `flags` only the items whose flag is set are made. In float64 with `mix` [B, R, R], which is lower triangular,
+    rows pₙ of P are mix·pₙ.
     """
     B, N, R = P.shape
     wide, by_column = kind == "float64", P.stride(1) == 1
@@ -217,6 +245,7 @@ def partial_sums(
         w_ptr=w,
         logdet_ptr=logdet,
         flag_ptr=flags,
+        mix_ptr=mix,
         N=N,
         cut=(splits, columns),
         R=R,

@@ -3,7 +3,8 @@ r"""Pass 2: rᵀD⁻¹r and PᵀD⁻¹r with r = δ − Pv, and with v = 0 the p
 Where d is small, r is what is left of numbers hundreds of times its size, and q is a sum of N squares that is wanted
 to 1e-8 of itself: r, its square and its projection are made in float64. That takes one conversion and two fused
 multiply-adds for each value of P, which data-centre GPUs do several times faster than memory delivers the values; it
-also makes this pass the same for items whose C needed float64 and for the others.
+also makes this pass the same for items whose C needed float64 and for the others. r is stored, rounded once: the last
+step of v is made of it, and takes its rounding back where the backward pass subtracts it from the same r.
 
 One program does one split of the columns of one item and one sample; samples come first in the grid, so that those
 after the first find P in the cache.
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ....device import launch
 from ....device.launch import Block, Table
-from ....device.math import reciprocal
+from ....device.math import narrow, reciprocal
 from ....device.tiles import load_placed, load_row, multiple, of_item
 
 # By padded rank: one warp and at most 32 values of P in the registers of a lane, in float64 beside float32.
@@ -84,6 +85,7 @@ def residual_kernel(
     v_ptr,  # [S, B, R], or none: r = δ
     g_ptr,  # [S, B, SPLITS, R]
     q_ptr,  # [S, B, SPLITS], written if there is v
+    r_ptr,  # [S, B, N], likewise
     sizes,  # S, B, N
     cut,  # programs for an item, columns for each
     R: tl.constexpr,
@@ -91,7 +93,7 @@ def residual_kernel(
     INVERTED: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Σ pₙrₙ/dₙ and Σ rₙ²/dₙ over one split of the columns n of an item and a sample, rₙ = xₙ − μₙ − pₙᵀv."""
+    """rₙ = xₙ − μₙ − pₙᵀv, Σ pₙrₙ/dₙ and Σ rₙ²/dₙ of one split of the columns n of an item and a sample."""
     BLOCK_R: tl.constexpr = TILE.ROWS
     BLOCK_N: tl.constexpr = TILE.COLUMNS
     TILES: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
@@ -117,6 +119,9 @@ def residual_kernel(
     if ONE_D:
         d_one = tl.load(d_item[0]).to(tl.float64)
         d_inv_one = d_one if INVERTED else 1.0 / d_one
+    if v_ptr is not None:
+        r_row = r_ptr + (s * B + b) * N
+        own = _placed(tl.arange(0, BLOCK_N), TILE)
     g = tl.zeros((BLOCK_R // LANES, GROUPS, LANES), tl.float64)
     q = tl.zeros((BLOCK_N // (NEAR * GROUPS), NEAR, GROUPS), tl.float64)
     start = pid_s * length
@@ -136,12 +141,15 @@ def residual_kernel(
                     P_t = load_placed(P_item, tile * BLOCK_R + rows, columns_p, n, N, R, TILE).to(tl.float64)
                     r -= tl.sum(tl.sum(P_t * _coefficients(v_ptr + v_row, tile * BLOCK_R, rows, R), 0), 3)
         if ONE_D:
-            z = r * d_inv_one
+            d_inv = d_inv_one
         else:
             d = load_row(d_item, columns, mask_n, 1.0)
-            z = r * _placed(d.to(tl.float64) if INVERTED else reciprocal(d), TILE)
+            d_inv = _placed(d.to(tl.float64) if INVERTED else reciprocal(d), TILE)
+        z = r * d_inv
         if v_ptr is not None:
             q += r * z
+            if pid_g == 0:
+                tl.store(r_row + tl.full((), 1, tl.int64) * n + own, narrow(r, r_ptr), mask=n + own < N)
         g += tl.sum(tl.sum(P * z[None, :, :, :, None], 1), 1)
     out = (s * B + b) * SPLITS + pid_s
     rows_g = pid_g * BLOCK_R + tl.reshape(rows, (BLOCK_R // LANES, LANES))
@@ -160,9 +168,16 @@ def _tile(x: Tensor, loc: Tensor, P: Tensor, d: Tensor, block: Block, block_r: i
 
 
 def partial_sums(
-    x: Tensor, loc: Tensor, P: Tensor, d: Tensor, v: Tensor | None, inverted: bool = False
+    x: Tensor,
+    loc: Tensor,
+    P: Tensor,
+    d: Tensor,
+    v: Tensor | None,
+    r: Tensor | None = None,
+    inverted: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Partial sums over the splits: PᵀD⁻¹r [S, B, SPLITS, R] and rᵀD⁻¹r [S, B, SPLITS]; r = δ where v is None."""
+    """Partial sums over the splits: PᵀD⁻¹r [S, B, SPLITS, R] and rᵀD⁻¹r [S, B, SPLITS]; r = δ where v is None, else it
+    fills `r` [S, B, N]."""
     S, (B, N, R) = x.shape[0], P.shape
     block_r = min(launch.padded_rank(R), launch.FUSED_R)
     block = launch.block("residual", BLOCKS, block_r, P.stride(1) == 1, P.device)
@@ -182,6 +197,7 @@ def partial_sums(
         v_ptr=v,
         g_ptr=g,
         q_ptr=q,
+        r_ptr=r,
         sizes=(S, B, N),
         cut=(splits, columns),
         R=R,

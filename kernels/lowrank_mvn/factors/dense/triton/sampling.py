@@ -29,7 +29,7 @@ BLOCKS: Table = {
     (128, True): Block(1, 16),
     (128, False): Block(1, 16),
 }
-# Of the gradient where tiles of rows are walked over, and rows of one column are neighbours in memory.
+# The gradient's, where it walks over tiles of rows and the rows of a column are neighbours in memory.
 TILED_BLOCK = Block(4, 32)
 # Columns of which one program draws the noise.
 NOISE_BLOCK = 1024

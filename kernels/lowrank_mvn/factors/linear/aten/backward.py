@@ -5,19 +5,22 @@ Rows made of a block, [tile; z], and matrices back to the features give grad_F:
     from tiles          [A; −u_step]F̃ with A = L⁻¹W;  grad_F = AᵀA-part · y/d + (−2 grad_q u)ᵀ z
     from the features   z alone;  grad_F = 2 grad_logdet Σ_c M_cf̃ₙ/d_c + (−2 grad_q u)ᵀ z, one product with one d
 
-Where π = 1/d − diag(PC⁻¹Pᵀ)/d² cancels, `leverage` makes grad_d again.
+Where π = 1/d − diag(PC⁻¹Pᵀ)/d² cancels, `leverage` makes grad_d again; where rows of P outweigh
+others too far, `densely` makes everything again.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ....capacitance import product_dtype, root, runs, sum_of_pi
+from ....capacitance import inverse, product_dtype, runs, sum_of_pi
 from ....device.pages import Scratch, empty_gradient
-from ....leverage import Items, Remainders, doubtful_sums, mend
+from ....leverage import Gradients, Items, Remainders, doubtful_rows, mend, together
 from .. import forms
 from . import blocks
+from .densely import Given, gradients
 from .pixels import Pixels, Samples
 
 
@@ -54,7 +57,7 @@ def mahalanobis_and_logdet_backward(
     W: Tensor,
     m: Tensor | None,
     d: Tensor,
-    C_inv: Tensor,
+    L_inv: Tensor,
     v: Tensor,
     step: Tensor,
     WG: Tensor,
@@ -71,24 +74,18 @@ def mahalanobis_and_logdet_backward(
     back = -2 * grad_q[:, :, None, None] * (u if m is None else u + m.double())
     scores = Scores(residual, forms.coefficients(step, W64).flatten(1, 2), back.flatten(1, 2), grad_q)
     grad_x = x.new_empty(x.shape if needs[0] else 0, dtype=residual.dtype)
-    grads = _gradients(grad_logdet, F, W64, d, C_inv, wide, Needs(*needs), residual.dtype, scores, grad_x)
-    grad_W = forms.grad_weight(grad_q, grad_logdet, C_inv, v, WG, zF, shared=W.shape[0] == 1)
-    grad_m = F.new_empty(0) if m is None else forms.grad_mean(grad_q, zF).to(m.dtype)
+    grads = _gradients(grad_logdet, F, W64, d, L_inv, wide, Needs(*needs), residual.dtype, scores, grad_x)
+    made = Given(x, loc, F, W64, m, d, L_inv, v, step, residual, wide)
+    rows = _apart(L_inv, residual.dtype)
+    a, b, shared = grad_q.masked_fill(rows.unsqueeze(1), 0), grad_logdet.masked_fill(rows, 0), W.shape[0] == 1
+    grad_W = forms.grad_weight(a, b, L_inv, v, WG, zF, shared)
+    grad_m = F.new_empty(0, dtype=torch.float64) if m is None else forms.grad_mean(a, zF)
 
     def pixels(t: Items) -> Pixels:
-        return Pixels(Samples(x[:, t], None if loc is None else loc[:, t], m), F[t], _own(W64, t))
+        return Pixels(Samples(*made.some(t)[:2], m), *made.some(t)[2:4])
 
-    def with_d_per_pixel(t: Items) -> Tensor:
-        of_q = grad_mahalanobis[:, t], grad_logdet[t], x[:, t], None if loc is None else loc[:, t]
-        kept = C_inv[t], v[t].transpose(0, 1), step[t].transpose(0, 1), WG[t], zF[t], residual[:, t], wide[t]
-        each, wanted = _per_pixel(d[t], F, W), [False, False, True]
-        return mahalanobis_and_logdet_backward(*of_q, F[t], _own(W, t), m, each, *kept, wanted)[4].flatten(1)
-
-    if needs[2]:
-        N, of = W.shape[1] * F.shape[2], (d.flatten(1), C_inv, grad_q, grad_logdet)
-        sizes = N, F.shape[1] * F.shape[2] + 2 * N * len(x)
-        mend(grads.d.flatten(1), _doubtful(grads, N, C_inv), pixels, with_d_per_pixel, *of, sizes)
-    return grads.x, grads.F, grad_W.to(W.dtype), grad_m, grads.d.to(d.dtype)
+    _again(grad_q, grad_logdet, made, Needs(*needs), pixels, rows, grads, grad_W, grad_m)
+    return grads.x, grads.F, grad_W.to(W.dtype), grad_m.to(F.dtype if m is None else m.dtype), grads.d.to(d.dtype)
 
 
 def logdet_backward(
@@ -96,43 +93,71 @@ def logdet_backward(
     F: Tensor,
     W: Tensor,
     d: Tensor,
-    C_inv: Tensor,
+    L_inv: Tensor,
     WG: Tensor,
     wide: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad_F, grad_W and grad_d; `needs` is for F and d: what is not needed is empty."""
-    need_F, need_d = needs
     W64, grad_logdet, dtype = W.double(), grad_logdet.double(), product_dtype(F, W, d)
-    empty = F.new_empty(0)
-    grads = _gradients(grad_logdet, F, W64, d, C_inv, wide, Needs(False, need_F, need_d), dtype, None, empty)
-    grad_W = forms.weighted(2 * grad_logdet[:, None, None] * C_inv, WG)
+    wanted, empty = Needs(False, *needs), F.new_empty(0)
+    grads = _gradients(grad_logdet, F, W64, d, L_inv, wide, wanted, dtype, None, empty)
+    none, rows = grad_logdet.new_empty(len(F), 0), _apart(L_inv, dtype)
+    weight = 2 * grad_logdet.masked_fill(rows, 0)[:, None, None] * inverse(L_inv)
+    grad_W = forms.weighted(weight, WG)
     grad_W = grad_W.sum(0, keepdim=True) if W.shape[0] == 1 else grad_W
+    x, v = F.new_empty(0, len(F), W.shape[1], F.shape[2]), none.unsqueeze(2).expand(-1, -1, W.shape[2])
+    made = Given(x, None, F, W64, None, d, L_inv, v, v, x, wide)
 
     def pixels(t: Items) -> Pixels:
-        return Pixels(None, F[t], _own(W64, t))
+        return Pixels(None, *made.some(t)[2:4])
 
-    def with_d_per_pixel(t: Items) -> Tensor:
-        given = F[t], _own(W, t), _per_pixel(d[t], F, W), C_inv[t], WG[t], wide[t]
-        return logdet_backward(grad_logdet[t], *given, [False, True])[2].flatten(1)
-
-    if need_d:
-        N, of = W.shape[1] * F.shape[2], (d.flatten(1), C_inv, grad_logdet.new_empty(len(F), 0), grad_logdet)
-        sizes = N, F.shape[1] * F.shape[2]
-        mend(grads.d.flatten(1), _doubtful(grads, N, C_inv), pixels, with_d_per_pixel, *of, sizes)
+    _again(none, grad_logdet, made, wanted, pixels, rows, grads, grad_W, none)
     return grads.F, grad_W.to(W.dtype), grads.d.to(d.dtype)
 
 
-def _own(W: Tensor, items: Items) -> Tensor:
-    return W if W.shape[0] == 1 else W[items]
+def _apart(L_inv: Tensor, dtype: torch.dtype) -> Tensor:
+    """Which items go by way of P, [B]; on other devices than the CPU none, where all would have to."""
+    here = L_inv.device.type == "cpu"
+    return doubtful_rows(L_inv, dtype) if here else L_inv.new_zeros(len(L_inv), dtype=torch.bool)
 
 
-def _per_pixel(d: Tensor, F: Tensor, W: Tensor) -> Tensor:
-    return d.double().expand(-1, W.shape[1], F.shape[2])
-
-
-def _doubtful(grads: "Grads", N: int, C_inv: Tensor) -> Tensor:
-    return doubtful_sums(N, C_inv) if grads.rest is None else grads.rest.doubtful()
+def _again(
+    grad_q: Tensor,
+    grad_logdet: Tensor,
+    given: Given,
+    needs: "Needs",
+    pixels: Callable[[Items], Pixels],
+    rows: Tensor,
+    grads: "Grads",
+    grad_W: Tensor,
+    grad_m: Tensor,
+) -> None:
+    """Mends grad_d at pixels that P explains almost alone, and makes all gradients of the items `rows` [B] again; their
+    part of grad_W and grad_m is added."""
+    F, L_inv, d = given.F, given.L_inv, given.d
+    N = given.W.shape[1] * F.shape[2]
+    size = F.shape[1] * F.shape[2] + 2 * N * len(given.x)
+    if needs.d:
+        few = torch.full_like(rows, L_inv.shape[1] >= N) if grads.rest is None else grads.rest.doubtful()
+        found = Gradients(grads.d.flatten(1), grads.x.flatten(2) if needs.x else None)
+        mend(few & ~rows, size, pixels, d.flatten(1), L_inv, given.v, grad_q, grad_logdet, found)
+    if rows.device.type != "cpu":
+        return
+    for t in together(rows.nonzero().squeeze(1), size + N * L_inv.shape[1]):
+        made = gradients(grad_q[t], grad_logdet[t], given.some(t), needs.x, needs.d)
+        if made.x is not None:
+            grads.x[:, t] = made.x.to(grads.x.dtype)
+        if needs.F:
+            grads.F[t] = made.F.to(grads.F.dtype)
+        if made.d is not None:
+            grads.d[t] = made.d.to(grads.d.dtype)
+        if len(grad_W) == len(F):
+            grad_W[t] += made.W
+        else:
+            grad_W += made.W.sum(0, keepdim=True)
+        if made.m is not None:
+            grad_m += made.m
 
 
 def _gradients(
@@ -140,7 +165,7 @@ def _gradients(
     F: Tensor,
     W: Tensor,
     d: Tensor,
-    C_inv: Tensor,
+    L_inv: Tensor,
     wide: Tensor,
     needs: Needs,
     dtype: torch.dtype,
@@ -152,12 +177,12 @@ def _gradients(
     grad_d = d.new_zeros(d.shape if needs.d else 0, dtype=torch.float64 if one else d.dtype)
     N = W.shape[1] * F.shape[2]
     if needs.d and one:
-        grad_d += (grad_logdet * sum_of_pi(d[:, 0, 0], N, C_inv))[:, None, None]
-    rest = Remainders(N, C_inv, wide) if needs.d and not one else None
+        grad_d += (grad_logdet * sum_of_pi(d[:, 0, 0], N, L_inv))[:, None, None]
+    rest = Remainders(N, L_inv, wide) if needs.d and not one else None
     grads = Grads(grad_x, empty_gradient(F) if needs.F else F.new_empty(0), grad_d, rest)
     if scores is None and not needs.F and (one or not needs.d):
         return grads
-    operands = _Operands(grad_logdet, W, d, C_inv, needs, scores)
+    operands = _Operands(grad_logdet, W, d, L_inv, needs, scores)
     for items, products in runs(wide, dtype):
         operands.run(items, products, F, scores, grads)
     return grads
@@ -167,23 +192,23 @@ class _Operands:
     """The small matrices of the pass, and what one block does with them."""
 
     def __init__(
-        self, grad_logdet: Tensor, W: Tensor, d: Tensor, C_inv: Tensor, needs: Needs, scores: Scores | None
+        self, grad_logdet: Tensor, W: Tensor, d: Tensor, L_inv: Tensor, needs: Needs, scores: Scores | None
     ) -> None:
         (channels, R, K1), K = W.shape[1:], W.shape[3] - 1
         self.channels, self.needs, self.d, self.one = channels, needs, d, forms.one_d(d)
         self.made = needs.F or (needs.d and not self.one)  # whether anything is made of the features but z
         self.two_b = 2 * grad_logdet[:, None, None]
         scaled = self.two_b / d.double() if self.one else self.two_b
-        empty = W.new_empty(C_inv.shape[0], 0, K1)
+        empty = W.new_empty(L_inv.shape[0], 0, K1)
         minus_step, self.back_z = (-scores.step, scores.back.mT[:, :K]) if scores else (empty, empty.mT[:, :K])
         self.thin = minus_step.shape[1]
         self.tile = channels * R if self.made and forms.from_tiles(channels, R, K1, not self.one) else 0
         if self.tile:
-            A = blocks.rows(forms.weighted(root(C_inv), W))
+            A = blocks.rows(forms.weighted(L_inv, W))
             self.rows = torch.cat([A, minus_step], 1)
             self.back = torch.cat([A.mT[:, :K] * scaled, self.back_z], 2)
         else:
-            M = (forms.quadratic_sum if self.one else forms.quadratic)(C_inv, W)
+            M = (forms.quadratic_sum if self.one else forms.quadratic)(L_inv, W)
             self.rows = minus_step
             self.back = M[:, 0, :K] * scaled if self.one else M
         # grad_F of a block, and M_cf̃ₙ or squares

@@ -1,9 +1,9 @@
-"""Pass 1: the features' moments as W_cG_c, and F̃D⁻¹(x − loc); then C⁻¹ and log|C|, in float64."""
+"""Pass 1: the features' moments as W_cG_c, and F̃D⁻¹(x − loc); then L⁻¹ and log|C|, in float64."""
 
 import torch
 from torch import Tensor
 
-from ....capacitance import factorise_lean, product_dtype, runs, with_identity
+from ....capacitance import factorise_lean, improve, product_dtype, runs, with_identity
 from ....device.pages import Scratch
 from .. import forms
 from . import blocks
@@ -117,30 +117,41 @@ def _precision(d: Tensor, items: slice, inverted: bool) -> Tensor:
 def factorised(
     samples: Samples | None, F: Tensor, W: Tensor, d: Tensor, inverted: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """W_cG_c, F̃D⁻¹(x − loc), PᵀD⁻¹P and C⁻¹ [B, R, R], log|C| [B] and `wide` [B], decided as for a dense factor; W in
+    """W_cG_c, F̃D⁻¹(x − loc), PᵀD⁻¹P and L⁻¹ [B, R, R], log|C| [B] and `wide` [B], decided as for a dense factor; W in
     float64 out of any dtype."""
     B, given = F.shape[0], [] if samples is None else [samples[0]]
-    dtype = product_dtype(*given, F, W, d) if F.device.type == "cpu" else torch.float64
+    wanted = product_dtype(*given, F, W, d)
+    few = W.shape[1] * F.shape[2] <= 2 * W.shape[2]  # float64 costs no more, and any of them may be all that P says
+    dtype = wanted if F.device.type == "cpu" and not few else torch.float64
     W = W.double()
     WG, wF, diagonal = sums(samples, F, W, d, slice(0, B), dtype, inverted)
     gram = forms.gram(WG, W)
-    C_inv, log_det = factorise_lean(with_identity(gram))
-    if dtype == torch.float64:
-        return WG, wF, gram, C_inv, log_det, torch.ones(B, dtype=torch.bool, device=F.device)
-    channels, R, K1 = W.shape[1:]
-    wide = forms.rough(diagonal, W, C_inv, EPS, forms.from_tiles(channels, R, K1, not forms.one_d(d)))
-    for items, products in runs(wide, dtype):
-        if products == torch.float64:
-            WG[items], wF[items], _ = sums(samples, F, W, d, items, products, inverted)
-            gram[items] = forms.gram(WG[items], blocks.of_items(W, items))
-            C_inv[items], log_det[items] = factorise_lean(with_identity(gram[items]))
-    return WG, wF, gram, C_inv, log_det, wide
+    C = with_identity(gram)
+    L_inv, log_det = factorise_lean(C)
+    wide = torch.ones(B, dtype=torch.bool, device=F.device)
+    if dtype == torch.float32:
+        channels, R, K1 = W.shape[1:]
+        wide = forms.rough(diagonal, W, L_inv, EPS, forms.from_tiles(channels, R, K1, not forms.one_d(d)))
+        for items, products in runs(wide, dtype):
+            if products == torch.float64:
+                WG[items], wF[items], _ = sums(samples, F, W, d, items, products, inverted)
+                gram[items] = forms.gram(WG[items], blocks.of_items(W, items))
+                C[items] = with_identity(gram[items])
+                L_inv[items], log_det[items] = factorise_lean(C[items])
+    improve(L_inv, log_det, C, wide, wanted, lambda items: mixed_gram(F, W, d, items, inverted, L_inv))
+    return WG, wF, gram, L_inv, log_det, wide
+
+
+def mixed_gram(F: Tensor, W: Tensor, d: Tensor, items: slice, inverted: bool, A: Tensor) -> Tensor:
+    """APᵀD⁻¹PAᵀ [b, R, R] of some items, from products of rows of PAᵀ in float64; A [B, R, R], W in float64."""
+    rows = forms.weighted(A, W)
+    return forms.gram(_from_tiles(None, F, rows, d, items, torch.float64, inverted)[0], rows[items])
 
 
 def logdet(F: Tensor, W: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log|Σ| [B], C⁻¹ [B, R, R], W_cG_c [B, channels, R, K+1] and `wide` [B]."""
-    WG, _, _, C_inv, log_det, wide = factorised(None, F, W, d, inverted=False)
-    return log_det + forms.logdet_D(d, W.shape[1] * F.shape[2]), C_inv, WG, wide
+    """log|Σ| [B], L⁻¹ [B, R, R], W_cG_c [B, channels, R, K+1] and `wide` [B]."""
+    WG, _, _, L_inv, log_det, wide = factorised(None, F, W, d, inverted=False)
+    return log_det + forms.logdet_D(d, W.shape[1] * F.shape[2]), L_inv, WG, wide
 
 
 def gram(F: Tensor, W: Tensor, precision: Tensor) -> Tensor:

@@ -52,6 +52,10 @@ class Pixels:
         WG, wF, _ = moments.sums(given, self.F, self.W, precision, items, torch.float64, inverted=True)
         return forms.gram(WG, self.W), forms.projection(wF, WG, self.W, None if m is None else m.double())
 
+    def mixed_gram(self, precision: Tensor, A: Tensor) -> Tensor:
+        items, precision = slice(0, len(precision)), precision.unflatten(1, (self.W.shape[1], -1))
+        return moments.mixed_gram(self.F, self.W, precision, items, True, A)
+
     def _at(self, H: Tensor) -> tuple[Tensor, Tensor]:
         """The channels of pixels H [b, k], and the features there with their one [b, k, K+1] in float64."""
         features = self.F[self.items, :, H % self.F.shape[2]].double()

@@ -5,7 +5,7 @@ more than making P does. A block of P is then a dense factor of some of the pixe
 
     C and log|D|    `capacitance` of each block, added up block by block
     r, q and v      from the features, as ever (`residual`): P is rounded, and r is what cancellation leaves
-    gradients       `backward` of each block, with the residual in place of x − μ and the last step of v in place of v
+    gradients       `backward` of each block, with the last step of v in place of v
 
 so that in it P multiplies that step alone, which is small. What v − step adds to grad_P, −2a(v − step)zᵀ with 2az =
 grad_x, follows on the way from P to the features:
@@ -22,13 +22,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ....capacitance import too_rough
-from ....device import heaviest, launch, solve
+from ....capacitance import inverse, sum_of_pi, too_rough
+from ....device import again, heaviest, launch, solve
 from ...dense.triton import backward, capacitance
 from ...dense.triton.backward import Gradients, Samples
 from .. import forms
 from ..forms import one_d
-from .heaviest import add_pi, total_pi
+from .heaviest import add_pi
 from .product import product, summed
 
 # Up to so many features a tile of most kernels of a linear factor holds them all, and memory is what they wait for, or
@@ -78,35 +78,37 @@ def _of(d: Tensor, n: slice) -> Tensor:
 def factorised(
     F: Tensor, W: Tensor, d: Tensor, kind: str, inverted: bool = False, gram: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """C⁻¹ [B, R, R], log|Σ| [B] and `wide` [B]; `gram` [B, R, R] is filled with PᵀD⁻¹P, if given."""
+    """L⁻¹ [B, R, R], log|Σ| [B] and `wide` [B]; `gram` [B, R, R] is filled with PᵀD⁻¹P, if given."""
     (B, _, pixels), (channels, R) = F.shape, W.shape[1:3]
-    C_inv, logdet = F.new_empty(B, R, R, dtype=torch.float64), F.new_empty(B, dtype=torch.float64)
-    wide = torch.ones(B, dtype=torch.bool, device=F.device)
+    L_inv, logdet = F.new_empty(B, R, R, dtype=torch.float64), F.new_empty(B, dtype=torch.float64)
 
-    def add_up(kind: str, final: bool, flags: Tensor | None, rounding: float = 0.0) -> None:
+    def add_up(kind: str, flags: Tensor | None, mix: Tensor | None = None) -> tuple[Tensor, None, Tensor]:
         weight = _weight(W.to(torch.float64 if kind == "float64" else torch.float32), B)
         total, log_D = (F.new_zeros(B, 1, *size, dtype=torch.float64) for size in ((R, R), ()))
         for n in _blocks(F, channels * R):
             P = F.new_empty(B, 1, channels * R, n.stop - n.start, dtype=weight.dtype)
             product(weight, F[:, :, n], P, kind, ones=True, flags=flags)
-            part = capacitance.partial_sums(None, _factor(P[:, 0], R), _of(d, n), kind, inverted, flags)
+            part = capacitance.partial_sums(None, _factor(P[:, 0], R), _of(d, n), kind, inverted, flags, mix)
             total += part[0].sum(1, keepdim=True, dtype=torch.float64)
             log_D += part[2].sum(1, keepdim=True)
-        parts, out, flagged = (total, None, log_D), (C_inv, None, logdet, wide), flags is not None
-        solve.solve(parts, d.flatten(1), channels * pixels, out, final, flagged, rounding)
         if gram is not None:
             solve.whole(total, gram, flags)
+        return total, None, log_D
 
-    if kind == "float64":
-        add_up(kind, final=True, flags=None)
-    else:
-        add_up(kind, final=False, flags=None, rounding=launch.ROUNDING[kind])
-        wide |= _too_rough(F, W, d, C_inv, inverted, launch.ROUNDING[kind])
-        add_up("float64", final=True, flags=wide.view(torch.uint8))
-    return C_inv, logdet, wide
+    wide = torch.empty(B, dtype=torch.bool, device=F.device)
+    size, limit = (d.flatten(1), channels * pixels), launch.tolerance(kind, R)
+    solve.solve(add_up(kind, None), *size, (L_inv, None, logdet, wide), launch.ROUNDING[kind], limit)
+    if kind != "float64":
+        wide |= _too_rough(F, W, d, L_inv, inverted, launch.ROUNDING[kind])
+    flags = wide.view(torch.uint8)
+    if gram is None:
+        again.again(add_up("float64", flags, L_inv), *size, (L_inv, None, logdet), flags)
+    elif kind != "float64":
+        add_up("float64", flags)
+    return L_inv, logdet, torch.ones_like(wide) if kind == "float64" else wide
 
 
-def _too_rough(F: Tensor, W: Tensor, d: Tensor, C_inv: Tensor, inverted: bool, rounding: float) -> Tensor:
+def _too_rough(F: Tensor, W: Tensor, d: Tensor, L_inv: Tensor, inverted: bool, rounding: float) -> Tensor:
     """Whether rounding in P may have moved log|C| by more than its tolerance, [B].
 
     |ΔP_nr| ≤ ε|W_cr||f̃ₙ|, so that aᵣ² = Σ_c |W_cr|² Σₙ |f̃ₙ|²/dₙ, which takes less of F than the diagonal of G does.
@@ -115,7 +117,7 @@ def _too_rough(F: Tensor, W: Tensor, d: Tensor, C_inv: Tensor, inverted: bool, r
     precision = d.to(squares.dtype)
     precision = precision if inverted else precision.reciprocal()
     trace = (precision * squares.unsqueeze(1)).sum(2, dtype=torch.float64)  # [B, channels or 1]
-    return too_rough((W.double().square().sum(-1) * trace.unsqueeze(-1)).sum(1), C_inv, rounding)
+    return too_rough((W.double().square().sum(-1) * trace.unsqueeze(-1)).sum(1), L_inv, rounding)
 
 
 class Kept(NamedTuple):
@@ -134,7 +136,7 @@ def gradients(
     F: Tensor,
     W: Tensor,
     d: Tensor,
-    C_inv: Tensor,
+    L_inv: Tensor,
     wide: Tensor,
     needs: list[bool],
     kind: str,
@@ -158,13 +160,14 @@ def gradients(
     weights = {k: _weight(W64 if k == "float64" else W.to(work), B) for k in (kind, "float64")}
     sums = F.new_zeros(B, dtype=torch.float64)
     grad_rows = F.new_zeros(B, CR + SC, K + 1, dtype=torch.float64)
+    inverses = inverse(L_inv), L_inv
     listed = heaviest.empty(F, B, R) if need_d and not one else None
     for n in _blocks(F, CR + SC):
         f, pixels, d_n, samples, grad_r = F[:, :, n], n.stop - n.start, _of(d, n), None, None
         made = F.new_empty(B, CR + SC, pixels, dtype=work)  # grad_P, and below it grad_x
         if kept is not None:
             r = kept.residual[..., n].flatten(2)
-            samples, grad_r = Samples(kept.a, r, None, kept.step), r.new_empty(r.shape)
+            samples, grad_r = Samples(kept.a, r, kept.step, kept.step), r.new_empty(r.shape)
         grad_d_n = d_n.new_empty(d_n.shape) if need_d else None
         of_d = None if grad_d_n is None else grad_d_n.unsqueeze(0)
         before = None if listed is None else listed[:, :1].clone()
@@ -174,7 +177,7 @@ def gradients(
             flags = wide.view(torch.uint8) if products != kind else None
             product(weight, f, P.unsqueeze(1), products, ones=True, flags=flags)
             flagged = None if kind == "float64" else wide
-            sums += backward.gradients(samples, b, _factor(P, R), d_n, C_inv, flagged, grads, products)
+            sums += backward.gradients(samples, b, _factor(P, R), d_n, inverses, flagged, grads, products)
         if grad_r is not None:
             z = grad_r.unflatten(2, (channels, pixels))
             made[:, CR:] = z.transpose(0, 1).flatten(1, 2)
@@ -188,9 +191,9 @@ def gradients(
         if need_F:
             product(back, made, grad_F[:, :, n].unsqueeze(1), kind)
     if listed is not None:
-        add_pi(grad_d, listed, F, W64, d, b)
+        add_pi(grad_d, listed, F, W64, d, L_inv, b)
     elif need_d:
-        grad_d.copy_((b * total_pi(F, W64, d, C_inv) + sums)[:, None, None])
+        grad_d.copy_((b * sum_of_pi(d[:, 0, 0], channels * F.shape[2], L_inv) + sums)[:, None, None])
     of_P, of_x = grad_rows.split([CR, SC], 1)
     grad_W, grad_m = of_P.unflatten(1, (R, channels)).transpose(1, 2), None
     if kept is not None:

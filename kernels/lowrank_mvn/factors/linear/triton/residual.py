@@ -33,15 +33,15 @@ BLOCKS: Table = {
 }
 # Each of several samples has a sum of squares of its own, which needs more registers than the tile.
 SAMPLES_BLOCKS: Table = {**BLOCKS, (16, True): Block(1, 32), (64, False): Block(1, 8)}
-# Where a lane does not hold neighbours in memory together, the sums over its columns are not folded within it; in
-# float64 F itself is twice as large. 8 values of F in a lane, or 4.
+# A lane that does not hold neighbours in memory cannot fold the sums over its columns; in float64 F itself is twice as
+# large. 8 values of F in a lane, or 4.
 SPARING_BLOCKS: Table = {
     **both({16: Block(2, 32), 64: Block(4, 16), 128: Block(4, 8)}),
     (32, True): Block(2, 32),
     (32, False): Block(4, 16),
 }
 
-# Where tiles of features are walked over, by whether neighbouring columns of F are neighbours in memory.
+# For a walk over tiles of features, by whether neighbouring columns of F are neighbours in memory.
 TILED_BLOCKS: TiledTable = {True: Block(4, 16), False: Block(4, 32)}
 
 # Rows of one piece of a tile where features are neighbours in memory. Triton lays a warp out along them first: a tile

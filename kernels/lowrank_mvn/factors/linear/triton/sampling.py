@@ -20,9 +20,9 @@ from .columns import both, columns_per_program
 
 # By padded number of features: one warp, and as many pixels as its registers hold without spills in either layout.
 BLOCKS: Table = both({16: Block(1, 64), 32: Block(1, 32), 64: Block(1, 64), 128: Block(1, 16)})
-# In float64, and where noise is drawn for single columns, fewer.
+# Fewer for float64, and for noise that is drawn for single columns.
 SPARING_BLOCKS: Table = both({16: Block(1, 32), 32: Block(2, 16), 64: Block(2, 32), 128: Block(4, 16)})
-# Where tiles of features are walked over.
+# For a walk over tiles of features.
 TILED_BLOCK = Block(2, 64)
 
 

@@ -54,15 +54,15 @@ def by_rows(
     for k, (c, later) in enumerate(channel_pairs(channels) if ties is not None else ()):
         assert ties is not None
         weights[:, c, later - channels] = ties[:, k]
-    weights.mul_(t.unsqueeze(2))
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    values = weights.mul_(t.unsqueeze(2)).flatten(1).index_select(1, where.weights)
+    rows = x.reshape(S, B * N).mT.contiguous()  # a row's samples lie side by side: two dimensions are moved fast
+    found = torch.empty_like(rows)
     for b in range(B if S else 0):
-        values = weights[b].flatten().index_select(0, where.weights)
-        matrix = torch.sparse_csr_tensor(where.starts, where.columns, values, (N, N), check_invariants=False)
-        rows = x[:, b].flatten(1).mT.contiguous()
-        found: Tensor = torch.ops.aten.triangular_solve(rows, matrix, True, transposed)[0]
-        y[:, b] = found.mT.view(S, channels, pixels)
-    return y
+        matrix = torch.sparse_csr_tensor(where.starts, where.columns, values[b], (N, N), check_invariants=False)
+        item = slice(b * N, (b + 1) * N)
+        out = {"X": found[item], "M": rows.new_empty(0)}
+        torch.ops.aten.triangular_solve.X(rows[item], matrix, True, transposed, **out)
+    return found.mT.contiguous().view(x.shape)
 
 
 class _Pattern(NamedTuple):

@@ -1,7 +1,6 @@
 /** Everything that takes arithmetic, behind messages: in a worker, or in the page where there is none. */
 import { logDensity } from "../maths/density";
 import { Parameters } from "../maths/parameters";
-import { Pins } from "../maths/pins";
 import type { Show, Stroke, View } from "../types";
 import { heatOf, pictureOf } from "./colours";
 import { Slot } from "./slot";
@@ -9,7 +8,7 @@ import { Slot } from "./slot";
 export type SlotName = "main" | "other";
 
 export type Request =
-  | { type: "load"; slot: SlotName; buffer: ArrayBuffer }
+  | { type: "load"; slot: SlotName; buffer: ArrayBuffer; limit: number }
   | { type: "drop"; slot: SlotName }
   | {
       type: "frame";
@@ -31,7 +30,7 @@ export type Request =
     }
   | { type: "stats"; view: View }
   | { type: "pinned"; slot: SlotName }
-  | { type: "override"; slot: SlotName; buffer: ArrayBuffer };
+  | { type: "override"; slot: SlotName; buffer: ArrayBuffer | null };
 
 export interface Grown {
   id: number;
@@ -60,17 +59,30 @@ export interface Loaded {
   shape: [number, number, number];
   R: number;
   variances: number[];
+  /** Who has formulas for this distribution, and who works out what pinned values leave of the rest. */
   where: "page" | "server";
+  conditions: "page" | "server";
+  /** Deviations are estimated from samples, of the model without the pins. */
+  estimated: boolean;
   /** Root mean square between the image behind the code and the mean, in intensity. */
   lost?: number;
+}
+
+/** What is pinned to which value, and how firmly (τ²). */
+export interface Pinned {
+  indices: number[];
+  values: number[];
+  variances: number[];
 }
 
 export interface Stats {
   logDensity: number;
   perValue: number;
-  surprise: number;
+  /** δᵀΣ⁻¹δ of what is pinned; null where the page does not work it out. */
+  surprise: number | null;
   count: number;
-  deviation: number;
+  /** Root mean square over the image; given the pins, and null where the page does not work it out. */
+  deviation: number | null;
   deviationBefore: number;
 }
 
@@ -83,7 +95,7 @@ export class Engine {
   handle(request: Request): unknown {
     switch (request.type) {
       case "load":
-        return this.load(request.slot, request.buffer);
+        return this.load(request.slot, request.buffer, request.limit);
       case "drop":
         this.slots.delete(request.slot);
         return null;
@@ -96,7 +108,7 @@ export class Engine {
       case "pinned":
         return this.pinned(request.slot);
       case "override":
-        this.slot(request.slot).override = Parameters.read(request.buffer).loc;
+        this.slot(request.slot).override = request.buffer && Parameters.read(request.buffer).loc;
         return null;
     }
   }
@@ -107,11 +119,11 @@ export class Engine {
     return slot;
   }
 
-  private load(name: SlotName, buffer: ArrayBuffer): Loaded {
+  private load(name: SlotName, buffer: ArrayBuffer, limit: number): Loaded {
     const p = Parameters.read(buffer);
     const slot = this.slots.get(name);
-    if (slot) slot.replace(p);
-    else this.slots.set(name, new Slot(p));
+    if (slot) slot.replace(p, limit);
+    else this.slots.set(name, new Slot(p, limit));
     this.slot(name).sync(this.order);
     let lost: number | undefined;
     if (p.original) {
@@ -125,6 +137,8 @@ export class Engine {
       R: p.R,
       variances: Array.from(p.componentVariances()),
       where: p.where,
+      conditions: this.slot(name).conditions,
+      estimated: p.stencil !== null && this.slot(name).conditions === "server",
       ...(lost === undefined ? {} : { lost }),
     };
   }
@@ -157,9 +171,9 @@ export class Engine {
     const rgba = new Uint8ClampedArray(4 * p.width * p.height);
     if (this.scratch.length !== p.N) this.scratch = new Float32Array(p.N);
     const picture: Picture = { width: p.width, height: p.height, rgba };
-    if (show === "deviation") {
+    if (p.where === "page" && show === "deviation") {
       picture.top = heatOf(slot.posterior(view).standardDeviation(this.scratch), p.channels, rgba, false);
-    } else if (show === "covariance") {
+    } else if (p.where === "page" && show === "covariance") {
       const index = Math.max(0, Math.min(p.N - 1, at));
       picture.top = heatOf(slot.posterior(view).covarianceRow(index, this.scratch), p.channels, rgba, true);
     } else if (show === "original" && p.original) {
@@ -170,7 +184,7 @@ export class Engine {
       );
     } else {
       const shown: View = show === "mean" ? { ...view, mode: "mean" } : view;
-      const pins = show === "before" ? new Pins(p) : slot.pins;
+      const pins = show === "before" ? slot.unpinned : slot.pins;
       pictureOf(slot.image(shown, this.scratch, undefined, pins), p.channels, rgba);
     }
     return picture;
@@ -189,34 +203,40 @@ export class Engine {
       return picture;
     }
     if (request.show !== "image") return this.picture(slot, request.view, request.show, 0);
-    const pins = request.pinned ? slot.pins : new Pins(p);
+    const pins = request.pinned ? slot.pins : slot.unpinned;
     pictureOf(slot.image(request.view, new Float32Array(p.N), request.epsilon, pins), p.channels, rgba);
     return picture;
   }
 
-  private stats(view: View): Stats {
+  private stats(view: View): Stats | null {
     const slot = this.slot("main");
     const { p } = slot;
+    if (p.where === "server") return null;
     const x = slot.image(view, new Float32Array(p.N));
     const posterior = slot.posterior(view);
     const mean = (values: Float32Array): number => Math.sqrt(values.reduce((sum, s) => sum + s * s, 0) / p.N);
     const density = logDensity(p, x, slot.scales(view));
     const { mahalanobis, count } = posterior.surprise();
+    const known = slot.conditions === "page" || count === 0;
     return {
       logDensity: density,
       perValue: density / p.N,
-      surprise: mahalanobis,
+      surprise: known ? mahalanobis : null,
       count,
-      deviation: mean(posterior.standardDeviation(new Float32Array(p.N))),
-      deviationBefore: mean(slot.posterior(view, new Pins(p)).standardDeviation(new Float32Array(p.N))),
+      deviation: known ? mean(posterior.standardDeviation(new Float32Array(p.N))) : null,
+      deviationBefore: mean(slot.posterior(view, slot.unpinned).standardDeviation(new Float32Array(p.N))),
     };
   }
 
-  private pinned(name: SlotName): { indices: number[]; values: number[] } {
+  private pinned(name: SlotName): Pinned {
     const { pins, p } = this.slot(name);
     const indices: number[] = [];
     for (let n = 0; n < p.N; n++) if (pins.owner[n]! >= 0) indices.push(n);
-    return { indices, values: indices.map((n) => pins.value[n]!) };
+    return {
+      indices,
+      values: indices.map((n) => pins.value[n]!),
+      variances: indices.map((n) => pins.softness(n)),
+    };
   }
 }
 

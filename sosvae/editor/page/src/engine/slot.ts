@@ -1,7 +1,8 @@
 /** One model at one code, with the strokes on it. Two of them stand side by side when runs are compared. */
-import { Parameters } from "../maths/parameters";
+import type { Parameters, Where } from "../maths/parameters";
 import { Pins } from "../maths/pins";
-import { Posterior } from "../maths/posterior";
+import type { Posterior } from "../maths/posterior";
+import { posteriorOf } from "../maths/posteriors";
 import { normals } from "../maths/random";
 import type { Stroke, View } from "../types";
 import { brush, mirrored, polygon } from "./raster";
@@ -17,21 +18,35 @@ interface Drawn {
 
 export class Slot {
   pins: Pins;
-  /** An image that the server worked out for these strokes, where the page has no formulas. */
+  /** No pins: the model itself. */
+  unpinned: Pins;
+  /** An image that the server worked out where the page does not. Under strokes made since it is the latest there is. */
   override: Float32Array | null = null;
   private applied: number[] = [];
   private readonly drawn = new Map<number, Drawn>();
   private readonly noise = new Map<string, Float32Array>();
 
-  constructor(public p: Parameters) {
+  /** @param limit products that conditioning may take here */
+  constructor(
+    public p: Parameters,
+    public limit: number,
+  ) {
     this.pins = new Pins(p);
+    this.unpinned = new Pins(p);
+  }
+
+  /** Who works out what pinned values leave of the rest. */
+  get conditions(): Where {
+    return this.p.where === "server" || (this.p.stencil !== null && this.p.work > this.limit) ? "server" : "page";
   }
 
   /** Another code: strokes are applied to it anew. */
-  replace(p: Parameters): void {
+  replace(p: Parameters, limit: number): void {
     if (p.N !== this.p.N || p.channels !== this.p.channels) this.drawn.clear();
     this.p = p;
+    this.limit = limit;
     this.pins = new Pins(p);
+    this.unpinned = new Pins(p);
     this.applied = [];
     this.override = null;
     this.noise.clear();
@@ -41,7 +56,7 @@ export class Slot {
   sync(order: Stroke[]): void {
     let same = 0;
     while (same < order.length && same < this.applied.length && this.applied[same] === order[same]!.id) same++;
-    if (same < this.applied.length || same < order.length) this.override = null;
+    if (same < this.applied.length) this.override = null;
     while (this.applied.length > same) {
       this.pins.pop();
       this.applied.pop();
@@ -55,7 +70,6 @@ export class Slot {
   private extend(stroke: Stroke): void {
     const drawn = this.drawn.get(stroke.id);
     if (!drawn || stroke.points.length <= drawn.points) return;
-    this.override = null;
     this.draw(stroke, drawn);
   }
 
@@ -129,7 +143,7 @@ export class Slot {
   }
 
   posterior(view: View, pins = this.pins): Posterior {
-    return new Posterior(this.p, pins, this.scales(view));
+    return posteriorOf(this.p, pins, this.scales(view), this.limit);
   }
 
   /** ω_d and ω of a seed; kept, because they are asked for at every frame. */
@@ -148,12 +162,18 @@ export class Slot {
   image(view: View, out: Float32Array, epsilon?: ArrayLike<number>, pins = this.pins): Float32Array {
     if (this.override && pins === this.pins) {
       out.set(this.override);
+      for (let n = 0; n < out.length; n++) {
+        if (pins.owner[n]! >= 0 && pins.softness(n) === 0) out[n] = pins.value[n]!;
+      }
       return out;
     }
     const posterior = this.posterior(view, pins);
-    if (view.mode === "mean" && !epsilon) return posterior.image(posterior.coefficients(), out);
-    const c = posterior.coefficients(epsilon ?? this.normals(view.seed, this.p.R), view.globalTemperature);
+    // Of a distribution without formulas here only the mean is known, until the server has answered.
+    if ((view.mode === "mean" && !epsilon) || this.p.where === "server")
+      return posterior.image(posterior.coefficients(), out);
+    const width = posterior.width(epsilon ? undefined : view.seed);
+    const c = posterior.coefficients(epsilon ?? this.normals(view.seed, this.p.R), width * view.globalTemperature);
     const local = view.localTemperature > 0 ? this.normals(view.localSeed + 7919, this.p.N) : undefined;
-    return posterior.image(c, out, local, view.localTemperature);
+    return posterior.image(c, out, local, width * view.localTemperature);
   }
 }

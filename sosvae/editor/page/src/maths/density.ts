@@ -1,5 +1,9 @@
-/** log p(x) under N(μ, B diag(a²) Bᵀ + D), in float64 by the residual form: never a difference of two large numbers. */
-import type { Parameters } from "./parameters";
+/**
+ * log p(x) under N(μ, B diag(a²) Bᵀ + D), or under Student's t with that scale matrix, in float64 by the residual form: never a difference of two large numbers.
+ *
+ * Where D is (TTᵀ)⁻¹ it is that of Tᵀ(x − μ) under N(0, QQᵀ + I), Q = TᵀB, and log |det T|.
+ */
+import { Parameters } from "./parameters";
 import { capacitance, cholesky, logDeterminant, solve } from "./symmetric";
 
 const grams = new WeakMap<Parameters, Float64Array>();
@@ -24,7 +28,44 @@ function gram(p: Parameters): Float64Array {
   return S;
 }
 
+const whitened = new WeakMap<Parameters, Parameters>();
+
+function whiten(p: Parameters): Parameters {
+  let white = whitened.get(p);
+  if (white) return white;
+  const { N, R, B, channels, height, width } = p;
+  const Q = new Float32Array(R * N);
+  const row = new Float64Array(N);
+  for (let k = 0; k < R; k++) Q.set(p.stencil!.whiten(B.subarray(k * N, (k + 1) * N), row), k * N);
+  white = new Parameters(channels, height, width, new Float32Array(N), Q, R, new Float32Array([1]));
+  whitened.set(p, white);
+  return white;
+}
+
 export function logDensity(p: Parameters, x: Float32Array, a: ArrayLike<number>): number {
+  const { q, logdet } = quadratic(p, x, a);
+  const constant = -0.5 * (p.N * Math.log(2 * Math.PI) + logdet);
+  if (p.df === Infinity) return constant - 0.5 * q;
+  const [half, n] = [p.df / 2, p.N / 2];
+  return constant + logGammaRatio(half, n) - (half + n) * Math.log1p(q / p.df);
+}
+
+/** Δ(a) = log Γ(a + n) − log Γ(a) − n log a, by Stirling's series from a ≥ 15 on, as logarithms of Γ would cancel. */
+function logGammaRatio(a: number, n: number): number {
+  let sum = 0;
+  for (; a < 15; a++) sum += n * Math.log1p(1 / a) - Math.log1p(n / a); // Δ(a) − Δ(a + 1)
+  const rest = (x: number): number => 1 / (12 * x) - 1 / (360 * x ** 3) + 1 / (1260 * x ** 5);
+  return sum + (a + n - 0.5) * Math.log1p(n / a) - n + rest(a + n) - rest(a);
+}
+
+/** (x − μ)ᵀΣ⁻¹(x − μ) and log|Σ|. */
+function quadratic(p: Parameters, x: Float32Array, a: ArrayLike<number>): { q: number; logdet: number } {
+  if (p.stencil) {
+    const delta = Float64Array.from(x, (value, n) => value - p.loc[n]!);
+    const white = Float32Array.from(p.stencil.whiten(delta, new Float64Array(p.N)));
+    const { q, logdet } = quadratic(whiten(p), white, a);
+    return { q, logdet: logdet - 2 * p.stencil.logDeterminant };
+  }
   const { R, N, B } = p;
   const L = cholesky(capacitance(gram(p), a, R), R);
   const residual = new Float64Array(N);
@@ -54,5 +95,5 @@ export function logDensity(p: Parameters, x: Float32Array, a: ArrayLike<number>)
     logD += Math.log(d);
   }
   for (let k = 0; k < R; k++) q += v[k]! ** 2 - g[k]! * correction[k]!;
-  return -0.5 * (N * Math.log(2 * Math.PI) + logDeterminant(L, R) + logD + q);
+  return { q, logdet: logDeterminant(L, R) + logD };
 }

@@ -7,6 +7,7 @@
  * component, [R, N].
  */
 import { readContainer } from "./container";
+import { Stencil } from "./stencil";
 
 export type Where = "page" | "server";
 
@@ -25,6 +26,10 @@ export class Parameters {
     readonly header: Record<string, unknown> = {},
     /** Bytes of the image that the code comes from, where there is one, [C, H, W]. */
     readonly original?: Uint8Array,
+    /** A local part (TTᵀ)⁻¹ in place of the diagonal d. */
+    readonly stencil: Stencil | null = null,
+    /** Degrees of freedom of Student's t, of whose scale matrix the rest is; a normal has infinitely many. */
+    readonly df = Infinity,
   ) {
     this.N = channels * height * width;
   }
@@ -45,7 +50,28 @@ export class Parameters {
     const original = arrays.get("original") as Uint8Array | undefined;
     // Without one the page has no formulas: values are shown as if independent until the server has answered.
     const d = (arrays.get("d") as Float32Array | undefined) ?? new Float32Array([1]);
-    return new Parameters(channels, height, width, loc, B, R, d, header, original);
+    const t = arrays.get("t") as Float32Array | undefined;
+    const stencil =
+      t &&
+      new Stencil(channels, height, width, {
+        offsets: header["offsets"] as [number, number][],
+        t,
+        s: arrays.get("s") as Float32Array,
+        ties: arrays.get("ties") as Float32Array | undefined,
+      });
+    return new Parameters(
+      channels,
+      height,
+      width,
+      loc,
+      B,
+      R,
+      d,
+      header,
+      original,
+      stencil ?? null,
+      (header["df"] as number | undefined) ?? Infinity,
+    );
   }
 
   /** "server" where the local part is of a kind that this page has no formulas for. */
@@ -53,6 +79,14 @@ export class Parameters {
     return this.header["where"] === "server" ? "server" : "page";
   }
 
+  /** Products that conditioning takes anew for each set of pinned values. */
+  get work(): number {
+    if (!this.stencil) return this.N * this.R;
+    const b = Math.min(this.N, this.stencil.reach);
+    return this.N * b * (b / 2 + 2 * (this.R + 1));
+  }
+
+  /** dₙ of a diagonal local part. */
   variance(n: number): number {
     return this.d.length === 1 ? this.d[0]! : this.d[n]!;
   }

@@ -5,7 +5,7 @@
  *
  *   S = Σ BₙBₙᵀ/(dₙ + τ²)    and    h = Σ Bₙ(bₙ − μₙ)/(dₙ + τ²)
  *
- * in float64. A value belongs to the last stroke that touched it, so a later stroke takes the value's share out of the
+ * in float64 (where the local part is a diagonal; under a sparse precision see `conditioned.ts`). A value belongs to the last stroke that touched it, so a later stroke takes the value's share out of the
  * earlier one's sums. Nothing here depends on the scales a of the components, so a slider leaves the sums alone.
  */
 import type { Parameters } from "./parameters";
@@ -25,6 +25,8 @@ export class Pins {
   readonly owner: Int32Array;
   readonly value: Float32Array;
   readonly strokes: PinStroke[] = [];
+  /** Counts changes, for whoever keeps what was computed from the pins. */
+  version = 0;
   private S: Float64Array;
   private h: Float64Array;
   private readonly row: Float64Array;
@@ -45,6 +47,7 @@ export class Pins {
   /** Starts a stroke; what `put` adds belongs to it until the next one. */
   begin(tau: number | null): PinStroke {
     const { R } = this.p;
+    this.version++;
     const stroke = { tau, S: new Float64Array(R * R), h: new Float64Array(R), values: [], before: [] };
     this.strokes.push(stroke);
     return stroke;
@@ -56,6 +59,7 @@ export class Pins {
     const stroke = this.strokes[current]!;
     const owner = this.owner[n]!;
     if (owner === current || (stroke.tau === null && owner < 0)) return;
+    this.version++;
     stroke.values.push(n);
     stroke.before.push({ owner, value: this.value[n]! });
     if (owner >= 0) this.share(owner, n, -1, true);
@@ -72,6 +76,7 @@ export class Pins {
   pop(): void {
     const stroke = this.strokes.pop();
     if (!stroke) return;
+    this.version++;
     for (let i = stroke.values.length - 1; i >= 0; i--) {
       const n = stroke.values[i]!;
       const { owner, value } = stroke.before[i]!;
@@ -87,6 +92,7 @@ export class Pins {
     const stroke = this.strokes[index]!;
     if (stroke.tau === tau || stroke.tau === null) return;
     stroke.tau = tau;
+    this.version++;
     stroke.S.fill(0);
     stroke.h.fill(0);
     for (let n = 0; n < this.p.N; n++) if (this.owner[n] === index) this.share(index, n, 1, false);
@@ -107,6 +113,7 @@ export class Pins {
 
   private share(index: number, n: number, sign: number, intoTotal: boolean): void {
     const { p, row } = this;
+    if (p.stencil) return; // neighbours' noise goes together: there are no sums over single values
     const stroke = this.strokes[index]!;
     const weight = sign / (p.variance(n) + stroke.tau! ** 2);
     p.row(n, row);

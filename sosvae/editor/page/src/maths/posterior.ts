@@ -1,12 +1,15 @@
 /**
  * The rest of the image given what is pinned (paper, eq. 6 and 7): C₂ = I + aaᵀ∘S = L₂L₂ᵀ, ω̂ = C₂⁻¹(a ∘ h), and
  * another plausible image is at ω = ω̂ + L₂⁻ᵀε. With nothing pinned that is the model itself.
+ *
+ * `Posterior` is what both local parts have in common; `diagonal.ts` and `sparse.ts` have the rest.
  */
 import type { Parameters } from "./parameters";
 import type { Pins } from "./pins";
-import { capacitance, cholesky, solve, solveLower, solveUpper } from "./symmetric";
+import { chiSquare } from "./random";
+import { capacitance, cholesky, solve, solveUpper } from "./symmetric";
 
-export class Posterior {
+export abstract class Posterior {
   readonly L: Float64Array;
   readonly omegaHat: Float64Array;
 
@@ -14,8 +17,8 @@ export class Posterior {
     readonly p: Parameters,
     readonly pins: Pins,
     readonly a: Float32Array | Float64Array,
+    { S, h }: { S: Float64Array; h: Float64Array },
   ) {
-    const { S, h } = pins.sums;
     this.L = cholesky(capacitance(S, a, p.R), p.R);
     this.omegaHat = solve(
       this.L,
@@ -36,95 +39,62 @@ export class Posterior {
     return c;
   }
 
-  /** The whole image into `out`: at coefficients c, local noise √d ∘ ω_d times `temperature`, pinned values pinned. */
-  image(c: Float64Array, out: Float32Array, omegaD?: Float32Array, temperature = 1): Float32Array {
-    const { p, pins } = this;
-    p.apply(c, out);
-    const noisy = omegaD && temperature ? omegaD : undefined;
-    if (pins.strokes.length > 0) {
-      for (let n = 0; n < p.N; n++) {
-        if (pins.owner[n]! < 0) {
-          if (noisy) out[n] = out[n]! + temperature * Math.sqrt(p.variance(n)) * noisy[n]!;
-          continue;
-        }
-        const d = p.variance(n);
-        const tau2 = pins.softness(n);
-        if (tau2 === 0) {
-          out[n] = pins.value[n]!;
-          continue;
-        }
-        out[n] = out[n]! + (d / (d + tau2)) * (pins.value[n]! - out[n]!);
-        if (noisy) out[n] = out[n]! + temperature * Math.sqrt((d * tau2) / (d + tau2)) * noisy[n]!;
-      }
-    } else if (noisy) {
-      for (let n = 0; n < p.N; n++) out[n] = out[n]! + temperature * Math.sqrt(p.variance(n)) * noisy[n]!;
-    }
-    return out;
-  }
-
-  /** What pinning leaves of a value's dependence on ω, and of its local variance. */
-  private left(n: number): { share: number; local: number } {
-    const d = this.p.variance(n);
-    if (this.pins.owner[n]! < 0) return { share: 1, local: d };
-    const tau2 = this.pins.softness(n);
-    return tau2 === 0 ? { share: 0, local: 0 } : { share: tau2 / (d + tau2), local: (d * tau2) / (d + tau2) };
-  }
+  /** The whole image into `out`: at coefficients c, the local part of noise ω_d times `temperature`, pins pinned. */
+  abstract image(c: Float64Array, out: Float32Array, omegaD?: Float32Array, temperature?: number): Float32Array;
 
   /** Standard deviation of each value given what is pinned. */
   standardDeviation(out: Float32Array): Float32Array {
-    const { p, a, L } = this;
-    const { R } = p;
-    const scaled = new Float64Array(R);
-    for (let n = 0; n < p.N; n++) {
-      const { share, local } = this.left(n);
-      let variance = 0;
-      if (share > 0) {
-        for (let i = 0; i < R; i++) {
-          let sum = p.B[i * p.N + n]! * a[i]!;
-          for (let k = 0; k < i; k++) sum -= L[i * R + k]! * scaled[k]!;
-          scaled[i] = sum / L[i * R + i]!;
-          variance += scaled[i]! ** 2;
-        }
-      }
-      out[n] = Math.sqrt(share * share * variance + local);
-    }
+    const factor = Math.sqrt(this.widening());
+    this.deviationOfScale(out);
+    if (factor !== 1) for (let n = 0; n < out.length; n++) out[n] = out[n]! * factor;
     return out;
   }
 
   /** Covariance of every value with value `index`, given what is pinned. */
   covarianceRow(index: number, out: Float32Array): Float32Array {
-    const { p, a } = this;
-    const here = this.left(index);
-    const row = p.row(index, new Float64Array(p.R)).map((value, k) => value * a[k]!);
-    const c = solveUpper(this.L, solveLower(this.L, row, p.R), p.R).map((value, k) => value * a[k]! * here.share);
-    out.fill(0);
-    for (let k = 0; k < p.R; k++) {
-      const ck = c[k]!,
-        o = k * p.N;
-      if (ck) for (let n = 0; n < p.N; n++) out[n] = out[n]! + ck * p.B[o + n]!;
-    }
-    if (this.pins.strokes.length > 0) {
-      for (let n = 0; n < p.N; n++) if (this.pins.owner[n]! >= 0) out[n] = out[n]! * this.left(n).share;
-    }
-    out[index] = out[index]! + here.local;
+    const factor = this.widening();
+    this.rowOfScale(index, out);
+    if (factor !== 1) for (let n = 0; n < out.length; n++) out[n] = out[n]! * factor;
     return out;
   }
+
+  /** The same of the normal, or of the scale matrix of Student's t. */
+  protected abstract deviationOfScale(out: Float32Array): Float32Array;
+  protected abstract rowOfScale(index: number, out: Float32Array): Float32Array;
+
+  /** What M pins with Mahalanobis distance q₂ leave of a t: ν + M degrees of freedom, (ν + q₂)/(ν + M) of its scale. */
+  private left(): { df: number; scale: number } {
+    const { df } = this.p;
+    if (df === Infinity) return { df, scale: 1 };
+    const { mahalanobis, count } = this.surprise();
+    return { df: df + count, scale: (df + mahalanobis) / (df + count) };
+  }
+
+  /** Covariance over scale matrix, ν/(ν − 2); of a t without a covariance the scale matrix is shown. */
+  private widening(): number {
+    const { df, scale } = this.left();
+    return df === Infinity || df <= 2 ? scale : (scale * df) / (df - 2);
+  }
+
+  /** How much wider than under a normal the sample of a seed is; without one (given noise) of u = 1, its mean. */
+  width(seed?: number): number {
+    const { df, scale } = this.left();
+    if (df === Infinity) return 1;
+    return Math.sqrt(scale / (seed === undefined ? 1 : chiSquare(seed, df) / df));
+  }
+
+  /** (b − μ − Ba∘ω̂)ᵀG(b − μ − Ba∘ω̂): how far the pinned values are from what the components make of them. */
+  protected abstract residual(): number;
 
   /**
    * δᵀΣ⁻¹δ of the pinned values under the model: how surprising the edit is. As a sum of squares, not a difference of
    * two large numbers. Where the model is right it is about the number of pinned values.
    */
   surprise(): { mahalanobis: number; count: number } {
-    const { p, pins } = this;
-    const c = this.coefficients();
-    let mahalanobis = 0;
-    let count = 0;
-    for (let n = 0; n < p.N; n++) {
-      if (pins.owner[n]! < 0) continue;
-      count++;
-      mahalanobis += (pins.value[n]! - p.at(n, c)) ** 2 / (p.variance(n) + pins.softness(n));
-    }
-    for (let k = 0; k < p.R; k++) mahalanobis += this.omegaHat[k]! ** 2;
-    return { mahalanobis: count ? mahalanobis : 0, count };
+    const count = this.pins.count();
+    if (count === 0) return { mahalanobis: 0, count };
+    let mahalanobis = this.residual();
+    for (let k = 0; k < this.p.R; k++) mahalanobis += this.omegaHat[k]! ** 2;
+    return { mahalanobis, count };
   }
 }

@@ -23,3 +23,18 @@ export function normals(seed: number, count: number): Float32Array {
   }
   return values;
 }
+
+/** A number from χ² with so many degrees of freedom (Marsaglia and Tsang's gamma); it hardly moves as they grow. */
+export function chiSquare(seed: number, df: number): number {
+  const next = generator(Math.imul(seed + 1, 0xc2b2ae35));
+  const uniform = (): number => (next() + 0.5) / 4294967296;
+  const normal = (): number => Math.sqrt(-2 * Math.log(uniform())) * Math.cos(2 * Math.PI * uniform());
+  const boost = df < 2 ? uniform() ** (2 / df) : 1; // below shape 1 from shape + 1
+  const d = (df < 2 ? df / 2 + 1 : df / 2) - 1 / 3;
+  for (;;) {
+    const x = normal();
+    const v = (1 + x / Math.sqrt(9 * d)) ** 3;
+    const u = uniform();
+    if (v > 0 && Math.log(u) < 0.5 * x * x + d * (1 - v + Math.log(v))) return 2 * d * v * boost;
+  }
+}

@@ -1,11 +1,13 @@
 /** The state and what changes it. Panels listen; none of them holds state of its own that undo would miss. */
 import type { Mean } from "../maths/container";
 import { pictureOf } from "../engine/colours";
+import { LIVE, PATIENT } from "../maths/sparse";
 import { EngineClient } from "../engine/client";
-import type { Frame, Loaded, Stats } from "../engine/engine";
-import { START_VIEW, type Code, type Doc, type Stroke, type View } from "../types";
+import type { Frame, Loaded, Picture, Request, Stats } from "../engine/engine";
+import { START_VIEW, START_WALK, type Code, type Doc, type Stroke, type View } from "../types";
 import { History } from "./history";
 import { loadPrefs, savePrefs, type Prefs } from "./prefs";
+import { Remote } from "./remote";
 import { Refused, type Source } from "./source";
 
 export interface SeenCode {
@@ -17,6 +19,9 @@ export class App {
   readonly engine = new EngineClient();
   readonly prefs: Prefs = loadPrefs();
   readonly history: History;
+  readonly remote = new Remote(this);
+  /** Products that conditioning may take in the page: fewer where there is a server to ask. */
+  private readonly limit: number;
   /** The state that is shown: the history's, or one with a stroke that is being drawn. */
   doc: Doc;
   live: Stroke | null = null;
@@ -24,6 +29,8 @@ export class App {
   loadedOther: Loaded | null = null;
   frame: Frame | null = null;
   stats: Stats | null = null;
+  /** The state that `stats` and what the server works out are of. */
+  rested: Doc | null = null;
   seen: SeenCode[] = [];
   /** Where covariances are to, as a pixel of the image. */
   pointer = { x: 0, y: 0 };
@@ -42,9 +49,10 @@ export class App {
   onMessage: (text: string) => void = () => {};
 
   constructor(readonly source: Source) {
+    this.limit = source.isFile ? PATIENT : LIVE;
     const { runs, codes } = source.settings;
     const code: Code = codes?.[0] ?? { kind: "seed", seed: 0 };
-    this.doc = { run: runs[0]!.name, code, view: START_VIEW, strokes: [], compare: null };
+    this.doc = { run: runs[0]!.name, code, view: START_VIEW, strokes: [], compare: null, walk: START_WALK };
     this.history = new History(this.doc);
     this.engine.onFrame = (frame) => {
       this.showFrame(frame);
@@ -203,12 +211,12 @@ export class App {
     try {
       if (want.main) {
         const buffer = await this.source.parameters(doc.run, doc.code, (mean) => this.preview(mean));
-        this.loaded = await this.engine.ask<Loaded>({ type: "load", slot: "main", buffer });
+        this.loaded = await this.engine.ask<Loaded>({ type: "load", slot: "main", buffer, limit: this.limit });
         this.remember({ run: doc.run, code: doc.code });
       }
       if (want.other && doc.compare) {
         const buffer = await this.source.parameters(doc.compare, otherCode(doc));
-        this.loadedOther = await this.engine.ask<Loaded>({ type: "load", slot: "other", buffer });
+        this.loadedOther = await this.engine.ask<Loaded>({ type: "load", slot: "other", buffer, limit: this.limit });
       } else if (!doc.compare && this.loadedOther) {
         this.loadedOther = null;
         await this.engine.ask({ type: "drop", slot: "other" });
@@ -216,12 +224,17 @@ export class App {
     } catch (error) {
       this.fail(error);
       this.shownKeys = { main: "", other: "" };
-      if (this.loaded && this.history.doc === doc && this.history.index > 0) {
+      if (this.history.doc === doc && this.history.index > 0) {
         // The picture is still that of the state before: so is the state, and the failed step is gone.
         this.history.go(this.history.index - 1);
         this.history.entries.length = this.history.index + 1;
         this.doc = this.history.doc;
-        this.shownKeys = { main: JSON.stringify([this.doc.run, this.doc.code]), other: this.shownOther() };
+        if (this.loaded) {
+          this.shownKeys = { main: JSON.stringify([this.doc.run, this.doc.code]), other: this.shownOther() };
+        } else {
+          this.refresh(); // a link that could not be followed: there is no picture yet
+          return;
+        }
       }
     }
     this.busy = false;
@@ -279,14 +292,22 @@ export class App {
     clearTimeout(this.restTimer);
     this.restTimer = window.setTimeout(async () => {
       if (this.live || !this.loaded) return;
-      if (this.loaded.where === "server") await this.askServer();
+      const { doc } = this;
       try {
-        this.stats = await this.engine.ask<Stats>({ type: "stats", view: this.doc.view });
+        await this.remote.update();
+        this.stats = await this.engine.ask<Stats | null>({ type: "stats", view: this.doc.view });
       } catch (error) {
         this.fail(error);
       }
+      this.rested = doc;
       this.restListeners.forEach((listener) => listener());
     }, 120);
+  }
+
+  /** A small picture; under pins that only the server can condition on, by the server. */
+  thumbnail(request: Extract<Request, { type: "thumbnail" }>): Promise<Picture> {
+    const remote = this.remote.conditions && request.pinned && (this.frame?.pinned ?? 0) > 0 && !request.epsilon;
+    return remote ? this.remote.thumbnail(request.view) : this.engine.ask<Picture>(request);
   }
 
   private readonly restListeners: (() => void)[] = [];
@@ -294,21 +315,6 @@ export class App {
   /** Called when the state has not changed for a moment: time for thumbnails. */
   onRest(listener: () => void): void {
     this.restListeners.push(listener);
-  }
-
-  /** The conditional of a distribution that this page has no formulas for. */
-  private async askServer(): Promise<void> {
-    const { doc } = this;
-    try {
-      const pinned = await this.engine.ask<{ indices: number[] }>({ type: "pinned", slot: "main" });
-      const seed = doc.view.mode === "sample" ? doc.view.seed : null;
-      const buffer = await this.source.condition({ run: doc.run, code: doc.code, seed, ...pinned });
-      if (this.doc !== doc) return;
-      await this.engine.ask({ type: "override", slot: "main", buffer });
-      this.requestFrame();
-    } catch (error) {
-      this.fail(error);
-    }
   }
 
   notify(): void {

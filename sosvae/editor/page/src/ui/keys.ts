@@ -18,6 +18,7 @@ export const HELP: [string, string][] = [
   ["+, −, 0, wheel", "zoom, fit"],
   ["Space or middle button", "pan"],
   ["Arrows, Enter", "on the canvas: move the brush, paint; with Shift by 8"],
+  ["Enter with the lasso", "a corner; once more at the same place closes it"],
   ["Esc", "give the stroke up"],
 ];
 
@@ -49,7 +50,7 @@ export function listenToKeys(app: App, stage: Stage, pointer: PointerInput, help
       return;
     }
     if (event.altKey) return;
-    if (event.target === stage.canvas && moveByKey(app, stage, key, event.shiftKey)) {
+    if (event.target === stage.canvas && moveByKey(app, stage, pointer, key, event.shiftKey)) {
       event.preventDefault();
       return;
     }
@@ -125,8 +126,8 @@ function holdBefore(app: App, on: boolean): void {
   app.notify();
 }
 
-/** Drawing without a pointer: arrows move the brush over the canvas, Enter touches. */
-function moveByKey(app: App, stage: Stage, key: string, fast: boolean): boolean {
+/** Drawing without a pointer: arrows move the brush over the canvas, Enter touches or sets the corner of a lasso. */
+function moveByKey(app: App, stage: Stage, pointer: PointerInput, key: string, fast: boolean): boolean {
   const { width, height } = stage.size;
   const by = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[key];
   const at = stage.cursor ?? { x: Math.floor(width / 2) + 0.5, y: Math.floor(height / 2) + 0.5 };
@@ -137,10 +138,18 @@ function moveByKey(app: App, stage: Stage, key: string, fast: boolean): boolean 
     stage.cursor = { x: inside(at.x + step * by[0]!, width), y: inside(at.y + step * by[1]!, height) };
     app.pointer = { x: Math.floor(stage.cursor.x), y: Math.floor(stage.cursor.y) };
     if (app.prefs.show === "covariance") app.requestFrame();
-    stage.draw();
+    stage.reveal();
     return true;
   }
-  if (key !== "Enter" || app.live) return false;
-  app.addStroke(app.newStroke([at.x, at.y, app.prefs.diameter], { shape: "brush" }));
+  if (key !== "Enter" || pointer.busy) return false;
+  const point = [at.x, at.y, app.prefs.diameter];
+  if (pointer.picking) pointer.pick(at.x, at.y);
+  else if (app.live) {
+    const [x, y] = app.live.points.slice(-3);
+    if (x === at.x && y === at.y) app.end(app.live.points.length >= 9);
+    else app.grow(point);
+  } else if (app.prefs.shape === "lasso") app.begin(app.newStroke(point));
+  else app.addStroke(app.newStroke(point));
+  stage.draw();
   return true;
 }

@@ -25,6 +25,9 @@ export class PointerInput {
     canvas.addEventListener("pointermove", (event) => this.move(event));
     canvas.addEventListener("pointerup", (event) => this.up(event, true));
     canvas.addEventListener("pointercancel", (event) => this.up(event, false));
+    canvas.addEventListener("blur", () => {
+      if (!this.busy) app.end(false);
+    });
     canvas.addEventListener("pointerleave", () => {
       stage.cursor = null;
       stage.draw();
@@ -65,11 +68,18 @@ export class PointerInput {
       this.hover(event);
       return;
     }
+    app.end(false); // a lasso that was begun by keyboard
     this.drawing = { id: event.pointerId, second: place.second };
     app.begin(app.newStroke([place.x - shift, place.y, this.diameter(event)]));
   }
 
-  private pick(x: number, y: number): void {
+  /** Whether a stroke is under way by mouse, pen or finger. */
+  get busy(): boolean {
+    return this.drawing !== null;
+  }
+
+  /** Takes the colour that is shown at a pixel. */
+  pick(x: number, y: number): void {
     const colour = this.stage.colourAt(x, y);
     if (colour) this.app.setPrefs({ colour });
     this.picking = false;

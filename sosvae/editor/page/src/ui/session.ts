@@ -1,5 +1,5 @@
 /** A session as JSON, as a link and inside a PNG: codes, seeds and strokes, from which the picture follows. */
-import { START_VIEW, type Doc, type Stroke } from "../types";
+import { START_VIEW, START_WALK, type Doc, type Stroke, type View, type Walk } from "../types";
 
 interface Session {
   format: "sosvae-edit";
@@ -22,10 +22,13 @@ export function fromSession(value: unknown): Doc {
     typeof doc.run === "string" &&
     isObject(doc.code) &&
     Array.isArray(doc.strokes) &&
-    doc.strokes.every(isStroke);
+    doc.strokes.every(isStroke) &&
+    (doc.walk === undefined || isWalk(doc.walk)) &&
+    isView({ ...START_VIEW, ...doc.view });
   if (!sound) throw new Error("this is no session of sosvae edit");
   const view = { ...START_VIEW, ...doc.view };
-  return { run: doc.run, code: doc.code, view, strokes: doc.strokes, compare: doc.compare ?? null };
+  const { run, code, strokes, compare = null, walk = START_WALK } = doc;
+  return { run, code, view, strokes, compare, walk };
 }
 
 function isObject(value: unknown): boolean {
@@ -39,6 +42,21 @@ function isStroke(stroke: Stroke): boolean {
     [stroke.points, stroke.colour].every((list) => Array.isArray(list) && list.every(Number.isFinite)) &&
     [stroke.tau, stroke.channels, stroke.mirror].every(Number.isFinite)
   );
+}
+
+function isView(view: View): boolean {
+  const { mode, seed, localSeed, globalTemperature, localTemperature, scales, locked } = view;
+  return (
+    ["mean", "sample"].includes(mode) &&
+    [seed, localSeed, globalTemperature, localTemperature].every(Number.isFinite) &&
+    (scales === null || (Array.isArray(scales) && scales.every(Number.isFinite))) &&
+    Array.isArray(locked)
+  );
+}
+
+function isWalk({ corners, edge, t }: Walk): boolean {
+  const seeds = Array.isArray(corners) && corners.length === 4 && corners.every(Number.isFinite);
+  return seeds && [0, 1, 2, 3].includes(edge) && t >= 0 && t <= 1;
 }
 
 export async function toLink(doc: Doc): Promise<string> {

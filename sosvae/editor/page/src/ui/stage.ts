@@ -102,6 +102,16 @@ export class Stage {
     this.draw();
   }
 
+  /** Moves the view where the cursor has left it. */
+  reveal(): void {
+    if (!this.cursor) return;
+    const margin = 2 * this.zoom;
+    const [x, y] = [this.left + this.cursor.x * this.zoom, this.top + this.cursor.y * this.zoom];
+    const by = (place: number, size: number): number =>
+      Math.max(0, margin - place) - Math.max(0, place - (size - margin));
+    this.pan(by(x, this.canvas.width), by(y, this.canvas.height));
+  }
+
   pan(dx: number, dy: number): void {
     this.left += Math.round(dx);
     this.top += Math.round(dy);
@@ -185,13 +195,14 @@ export class Stage {
     if (live && (live.shape === "lasso" || !prefs.live)) {
       const path = new Path2D();
       for (let i = 0; i < live.points.length; i += 3) path.lineTo(live.points[i]!, live.points[i + 1]!);
+      if (live.shape === "lasso" && cursor) path.lineTo(cursor.x, cursor.y);
       this.trace(path, live.shape === "lasso");
     }
     if (!cursor) return;
     const path = new Path2D();
     if (prefs.show === "covariance") {
       path.rect(Math.floor(cursor.x), Math.floor(cursor.y), 1, 1);
-    } else if (prefs.shape === "brush" && prefs.diameter < 1.5) {
+    } else if (prefs.shape === "brush" ? prefs.diameter < 1.5 : this.canvas.dataset["by"] !== "pointer") {
       path.rect(Math.floor(cursor.x), Math.floor(cursor.y), 1, 1);
     } else if (prefs.shape === "brush") {
       path.arc(cursor.x, cursor.y, prefs.diameter / 2, 0, 2 * Math.PI);

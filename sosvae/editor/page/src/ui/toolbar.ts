@@ -81,6 +81,56 @@ export function optionsIsland(app: App): HTMLElement {
   );
   const colour = el("div", { class: "row" }, el("label", { for: id }, "Colour"), picker);
   const swatches = el("div", { class: "swatches", role: "group", "aria-label": "Colours" });
+  let made = 0;
+  app.listen(() => {
+    const { prefs } = app;
+    const colours = app.channels === 3 ? COLOURS : GREYS;
+    if (made !== app.channels) {
+      made = app.channels;
+      swatches.replaceChildren(
+        ...colours.map((value) => {
+          const css = `rgb(${value.map((v) => Math.round(255 * v)).join(" ")})`;
+          const swatch = el("button", {
+            type: "button",
+            class: "swatch",
+            "aria-label": `Colour ${css.slice(4, -1)}`,
+            click: () => app.setPrefs({ colour: value }),
+          });
+          swatch.style.background = css;
+          return swatch;
+        }),
+      );
+    }
+    [...swatches.children].forEach((swatch, i) =>
+      swatch.setAttribute("aria-pressed", String(colours[i]!.every((v, c) => Math.abs(v - prefs.colour[c]!) < 0.002))),
+    );
+    grey.element.hidden = app.channels !== 1;
+    colour.hidden = app.channels !== 3;
+    grey.set(Math.round(255 * prefs.colour[0]!));
+    picker.value =
+      "#" +
+      prefs.colour
+        .map((v) =>
+          Math.round(255 * v)
+            .toString(16)
+            .padStart(2, "0"),
+        )
+        .join("");
+    size.set(Math.round(prefs.diameter));
+  });
+  return el(
+    "div",
+    { class: "island options", role: "group", "aria-label": "Brush" },
+    swatches,
+    grey.element,
+    colour,
+    size.element,
+    ...strokeOptions(app),
+  );
+}
+
+/** Symmetry, channels and the outline: beside the brush, and on a narrow screen in the panel. */
+export function strokeOptions(app: App): HTMLElement[] {
   const symmetry = choice<string>(
     "Symmetry",
     [
@@ -108,58 +158,13 @@ export function optionsIsland(app: App): HTMLElement {
     app.setPrefs({ mask: on });
     app.requestFrame();
   });
-  let made = 0;
   app.listen(() => {
-    const { prefs } = app;
-    const colours = app.channels === 3 ? COLOURS : GREYS;
-    if (made !== app.channels) {
-      made = app.channels;
-      swatches.replaceChildren(
-        ...colours.map((value) => {
-          const css = `rgb(${value.map((v) => Math.round(255 * v)).join(" ")})`;
-          const swatch = el("button", {
-            type: "button",
-            class: "swatch",
-            "aria-label": `Colour ${css.slice(4, -1)}`,
-            click: () => app.setPrefs({ colour: value }),
-          });
-          swatch.style.background = css;
-          return swatch;
-        }),
-      );
-    }
-    [...swatches.children].forEach((swatch, i) =>
-      swatch.setAttribute("aria-pressed", String(colours[i]!.every((v, c) => Math.abs(v - prefs.colour[c]!) < 0.002))),
-    );
-    grey.element.hidden = app.channels !== 1;
-    colour.hidden = app.channels !== 3;
+    symmetry.set(String(app.prefs.mirror));
+    channels.forEach((box, c) => box.set(!!((app.prefs.channels >> c) & 1)));
     channelRow.hidden = app.channels !== 3;
-    grey.set(Math.round(255 * prefs.colour[0]!));
-    picker.value =
-      "#" +
-      prefs.colour
-        .map((v) =>
-          Math.round(255 * v)
-            .toString(16)
-            .padStart(2, "0"),
-        )
-        .join("");
-    size.set(Math.round(prefs.diameter));
-    symmetry.set(String(prefs.mirror));
-    channels.forEach((box, c) => box.set(!!((prefs.channels >> c) & 1)));
-    mask.set(prefs.mask);
+    mask.set(app.prefs.mask);
   });
-  return el(
-    "div",
-    { class: "island options", role: "group", "aria-label": "Brush" },
-    swatches,
-    grey.element,
-    colour,
-    size.element,
-    el("div", { class: "labelled" }, el("span", {}, "Symmetry"), symmetry.element),
-    channelRow,
-    mask.element,
-  );
+  return [el("div", { class: "labelled" }, el("span", {}, "Symmetry"), symmetry.element), channelRow, mask.element];
 }
 
 export function viewIsland(app: App, stage: Stage): HTMLElement {

@@ -19,7 +19,7 @@ export function componentsPanel(app: App): HTMLElement {
   const list = el("ol", { class: "components" });
   const hint = note("You look at the mean, where components only show around an edit. ");
   hint.append(button("Show a sample", () => app.view("Sample", { mode: "sample" })));
-  const none = note("This model's pixels are independent: it has no components.");
+  const none = note("This model has no low-rank part, and so no components.");
   const rows: Row[] = [];
   let shown = "";
 

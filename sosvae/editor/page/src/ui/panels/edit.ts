@@ -2,6 +2,7 @@
 import type { Stroke } from "../../types";
 import type { App } from "../app";
 import { button, checkbox, choice, el, iconButton, section, slider, type Slider } from "../dom";
+import { strokeOptions } from "../toolbar";
 import { Thumbs } from "./thumbs";
 
 /** The slider's 0 to 100 as τ: exactly, then from 1/1000 to 1/2 by equal ratios. */
@@ -73,6 +74,7 @@ export function editPanel(app: App): HTMLElement {
         ),
       ),
     ),
+    el("div", { class: "narrow" }, section("The brush", ...strokeOptions(app))),
     section("The rest", mode.element, live.element),
     section("What the edit says", facts),
     section(
@@ -89,9 +91,12 @@ export function editPanel(app: App): HTMLElement {
 
 function showFacts(app: App, into: HTMLElement): void {
   const { stats } = app;
-  if (!stats) return;
   const rows: [string, string][] = [];
-  if (stats.count > 0) {
+  if (!stats || stats.deviation === null || stats.surprise === null) {
+    if (!app.loaded) return;
+    rows.push(["Pinned values", String(app.frame?.pinned ?? 0)]);
+    rows.push(["Surprise, uncertainty", "not worked out where the server conditions"]);
+  } else if (stats.count > 0) {
     const ratio = stats.surprise / stats.count;
     const level =
       ratio < 2 ? "as the model expects" : ratio < 10 ? "unusual" : ratio < 100 ? "surprising" : "very surprising";

@@ -2,6 +2,7 @@
 import type { Picture } from "../../engine/engine";
 import { normals } from "../../maths/random";
 import { grid, slerp } from "../../maths/slerp";
+import type { Walk } from "../../types";
 import type { App } from "../app";
 import { button, choice, el, note, section, slider } from "../dom";
 import { download, enlarged, gifOf, pngOf, sheetOf, webmOf } from "../pictures";
@@ -18,22 +19,31 @@ const EDGES: [string, [number, number]][] = [
 ];
 
 export function interpolatePanel(app: App): HTMLElement {
-  const seeds = [11, 22, 33, 44];
   const thumbs = new Thumbs(app, "The grid between four samples", SIDE);
   const moving = el("canvas", { class: "film", role: "img", "aria-label": "Image on the way along an edge" });
-  let edge = 0;
-  let t = 0;
   let playing = 0;
+  /** Where the film is, while it plays. */
+  let film: { edge: number; t: number } | null = null;
+  const place = (): { edge: number; t: number } => film ?? app.doc.walk;
+  const change = (label: string, patch: Partial<Walk>, key: string | null = null): void =>
+    app.change(label, { walk: { ...app.doc.walk, ...patch } }, key);
 
-  const corners = (): Float32Array[] => seeds.map((seed) => normals(seed, app.loaded?.R ?? 0));
-  const fields = seeds.map((seed, i) => {
+  const words = note("");
+  app.listen(() => {
+    const pinned = app.remote.conditions
+      ? "What is pinned is left out: here the server conditions, one image at a time."
+      : "What is pinned stays pinned.";
+    words.textContent = `The corners are samples; in between, ω turns from one to the other at constant speed (eq. 4), and the grain is held. ${pinned}`;
+  });
+
+  const corners = (): Float32Array[] => app.doc.walk.corners.map((seed) => normals(seed, app.loaded?.R ?? 0));
+  const fields = [0, 1, 2, 3].map((i) => {
     const label = `Seed of the ${["top left", "top right", "bottom left", "bottom right"][i]} corner`;
-    const input = el("input", { type: "number", min: 0, step: 1, value: seed, "aria-label": label, title: label });
+    const input = el("input", { type: "number", min: 0, step: 1, "aria-label": label, title: label });
     input.addEventListener("change", () => {
       const value = Number(input.value);
       if (!Number.isInteger(value) || value < 0) return;
-      seeds[i] = value;
-      fill();
+      change(`${label}: ${value}`, { corners: app.doc.walk.corners.map((seed, j) => (j === i ? value : seed)) });
     });
     return input;
   });
@@ -42,7 +52,7 @@ export function interpolatePanel(app: App): HTMLElement {
     slot: "main",
     view: { ...app.doc.view, mode: "sample" },
     epsilon: Array.from(epsilon),
-    pinned: true,
+    pinned: !app.remote.conditions,
     show: "image",
   });
   const fill = (): void => {
@@ -55,14 +65,14 @@ export function interpolatePanel(app: App): HTMLElement {
     );
     void step();
   };
-  const between = (place: number): Float32Array => {
+  const step = async (): Promise<void> => {
+    const { edge, t } = place();
     const all = corners();
     const [from, to] = EDGES[edge]![1];
-    return slerp(all[from]!, all[to]!, place);
-  };
-  const step = async (): Promise<void> => {
+    along.set(t);
+    which.set(String(edge));
     try {
-      drawInto(moving, await app.engine.ask<Picture>(request(between(t)), true));
+      drawInto(moving, await app.engine.ask<Picture>(request(slerp(all[from]!, all[to]!, t)), true));
     } catch {
       // overtaken by a newer state
     }
@@ -73,47 +83,41 @@ export function interpolatePanel(app: App): HTMLElement {
     max: 1,
     step: 0.01,
     value: 0,
-    onInput: (value) => {
-      t = value;
+    onInput: (t) => {
+      change("Along an edge", { t, edge: place().edge }, "along");
       void step();
     },
+    onCommit: app.seal,
   });
   const which = choice(
     "Edge",
     EDGES.map(([name], i) => [String(i), name]),
-    (value) => {
-      edge = Number(value);
-      which.set(value);
-      void step();
-    },
+    (value) => change(`${EDGES[Number(value)]![0]} edge`, { edge: Number(value) }),
   );
-  which.set("0");
   const play = button(
     "Play",
     () => {
-      if (playing) {
+      if (film) {
         clearInterval(playing);
-        playing = 0;
+        const { edge, t } = film;
+        film = null;
+        change("Along an edge", { edge, t });
       } else {
+        film = { ...app.doc.walk };
         playing = window.setInterval(() => {
-          t += 0.04;
-          if (t > 1) {
-            t = 0;
-            edge = (edge + 1) % EDGES.length;
-            which.set(String(edge));
-          }
-          along.set(t);
-          void step();
+          const { edge, t } = film!;
+          film = t + 0.04 > 1 ? { edge: (edge + 1) % EDGES.length, t: 0 } : { edge, t: t + 0.04 };
+          if (app.prefs.panel === "interpolate") void step();
         }, DELAY);
       }
-      play.textContent = playing ? "Stop" : "Play";
-      play.setAttribute("aria-pressed", String(!!playing));
+      play.textContent = film ? "Stop" : "Play";
+      play.setAttribute("aria-pressed", String(film !== null));
     },
     { "aria-pressed": "false" },
   );
 
   /** All four edges, once around. */
-  const film = async (): Promise<Picture[]> => {
+  const wholeWay = async (): Promise<Picture[]> => {
     const pictures: Picture[] = [];
     const all = corners();
     for (const [, [from, to]] of EDGES) {
@@ -131,6 +135,11 @@ export function interpolatePanel(app: App): HTMLElement {
       );
     });
   app.onRest(fill);
+  app.listen(() =>
+    fields.forEach((input, i) => {
+      if (document.activeElement !== input) input.value = String(app.doc.walk.corners[i]);
+    }),
+  );
   return el(
     "div",
     {},
@@ -138,16 +147,10 @@ export function interpolatePanel(app: App): HTMLElement {
       "Between four samples",
       thumbs.element,
       el("div", { class: "corners", role: "group", "aria-label": "Seeds of the corners" }, ...fields),
-      button("Other corners", () => {
-        seeds.forEach((_, i) => {
-          seeds[i] = Math.floor(Math.random() * 1e6);
-          fields[i]!.value = String(seeds[i]);
-        });
-        fill();
-      }),
-      note(
-        "The corners are samples; in between, ω turns from one to the other at constant speed (eq. 4), and the grain is held. What is pinned stays pinned.",
+      button("Other corners", () =>
+        change("Other corners", { corners: fields.map(() => Math.floor(Math.random() * 1e6)) }),
       ),
+      words,
     ),
     section("Along an edge", moving, which.element, along.element, play),
     section(
@@ -159,11 +162,11 @@ export function interpolatePanel(app: App): HTMLElement {
           pngOf(sheetOf(thumbs.pictures, SIDE, Math.max(1, Math.round(enlarged(thumbs.pictures[0]!) / 4)))),
         ),
         save("GIF", async () => {
-          const pictures = await film();
+          const pictures = await wholeWay();
           return gifOf(pictures, enlarged(pictures[0]!), DELAY);
         }),
         save("WebM", async () => {
-          const pictures = await film();
+          const pictures = await wholeWay();
           return webmOf(pictures, enlarged(pictures[0]!), DELAY);
         }),
       ),

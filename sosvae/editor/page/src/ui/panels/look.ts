@@ -18,6 +18,16 @@ const EXPLAINED: Record<string, string> = {
   original: "The image that the code was made from.",
 };
 
+/** Why the page does not show what is asked for. */
+function unknown({ loaded, prefs, frame }: App): string | null {
+  if (prefs.show !== "deviation" && prefs.show !== "covariance") return null;
+  if (loaded?.where === "server") return "The page has no formulas for this distribution: the mean is shown.";
+  if (loaded?.conditions !== "server") return null;
+  const how = prefs.show === "deviation" ? ", estimated from 64 samples" : "";
+  const pinned = frame?.pinned ? " What is pinned is left out: at this size the page does not condition." : "";
+  return `Of the model at this code${how}.${pinned}`;
+}
+
 export function lookPanel(app: App): HTMLElement {
   const show = choice<Show>("What the canvas shows", SHOWS, (value) => app.setPrefs({ show: value }));
   show.element.classList.add("wrap");
@@ -48,21 +58,26 @@ export function lookPanel(app: App): HTMLElement {
     high.textContent = diverging ? `+${top.toPrecision(2)}` : `±${(255 * top).toFixed(1)} of 255`;
   });
   app.onRest(() => {
-    const { stats } = app;
-    if (!stats) return;
-    facts.replaceChildren(
-      el("dt", {}, "Log-density"),
-      el("dd", {}, `${Math.round(stats.logDensity).toLocaleString("en")} nats`),
-      el("dt", {}, "of each value"),
-      el("dd", {}, `${stats.perValue.toFixed(3)} nats`),
-      el("dt", {}, "Mean deviation"),
-      el("dd", {}, `±${(255 * stats.deviation).toFixed(1)} of 255`),
-    );
+    const { stats, loaded } = app;
+    if (!loaded) return;
+    const values = loaded.shape.reduce((product, size) => product * size, 1);
+    const density = stats?.logDensity ?? app.remote.logDensity;
+    const deviation = stats?.deviation ?? stats?.deviationBefore;
+    const rows: [string, string][] = [];
+    if (density !== null) {
+      rows.push(["Log-density", `${Math.round(density).toLocaleString("en")} nats`]);
+      rows.push(["of each value", `${(density / values).toFixed(3)} nats`]);
+    }
+    if (deviation !== undefined) {
+      const how = loaded.estimated ? ", estimated" : "";
+      rows.push(["Mean deviation", `±${(255 * deviation).toFixed(1)} of 255${how}`]);
+    }
+    facts.replaceChildren(...rows.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]));
   });
   app.listen(() => {
     show.set(app.prefs.show);
     const missing = app.prefs.show === "original" && app.loaded?.lost === undefined;
-    words.textContent = missing ? "This code comes from no image." : (EXPLAINED[app.prefs.show] ?? "");
+    words.textContent = missing ? "This code comes from no image." : (unknown(app) ?? EXPLAINED[app.prefs.show] ?? "");
   });
   return el(
     "div",

@@ -63,7 +63,7 @@ export function samplePanel(app: App): HTMLElement {
       seed.element,
       localSeed.element,
       note(
-        "The whole image turns with the first seed; the second is independent noise in each pixel, and stays until you ask for another.",
+        "The whole image turns with the first seed. The second is noise of single pixels, or of neighbours where the model ties them, and stays until you ask for another.",
       ),
     ),
     section("Temperature", global.element, local.element, note("1 is the model, 0 silences.")),

@@ -103,6 +103,8 @@ async function png(app: App, scale?: number): Promise<Blob> {
 export async function copyPicture(app: App): Promise<void> {
   const picture = app.frame?.main;
   if (!picture) return;
+  if (!navigator.clipboard?.write)
+    throw new Error("Browsers let pages copy pictures only over TLS or from this machine.");
   // Browsers drop the metadata of a PNG that is copied.
   await navigator.clipboard.write([new ClipboardItem({ "image/png": pngOf(canvasOf(picture, enlarged(picture))) })]);
   app.onMessage("The picture is in the clipboard.");

@@ -51,7 +51,7 @@ export class Thumbs {
     const pictures: Picture[] = [];
     for (let i = 0; i < wanted.length; i++) {
       try {
-        const picture = await this.app.engine.ask<Picture>(wanted[i]!.request);
+        const picture = await this.app.thumbnail(wanted[i]!.request);
         if (run !== this.run) return;
         pictures.push(picture);
         drawInto(cells[i]!.querySelector("canvas")!, picture);
