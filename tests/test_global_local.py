@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.usefixtures("everywhere"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::DeprecationWarning"),
 ]
-ONE_STENCIL = SHAPES[7]
+ONE_STENCIL, ONE_OF_EACH = SHAPES[7], SHAPES[8]
 R = 3
 
 
@@ -138,7 +138,9 @@ def _pinned(N, tau):
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", ""])
-@pytest.mark.parametrize("shape", [GREY, ONE_STENCIL, COLOUR], ids=["grey", "one-stencil", "made"])
+@pytest.mark.parametrize(
+    "shape", [GREY, ONE_STENCIL, ONE_OF_EACH, COLOUR], ids=["grey", "one-stencil", "one-of-each", "made"]
+)
 def test_a_factor_of_features(shape, bias):
     """It stays linear where the stencil is one for all channels; P is made where it is not."""
     stencil, loc = make(shape)

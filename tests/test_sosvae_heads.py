@@ -90,6 +90,7 @@ def test_factor_of_global_local_may_be_made(channels):
     made = VAE(network(head="global-local", channels=channels, factor="materialised")).double().eval()
     made.load_state_dict(vae.state_dict())
     assert isinstance(p._parameters.factor, LinearFactor)
+    assert isinstance(p._parameters.factor.whitened(p.stencil, "aten"), LinearFactor)  # in colour too
     x, z = torch.rand(2, 1 * channels * 17 * 19, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
 
     def results(vae):

@@ -20,7 +20,8 @@ class GlobalLocalNormal(LocalDistribution):
     Args:
         loc (Tensor or LinearMean): mean μ, with shape `batch_shape + (N,)`, N = channels · pixels, channel by channel.
         cov_factor (Tensor or LinearFactor): P, `batch_shape + (N, R)`. A `LinearFactor` stays linear in its features
-            where the stencil is one for all channels of an item, without ties; else P is made.
+            where the stencil is one for all channels of an item, and its ties are the same at every pixel; else P is
+            made.
         stencil (Stencil): T, or what a conditional has in its place.
         validate_args (bool, optional): whether to check that values are finite.
 

@@ -86,13 +86,19 @@ class Root(Protocol):
     """T of a precision TTᵀ, as a factor applies it to itself."""
 
     channels: int
-    shared: bool  # whether it is one map of pixels for all channels, which leaves a linear factor linear
+    shared: bool  # whether TᵀP of a linear factor is one: one map of pixels for all channels, and one of channels
 
     @property
     def batch_shape(self) -> torch.Size: ...
 
     def whiten(self, value: Tensor, impl: str) -> Tensor:
-        """Tᵀ · value [..., N]; of one map of pixels, of any number of channels."""
+        """Tᵀ · value [..., N]."""
+
+    def rows(self, features: Tensor, impl: str) -> Tensor:
+        """Of features [B, K, pixels], those that TᵀP is linear in if P is linear in them, [B, K', pixels]."""
+
+    def gathered(self, weight: Tensor) -> Tensor:
+        """The weight of these [..., R, channels, K'], of that of the features, [..., R, channels, K]."""
 
 
 class Factor(Operand):

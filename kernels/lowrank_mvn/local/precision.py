@@ -52,6 +52,14 @@ class Precision(Local):
     def whiten(self, value: Tensor, impl: str) -> Tensor:
         return self.own(value, None, impl)[0]
 
+    def rows(self, features: Tensor, impl: str) -> Tensor:
+        """See `Root`; only of a T that is `shared`."""
+        raise NotImplementedError
+
+    def gathered(self, weight: Tensor) -> Tensor:
+        """See `Root`; only of a T that is `shared`."""
+        raise NotImplementedError
+
     def result_dtype(self, *others: Mean | Factor) -> torch.dtype:
         """The dtype of densities, which samples are computed in too."""
         return result_dtype(*self.tensors().values(), *others)

@@ -186,15 +186,15 @@ class LinearFactor(Linear, Factor):
             )
 
     def whitened(self, root: Root, impl: str) -> Factor:
-        """Linear in F̃T, the row of ones too, where T is one map of pixels for each item; else P is made."""
+        """Linear in F̃T, the row of ones too, where T is one map of pixels and of channels for each item; else P is
+        made."""
         one_each = broadcasts_to(root.batch_shape, self.features.shape[:1])
         if not (root.shared and one_each and self._stays_linear(impl)):
             return DenseFactor(self.materialise(_not_half(self.dtype))).whitened(root, impl)
         F = self.features.flatten(2)
         ones = F if self.bias is None else torch.cat([F, F.new_ones(1, 1, 1).expand(F.shape[0], 1, F.shape[2])], 1)
-        stencilled = root.whiten(ones.flatten(1), impl).unflatten(1, (-1, F.shape[2]))
         W = self.weight if self.bias is None else self.homogeneous().transpose(-3, -2)
-        return LinearFactor(stencilled, W)
+        return LinearFactor(root.rows(ones, impl), root.gathered(W))
 
     # --- Products -------------------------------------------------------------------------------------------------
 

@@ -104,7 +104,7 @@ class Stencil(Precision):
 
     @property
     def shared(self) -> bool:  # type: ignore[override]
-        return self.ties is None and self._rows == 1
+        return self._rows == 1 and (self.ties is None or self.ties.shape[-len(self.neighbourhood) :].numel() == 1)
 
     @property
     def _rows(self) -> int:
@@ -137,6 +137,24 @@ class Stencil(Precision):
         if layout.shape == layout.items_shape:
             return y.reshape(*layout.shape, value.shape[-1]), q.reshape(layout.shape), logdet.reshape(layout.shape)
         return layout.restore(y.flatten(2)), layout.restore(q), logdet.reshape(self.batch_shape)
+
+    def rows(self, features: Tensor, impl: str) -> Tensor:
+        untied = Stencil(self.log_diagonal, self.neighbours, None, self.neighbourhood, self.channels)
+        stencilled: Tensor = untied.whiten(features.flatten(1), impl).unflatten(1, features.shape[1:])
+        if self.ties is None:
+            return stencilled
+        t = self.log_diagonal.flatten(-len(self.neighbourhood)).exp().to(stencilled.dtype)
+        return torch.cat([stencilled, t * features.to(stencilled.dtype)], 1)
+
+    def gathered(self, weight: Tensor) -> Tensor:
+        if self.ties is None:
+            return weight
+        pairs = channel_pairs(self.channels)
+        place = weight.new_zeros(len(pairs), self.channels, self.channels)
+        for k, (c, later) in enumerate(pairs):
+            place[k, c, later] = 1
+        m = torch.einsum("...p,pcd->...cd", self.ties.flatten(-len(self.neighbourhood) - 1).to(weight.dtype), place)
+        return torch.cat(torch.broadcast_tensors(weight, torch.einsum("...cd,...rdk->...rck", m, weight)), -1)
 
     def own_logdet(self) -> Tensor:
         n = len(self.neighbourhood)
