@@ -51,10 +51,11 @@ def test_without_the_data_codes_are_from_the_prior(tmp_path):
     assert '"kind": "seed", "seed": 1' in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
-def test_size_of_a_file_of_eight_codes(folder, tmp_path):
+@pytest.mark.parametrize("head", ["structured", "global-local"])
+def test_size_of_a_file_of_eight_codes(tmp_path, head):
     """At 48×40 and R = 10; the page itself included."""
     images = make_images(tmp_path / "images", size=(48, 40))
-    make_run(tmp_path / "run", images, size=(48, 40), rank=10)
+    make_run(tmp_path / "run", images, size=(48, 40), rank=10, head=head)
     assert export(Runs([tmp_path / "run"]), tmp_path / "page.html", 8)["bytes"] <= 1_000_000
 
 

@@ -27,8 +27,6 @@ from stencil_cases import (
 from triton_cases import INTERPRET
 
 from lowrank_mvn import Stencil, StencilMultivariateNormal
-from lowrank_mvn.layout import Layout
-from lowrank_mvn.local.stencil.aten.solve import by_fronts, by_rows
 
 pytestmark = [
     pytest.mark.usefixtures("everywhere"),
@@ -86,17 +84,6 @@ def test_a_sample_solves(shape):
     torch.testing.assert_close((matrix(D.stencil).mT @ (y - D.loc).unsqueeze(-1)).squeeze(-1), omega)
     cold = D.rsample((5,), noise=(None, omega), temperature=(1.0, 0.5))
     torch.testing.assert_close(cold - D.loc, 0.5 * (y - D.loc))
-
-
-@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
-def test_both_ways_to_solve(shape, transposed):
-    """By rows in a library, which is for the CPU, and by fronts."""
-    stencil, _ = make(shape)
-    log_t, neighbours, ties = stencil._weights(Layout(stencil.batch_shape, stencil.batch_shape))
-    x = torch.randn(3, len(neighbours), stencil.channels, stencil.spatial.numel(), dtype=F64)
-    where = tuple(stencil.spatial), stencil.neighbourhood, transposed
-    given = x, log_t.exp(), neighbours, ties, *where
-    torch.testing.assert_close(by_rows(*given), by_fronts(*given))
 
 
 def test_gradients_of_samples(shape):

@@ -31,7 +31,7 @@ FILES = [
 SELECTION = {
     "test_lowrank_leverage.py": ["-k", "kernels"],
     # Conditionals and variances have no kernels of their own.
-    "test_stencil.py": ["-k", "not condition and not estimated and not both_ways and not differentiable"],
+    "test_stencil.py": ["-k", "not condition and not estimated and not differentiable"],
     "test_global_local.py": ["-k", "densities or gradients or samples or features"],
 }
 

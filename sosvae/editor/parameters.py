@@ -11,7 +11,8 @@ end of the header) and, where float16 was asked for, `error`. Arrays:
   does not become subnormal);
 - `d` [N] or [1], always float32: 1e-5 is subnormal in float16; or, where the local part is a sparse precision TTᵀ,
 - `t` [stencils, pixels], `s` [stencils, neighbours, pixels] and, where channels are tied, `ties` [pairs, pixels or 1],
-  float32, with the neighbours' `offsets` (row, column) in the header; see `lowrank_mvn.Stencil`;
+  with the neighbours' `offsets` (row, column) in the header; see `lowrank_mvn.Stencil`. Of these `s`, relative weights,
+  may be float16;
 - `original` [channels, H, W] of bytes, the image that the code comes from, if there is one.
 
 Student's t has its degrees of freedom, `df`, in the header; factor and d are those of its scale matrix.
@@ -131,6 +132,9 @@ def pack(
         header["df"] = prediction.df
     if precision == "float16":
         arrays, header["error"] = _halved(arrays)
+        if prediction.stencil is not None:
+            arrays["s"] = arrays["s"].astype(np.float16)
+            header["error"]["local"] = _off(prediction, arrays["s"].astype(np.float32), shape)
     if original is not None:
         arrays["original"] = original
     return container(arrays, {"version": 1, "shape": list(shape), "where": prediction.where, **header})
@@ -168,6 +172,24 @@ def _halved(arrays: Mapping[str, NDArray[Any]]) -> tuple[dict[str, NDArray[Any]]
         # One standard deviation along every component at once, in the worst pixel.
         error["factor"] = float(np.sqrt(np.square(restored - factor).sum(0)).max())
     return halved, error
+
+
+def _off(prediction: Prediction, s: NDArray[np.float32], shape: tuple[int, int, int]) -> float:
+    """How far other weights `s` take one sample of the local part, in the worst pixel (intensity)."""
+    channels, *size = shape
+    side = 1 + 2 * max(abs(part) for offset in prediction.offsets for part in offset)
+    arrays = {name: torch.tensor(array) for name, array in (prediction.stencil or {}).items()}
+    ties = arrays.get("ties")
+    if ties is not None:
+        ties = ties.unflatten(-1, size if ties.shape[-1] > 1 else (1, 1))
+
+    def sample(weights: torch.Tensor) -> torch.Tensor:
+        t = arrays["t"].log().unflatten(-1, size)
+        stencil = Stencil(t, weights.unflatten(-1, size), ties, (side, side), channels)
+        omega = torch.randn(channels * size[0] * size[1], generator=torch.Generator().manual_seed(0))
+        return stencil.colour(omega, "aten")
+
+    return float((sample(arrays["s"]) - sample(torch.tensor(s))).abs().max())
 
 
 def container(arrays: Mapping[str, NDArray[Any]], header: Mapping[str, Any]) -> bytes:

@@ -56,7 +56,8 @@ def inside(
 @singledispatch
 def _ends(p: Any, probabilities: Tensor) -> Tensor:
     """Where central intervals of a pixel end, in standard deviations: P(|t| < h) = p at h = √2 erf⁻¹(p)."""
-    return 2**0.5 * torch.special.erfinv(probabilities)
+    ends: Tensor = 2**0.5 * torch.special.erfinv(probabilities)
+    return ends
 
 
 @_ends.register

@@ -1,19 +1,14 @@
-"""Tᵀy = x by back-substitution, and Ty = x by forward substitution.
+"""Tᵀy = x by back-substitution, and Ty = x by forward substitution: all pixels of a front at once.
 
-On the CPU MKL solves with T as a sparse matrix, row by row for all samples. Without MKL, and elsewhere, all pixels of a
-front are solved at once: with T = U diag(t), whose U has a unit diagonal, Uᵀy = x/t, or Uu = x and y = u/t. There the
-channels of a pixel are one triangular system I + M of its ties, whose inverse is made for all pixels before.
+With T = U diag(t₀), whose U has a unit diagonal: Uᵀy = x/t₀, or Uu = x and y = u/t₀. The channels of a pixel are one
+triangular system I + M of its ties, whose inverse is made for all pixels before.
 """
-
-import functools
-import warnings
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ....capacitance import product_dtype
-from ..grid import Sizes, channel_pairs, fronts, offsets, pairs
+from ..grid import Sizes, channel_pairs, fronts
 
 
 def solve(
@@ -27,98 +22,16 @@ def solve(
 ) -> Tensor:
     """y [S, B, channels, pixels] with Tᵀy = x, or Ty = x if `transposed`."""
     dtype = product_dtype(x, log_diagonal, neighbours)
-    by = by_rows if x.device.type == "cpu" and torch.backends.mkl.is_available() else by_fronts
+    places = fronts(tuple(spatial), tuple(neighbourhood), x.device)
     t = log_diagonal.to(dtype).exp()
-    return by(x.to(dtype), t, neighbours.to(dtype), ties, tuple(spatial), tuple(neighbourhood), transposed)
-
-
-# --- By rows, in a library ------------------------------------------------------------------------------------------
-
-
-def by_rows(
-    x: Tensor,
-    t: Tensor,
-    neighbours: Tensor,
-    ties: Tensor | None,
-    spatial: Sizes,
-    neighbourhood: Sizes,
-    transposed: bool,
-) -> Tensor:
-    """y with Tᵀy = x, or Ty = x; Tᵀ is a compressed sparse matrix, whose rows are pixels with their weights."""
-    S, B, channels, pixels = x.shape
-    N, where = channels * pixels, _pattern(channels, spatial, neighbourhood, ties is not None)
-    # [B, channels, weights of a pixel, pixels], of which the pattern leaves out what lies outside.
-    weights = x.new_zeros(B, channels, 1 + neighbours.shape[2] + (0 if ties is None else channels - 1), pixels)
-    weights[:, :, 0] = 1
-    weights[:, :, 1 : 1 + neighbours.shape[2]] = neighbours
-    for k, (c, later) in enumerate(channel_pairs(channels) if ties is not None else ()):
-        assert ties is not None
-        weights[:, c, later - channels] = ties[:, k]
-    values = weights.mul_(t.unsqueeze(2)).flatten(1).index_select(1, where.weights)
-    rows = x.reshape(S, B * N).mT.contiguous()  # a row's samples lie side by side: two dimensions are moved fast
-    found = torch.empty_like(rows)
-    for b in range(B if S else 0):
-        matrix = torch.sparse_csr_tensor(where.starts, where.columns, values[b], (N, N), check_invariants=False)
-        item = slice(b * N, (b + 1) * N)
-        out = {"X": found[item], "M": rows.new_empty(0)}
-        torch.ops.aten.triangular_solve.X(rows[item], matrix, True, transposed, **out)
-    return found.mT.contiguous().view(x.shape)
-
-
-class _Pattern(NamedTuple):
-    """Of Tᵀ: row starts, columns, and which weight [channels, weights of a pixel, pixels] stands there."""
-
-    starts: Tensor
-    columns: Tensor
-    weights: Tensor
-
-
-@functools.lru_cache(maxsize=16)
-def _pattern(channels: int, spatial: Sizes, neighbourhood: Sizes, tied: bool) -> _Pattern:
-    pixels = torch.Size(spatial).numel()
-    image = torch.arange(pixels).view(spatial)
-    near = torch.full((1 + len(offsets(neighbourhood)), *spatial), -1)
-    near[0] = image
-    for k, (here, there) in enumerate(pairs(spatial, neighbourhood)):
-        near[k + 1][here] = image[there]
-    near = near.flatten(1)  # [weights of a pixel, pixels]
-    first = torch.arange(channels)[:, None, None] * pixels
-    columns = torch.where(near >= 0, near + first, -1)  # [channels, weights of a pixel, pixels]
-    if tied:
-        later = torch.arange(1, channels)[:, None] * pixels
-        columns = torch.cat([columns, torch.where(later > first, later + image.flatten(), -1)], 1)
-    weights = torch.arange(columns.numel()).view(columns.shape).transpose(1, 2)
-    columns = columns.transpose(1, 2)
-    inside = columns >= 0
-    starts = torch.cat([torch.zeros(1, dtype=torch.long), inside.sum(2).flatten().cumsum(0)])
-    with warnings.catch_warnings():  # torch's, once, that such tensors are in beta
-        warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
-    return _Pattern(starts.int(), columns[inside].int(), weights[inside])
-
-
-# --- By fronts ------------------------------------------------------------------------------------------------------
-
-
-def by_fronts(
-    x: Tensor,
-    t: Tensor,
-    neighbours: Tensor,
-    ties: Tensor | None,
-    spatial: Sizes,
-    neighbourhood: Sizes,
-    transposed: bool,
-) -> Tensor:
-    """y with Tᵀy = x, or Ty = x."""
-    S, B, channels, pixels = x.shape
-    right = x if transposed else x / t
-    places = fronts(spatial, neighbourhood, right.device)
+    right = x.to(dtype) if transposed else x.to(dtype) / t
     # Pixels first and samples last, one row of zeros for neighbours that the image has not.
-    rows = right.new_zeros(pixels + 1, B, channels, S)
+    S, B, channels, pixels = x.shape
+    rows = x.new_zeros(pixels + 1, B, channels, S, dtype=dtype)
     rows[:pixels] = right.permute(3, 1, 2, 0)[places.order]
     table = places.earlier if transposed else places.later
-    weights = _weights(neighbours, table, places.order, transposed, right.dtype)
-    mixing = None if ties is None else _inverse(ties.to(right.dtype), channels, places.order)
+    weights = _weights(neighbours, table, places.order, transposed, dtype)
+    mixing = None if ties is None else _inverse(ties.to(dtype), channels, places.order)
     if mixing is not None and transposed:
         mixing = mixing.mT
     for start, stop in places.bounds if transposed else reversed(places.bounds):
