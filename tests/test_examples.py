@@ -60,9 +60,8 @@ def third_party(output):
 
 
 def pca(output):
-    one, head = (
-        float(re.search(rf"^{name}\b.* {NUMBER} bits", output, re.M)[1]) for name in ("one variance", "global")
-    )
+    found = [re.search(rf"^{name}\b.* {NUMBER} bits", output, re.M) for name in ("one variance", "global")]
+    one, head = (float(match[1]) for match in found)
     assert head < one - 0.5
 
 
