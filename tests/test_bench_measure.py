@@ -27,7 +27,8 @@ def test_plans():
     assert {entry[:2] for entry in default} <= {entry[:2] for entry in full}
     assert {entry.operator.name for entry in full} == set(OPERATORS)
     cases = [entry.case for entry in full if entry.operator is JOINT]
-    assert len(cases) == 6 * 3 * 2 * 2 + 2  # shapes, ranks, diagonals, layouts, and two batches
+    # Shapes, ranks, diagonals, layouts; two batches; users' sizes, one of which is among the shapes.
+    assert len(cases) == 6 * 3 * 2 * 2 + 2 + len(plan.USERS) - 1
     for entry in full:
         assert set(entry.peers) <= set(peers.PEERS)
         assert entry.peers[0] == "ours"
