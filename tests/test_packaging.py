@@ -19,7 +19,8 @@ VERSION = lowrank_mvn.__version__
 
 
 def run(*command, **options):
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # what is installed, not the checkout
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=env, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

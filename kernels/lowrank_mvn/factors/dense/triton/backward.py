@@ -113,14 +113,14 @@ def backward_kernel(
     step_ptr,  # [S, B, R], likewise
     marks,  # [B], items that products of KIND are for, none: all; [B, 1 + 2R], where pixels of large h go, or none
     grad_x_ptr,  # [S, B, N]; as the others, none where it is not needed
-    grad_loc_ptr,  # [S, B, N], or [CHUNKS, B, N] if SHARED_LOC
+    grad_loc_ptr,  # [S, B, N], or [CHUNKS, B, N] of samples that share a mean
     grad_P_at,  # [B, CHUNKS, R, N]
     grad_d_ptr,  # [CHUNKS, B, N], or [CHUNKS, B, SPLITS] of −Σ az² if ONE_D
     sizes,  # S, B, N
     cut,  # programs for an item, columns for each, and CHUNKS that share the samples
     R: tl.constexpr,
     ONE_D: tl.constexpr,
-    SHARED_LOC: tl.constexpr,
+    SAMPLES: tl.constexpr,  # "one"; of several, whether they "share" a mean or have their "own"
     KIND: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -133,6 +133,8 @@ def backward_kernel(
     dtype: tl.constexpr = tl.float64 if WIDE else tl.float32
     NEED_P: tl.constexpr = grad_P_at is not None
     EACH_D: tl.constexpr = grad_d_ptr is not None and not ONE_D
+    SHARED_LOC: tl.constexpr = SAMPLES == "share"
+    ONE_ROW: tl.constexpr = SAMPLES == "one" and TILES == 1  # of v and of its step: read once, not for every block
     S, B, N = sizes
     SPLITS, length, CHUNKS = cut
     pid = tl.program_id(0)
@@ -169,6 +171,9 @@ def backward_kernel(
         mask_C = (offs_k < R)[:, None] & (offs_r < R)[None, :]
         C_inv = tl.load(C_inv_ptr + offs_k[:, None] * R + offs_r[None, :], mask=mask_C, other=0.0).to(tl.float32)
         C_high, C_low = split(C_inv)
+    if ONE_ROW:
+        step_one = tl.load(step_ptr + item * R + offs_r, mask=offs_r < R, other=0.0)
+        v_one = tl.load(v_ptr + item * R + offs_r, mask=offs_r < R, other=0.0).to(dtype)
     az2_sum = tl.zeros((BLOCK_N,), tl.float64)
     start = pid_s * length
     for n in range(start, min(start + length, N), BLOCK_N):
@@ -227,13 +232,19 @@ def backward_kernel(
                         if TILES > 1:
                             P_k = result(load_placed(P_item, other * BLOCK_R + rows, columns_p, n, N, R, TILE))
                         offs_v = other * BLOCK_R + offs_r
-                        step = tl.load(step_ptr + own_row + offs_v, mask=offs_v < R, other=0.0)
+                        if ONE_ROW:  # noqa: SIM108  (decided when compiling)
+                            step = step_one
+                        else:
+                            step = tl.load(step_ptr + own_row + offs_v, mask=offs_v < R, other=0.0)
                         r -= tl.sum(P_k.to(tl.float64) * step[None, :], 1)
                     a = tl.load(a_at[0] + item * a_at[1] + at * a_at[2]).to(dtype)
                     z = r.to(dtype) * d_inv
                     az = a * z
                     if NEED_P:
-                        v = tl.load(v_ptr + own_row + offs_t, mask=offs_t < R, other=0.0).to(dtype)
+                        if ONE_ROW:
+                            v = v_one
+                        else:
+                            v = tl.load(v_ptr + own_row + offs_t, mask=offs_t < R, other=0.0).to(dtype)
                         grad_P -= (2.0 * az)[:, None] * v[None, :]
                     if tile == 0:
                         az2 += az * z
@@ -338,7 +349,7 @@ def gradients(
         cut=(splits, columns, chunks),
         R=R,
         ONE_D=one_d,
-        SHARED_LOC=samples is not None and samples.one_mean,
+        SAMPLES="one" if S == 1 else "share" if samples is not None and samples.one_mean else "own",
         KIND=kind,
         TILE=launch.placed(block, block_r, P, P if grads.P is None else grads.P[0], vectors),
     )
