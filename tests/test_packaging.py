@@ -19,7 +19,7 @@ VERSION = lowrank_mvn.__version__
 
 
 def run(*command, **options):
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # what is installed, not the checkout
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # of what is installed
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=env, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
