@@ -105,6 +105,7 @@ def test_nothing_of_the_size_of_the_factor_is_kept_or_made():
     assert D.cov_factor.shape == (B, C * side * side, R)
 
 
+@pytest.mark.usefixtures("in_torch")  # the compiled residual takes no copies
 @pytest.mark.parametrize("last", [False, True], ids=["channels-first", "channels-last"])
 def test_features_of_the_products_dtype_are_used_where_they_lie(monkeypatch, last):
     """With one d; float64, because the residual of float32 features is made in float64."""
