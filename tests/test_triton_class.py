@@ -164,8 +164,8 @@ READS = {
 def test_a_read_would_be_seen(kernels, monkeypatch, name):
     plain = solve.solve
 
-    def reads(parts, d, N, out, **options):
-        plain(parts, d, N, out, **options)
+    def reads(parts, d, N, out, *options):
+        plain(parts, d, N, out, *options)
         READS[name](out[-1][:1])
 
     monkeypatch.setattr(solve, "solve", reads)

@@ -273,7 +273,7 @@ def test_the_flag_of_one_item_for_all(kernels):
 
     ours = kernels.mahalanobis_and_logdet_backward(
         items(a, 1), items(b), items(x, 1), items(loc, 1), items(P), items(d), items(L_inv), items(v, 1),
-        *kept[:2], items(flags[:1]), [True] * 4,
+        *(items(t, 1) for t in kept[:2]), items(flags[:1]), [True] * 4,
     )  # fmt: skip
     for what, mine, theirs, at in zip(NAMES[4:], ours, expected, (1, 1, 0, 0), strict=True):
         for i in range(4):
