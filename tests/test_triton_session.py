@@ -30,7 +30,7 @@ FILES = [
 ]
 SELECTION = {
     "test_lowrank_leverage.py": ["-k", "kernels"],
-    # Second derivatives are made of the same operators, at minutes of the interpreter's time; first ones are in the others.
+    # Second derivatives are made of the same operators, at minutes of the interpreter's time; first ones are elsewhere.
     "test_stencil_operators.py": ["-k", "not derivatives"],
     # Conditionals and variances have no kernels of their own.
     "test_stencil.py": ["-k", "not condition and not estimated and not differentiable"],
