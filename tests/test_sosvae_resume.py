@@ -104,13 +104,15 @@ def test_a_comparison_holds_out_the_same_images(config, tmp_path, monkeypatch):
     from sosvae.tools import figures
 
     for name in ("save_comparison", "save_reconstructions"):  # they take seconds
-        monkeypatch.setattr(figures, name, lambda _, *rest, name=name: [] if name == "save_comparison" else rest[1])
+        monkeypatch.setattr(
+            figures, name, lambda _, *rest, name=name, **how: [] if name == "save_comparison" else rest[1]
+        )
     drawn = load(config.data, rule="drawn").split
     train(config, tmp_path / "c" / "sos-vae", split=drawn, progress=False)
     compare(config, tmp_path / "c", progress=False)
     assert Run(tmp_path / "c" / "beta-vae").split == drawn
     load(config.data).split.write(tmp_path / "c" / "beta-vae" / "split.json")
-    with pytest.warns(UserWarning, match="the β-VAE was trained on other images: .*in another part"):
+    with pytest.warns(UserWarning, match="the paper's recipe was trained on other images: .*in another part"):
         compare(config, tmp_path / "c", progress=False)
 
 
@@ -202,9 +204,11 @@ def test_data_that_do_not_vary_cost_no_work(tmp_path, monkeypatch, kind):
         return
     from sosvae.commands.compare import compare
 
-    with pytest.warns(UserWarning, match="null"):
-        found = compare(config, tmp_path / "c", progress=False)
-    assert any("deviation ratio nan" in line for line in found["missed"])
+    with pytest.warns(UserWarning, match="null"), pytest.raises(ValueError, match=r"one value everywhere, 0 of 255"):
+        compare(config, tmp_path / "c", progress=False)
+    assert (
+        Run(tmp_path / "c" / "beta-vae").load().step == 2
+    )  # half the recipe's: the head that cannot be fitted costs no other work
     written = json.loads((tmp_path / "c" / "comparison.json").read_text(), parse_constant=pytest.fail)
     assert written["models"]["SOS-VAE"]["deviation"] is None
 

@@ -65,12 +65,12 @@ def test_out_of_memory_is_one_line(config, tmp_path, monkeypatch, capsys):
 def test_a_comparison_whose_start_failed_starts_anew(config, tmp_path, monkeypatch):
     with before_step(killed), pytest.raises(SystemExit):
         main(["compare", *options(config, tmp_path / "c"), "--training.seed=5"])
-    assert Run(tmp_path / "c" / "sos-vae").steps() == [0]
+    assert Run(tmp_path / "c" / "beta-vae").steps() == [0]
     monkeypatch.setattr("sosvae.tools.figures.save_comparison", lambda *args: [])  # takes seconds
     assert main(["compare", *options(config, tmp_path / "c"), "--training.steps=1"]) == 0
     assert Run(tmp_path / "c" / "sos-vae").split == Run(tmp_path / "c" / "beta-vae").split
-    Run(tmp_path / "c" / "beta-vae").write_config(config)
-    monkeypatch.setattr(loop, "train_step", killed)  # the second is checked before the first goes on
+    Run(tmp_path / "c" / "sos-vae").write_config(Run(tmp_path / "c" / "beta-vae").config)
+    monkeypatch.setattr(loop, "train_step", killed)  # the last is checked before the first goes on
     assert main(["compare", *options(config, tmp_path / "c"), "--training.steps=9"]) == 1
 
 

@@ -113,7 +113,8 @@ def compare(
             check_resumable(run, wanted[name])
         else:
             run.check_free()
-    split = None
+    # What a run that is there holds out, the others hold out too.
+    split = next((run.split for run in places.values() if run.has_work() and run.split is not None), None)
     for name, settings in wanted.items():
         run = places[name]
         if name in (PIXELWISE, GLOBAL_LOCAL):
