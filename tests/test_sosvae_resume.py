@@ -206,11 +206,8 @@ def test_data_that_do_not_vary_cost_no_work(tmp_path, monkeypatch, kind):
 
     with pytest.warns(UserWarning, match="null"), pytest.raises(ValueError, match=r"one value everywhere, 0 of 255"):
         compare(config, tmp_path / "c", progress=False)
-    assert (
-        Run(tmp_path / "c" / "beta-vae").load().step == 2
-    )  # half the recipe's: the head that cannot be fitted costs no other work
-    written = json.loads((tmp_path / "c" / "comparison.json").read_text(), parse_constant=pytest.fail)
-    assert written["models"]["SOS-VAE"]["deviation"] is None
+    # Half the recipe's steps, all kept: the head that cannot be fitted costs no other work.
+    assert Run(tmp_path / "c" / "beta-vae").load().step == 2
 
 
 def test_an_evaluation_that_fails_costs_no_work(config, tmp_path, monkeypatch):
