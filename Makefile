@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 FOLDER ?= runs/faces
+JOBS ?= 2
 
 PAGE := sosvae/editor/page
 
@@ -23,9 +24,10 @@ train: $(VENV)/.train
 	$(BIN)/sosvae compare --folder $(FOLDER)
 
 # With COVERAGE=1 it fails below the share of lines in pyproject.toml, and takes half as long again: the kernels'
-# interpreter is traced too.
+# interpreter is traced too. A file of tests is one process's, and a process has one thread: two that compute with two
+# threads each on two cores are ten times slower.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(if $(COVERAGE),--cov --cov-report=term)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(if $(COVERAGE),--cov --cov-report=term)
 
 sanitize:
 	.ci/sanitize

@@ -46,6 +46,7 @@ TEST = [
     "pyro-ppl>=1.9",  # two of the examples
     "pytest>=8",
     "pytest-cov>=5",
+    "pytest-xdist>=3.6",  # a process for each core
     "ruff>=0.14",
     "setuptools>=77",  # the test of the wheel builds one
 ]
