@@ -239,6 +239,14 @@ def test_code_in_a_checkpoint_is_not_executed(run, name):
     assert not os.path.exists("executed")
 
 
+def test_a_network_alone_opens_no_pickle(run, monkeypatch):
+    """Only who trains on needs the state of training."""
+    last(run, "state.pt").write_bytes(b"anything")
+    monkeypatch.setattr(torch, "load", lambda *args, **how: pytest.fail("a pickle was opened"))
+    weights = safetensors.torch.load_file(last(run, "weights.safetensors"))
+    assert all(torch.equal(weights[name], value) for name, value in run.model(4).state_dict().items())
+
+
 def test_names_are_matched_exactly(run):
     assert step_of("step_00000004") == 4
     assert step_of("step_123456789") == 123456789

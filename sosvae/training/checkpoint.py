@@ -85,35 +85,54 @@ def read(folder: Path, config: Config) -> Checkpoint:
         DamagedError: the folder holds something else. OSError: a file is there and cannot be read. ValueError: the
             checkpoint is whole, and of another configuration.
     """
-    step = step_of(folder.name)
-    for name in (WEIGHTS, STATE):
-        if not (folder / name).is_file():
-            raise DamagedError.of(folder / name, "is missing")
-    record = _record(folder / RECORD)
-    if record is not None:
-        if record["step"] != step:
-            raise DamagedError.of(
-                folder / RECORD, f"is of step {record['step']}, expected {step}, as the folder's name"
-            )
-        for name in (WEIGHTS, STATE):
-            if _digest(folder / name) != record["digests"][name]:
-                raise DamagedError.of(folder / name, f"its content has changed: its digest is not that of {RECORD}")
-        changed = configuration.incompatible(configuration.of_file(record["config"], folder / RECORD), config)
-        if changed:
-            raise ValueError(
-                f"{shown(str(folder))} was trained with another configuration than config.json has (there, here): "
-                + "; ".join(changed)
-            )
-    weights = _loaded(folder / WEIGHTS, _load_weights)
+    _check_files(folder, config, (WEIGHTS, STATE))
+    weights, model = _checked_weights(folder, config)
     # Random generators' states live on the CPU, so the state is read there; optimisers move their own.
     state = _loaded(folder / STATE, _load_state)
-    with torch.device("meta"):  # shapes and types, without numbers
-        model = VAE(config)
-    _check_weights(folder / WEIGHTS, weights, model)
-    fault = _fault(state, step, model, Constraints.of(config))
+    fault = _fault(state, step_of(folder.name), model, Constraints.of(config))
     if fault is not None:
         raise DamagedError.of(folder / STATE, fault)
     return Checkpoint(state["step"], weights, state)
+
+
+def read_weights(folder: Path, config: Config) -> dict[str, Tensor]:
+    """The weights alone, for who does not train on: the state of training, a pickle, is not opened.
+
+    Raises: as `read`.
+    """
+    _check_files(folder, config, (WEIGHTS,))
+    return _checked_weights(folder, config)[0]
+
+
+def _check_files(folder: Path, config: Config, names: tuple[str, ...]) -> None:
+    """Finds out whether files of a checkpoint are there, as the record says and of that configuration."""
+    step = step_of(folder.name)
+    for name in names:
+        if not (folder / name).is_file():
+            raise DamagedError.of(folder / name, "is missing")
+    record = _record(folder / RECORD)
+    if record is None:
+        return
+    if record["step"] != step:
+        raise DamagedError.of(folder / RECORD, f"is of step {record['step']}, expected {step}, as the folder's name")
+    for name in names:
+        if _digest(folder / name) != record["digests"][name]:
+            raise DamagedError.of(folder / name, f"its content has changed: its digest is not that of {RECORD}")
+    changed = configuration.incompatible(configuration.of_file(record["config"], folder / RECORD), config)
+    if changed:
+        raise ValueError(
+            f"{shown(str(folder))} was trained with another configuration than config.json has (there, here): "
+            + "; ".join(changed)
+        )
+
+
+def _checked_weights(folder: Path, config: Config) -> tuple[dict[str, Tensor], VAE]:
+    """The weights, and the network without numbers that they fit."""
+    weights = _loaded(folder / WEIGHTS, _load_weights)
+    with torch.device("meta"):  # shapes and types, without numbers
+        model = VAE(config)
+    _check_weights(folder / WEIGHTS, weights, model)
+    return weights, model
 
 
 def _load_weights(path: Path) -> dict[str, Tensor]:

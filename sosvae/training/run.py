@@ -10,10 +10,10 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -29,6 +29,8 @@ from .checkpoint import Checkpoint, DamagedError, folder_name, step_of
 from .lock import locked
 
 __all__ = ["Run"]
+
+Read = TypeVar("Read")
 
 WRITING, REMOVING = ".writing_", ".removing_"  # in front of the step of a checkpoint that does not count
 
@@ -252,35 +254,41 @@ class Run:
             FileNotFoundError: there is none. ValueError: all are damaged, or of another configuration; or torch has no
                 such device.
         """
-        config, found = self.config, devices.find(str(device))
-        faults: list[str] = []
-        steps = self.steps()
+        found = devices.find(str(device))
+        loaded = self._newest(step, checkpoint.read)
+        return loaded._replace(weights={name: value.to(found) for name, value in loaded.weights.items()})
+
+    def _newest(self, step: int | None, read: Callable[[Path, Config], Read]) -> Read:
+        """What `read` finds in the checkpoint of `step`, or in the newest in which it finds nothing wrong."""
+        config, faults, steps = self.config, list[str](), self.steps()
         if not steps:
             raise FileNotFoundError(f"{shown(str(self.folder))} has no checkpoint: start it anew, without --resume")
         if step is not None and step not in steps:
             raise FileNotFoundError(f"{shown(str(self.folder))} has no checkpoint of step {step}, only of {steps}")
         for each in reversed(steps) if step is None else (step,):
             try:
-                loaded = checkpoint.read(self.checkpoints / folder_name(each), config)
+                found = read(self.checkpoints / folder_name(each), config)
             except (DamagedError, FileNotFoundError) as error:
                 if not (self.checkpoints / folder_name(each)).exists():  # removed since by who trains here
-                    return self.load(step, device)
+                    return self._newest(step, read)
                 faults.append(str(error))
                 continue
             if faults:
-                warnings.warn(f"{'; '.join(faults)}; the checkpoint of step {each} is used instead", stacklevel=2)
-            return loaded._replace(weights={name: value.to(found) for name, value in loaded.weights.items()})
+                told = f"{'; '.join(faults)}; the checkpoint of step {each} is used instead"
+                warnings.warn(told, stacklevel=3)
+            return found
         raise DamagedError("; ".join(faults[:3]) + ("; …" if len(faults) > 3 else ""))
 
     def model(self, step: int | None = None, device: torch.device | str = "cpu") -> VAE:
-        """The trained network of a checkpoint, ready for inference.
+        """The trained network of a checkpoint, ready for inference. The state of training is not opened.
 
         Raises: as `load`.
         """
-        loaded = self.load(step, device)
+        found = devices.find(str(device))
+        weights = self._newest(step, checkpoint.read_weights)
         with torch.device("meta"):  # no weights are drawn that are overwritten anyhow
             vae = VAE(self.config)
-        vae.load_state_dict(loaded.weights, assign=True)
+        vae.load_state_dict({name: value.to(found) for name, value in weights.items()}, assign=True)
         vae.arrange()
         return vae.eval()
 
