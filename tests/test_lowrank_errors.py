@@ -21,6 +21,14 @@ from lowrank_mvn import (
 
 LOC, P, D = torch.zeros(2, 6), torch.ones(2, 6, 3), torch.ones(2, 6)
 F, W = torch.ones(2, 4, 3, 2), torch.ones(3, 1, 4)
+
+
+@pytest.fixture(autouse=True)
+def validated(monkeypatch):
+    """By default arguments are validated, also after a test that compiled: `torch.compile` turns it off for good."""
+    monkeypatch.setattr(td.Distribution, "_validate_args", True)
+
+
 STENCIL = Stencil(torch.zeros(1, 3, 2), torch.zeros(1, 4, 3, 2))
 NO_TENSORS = {
     "none": None,
