@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ... import reference
+from ...batching import front, into_items, into_samples
 from ...capacitance import product_dtype
-from ...registry import Operator, front, implementations, into_items, into_samples, kept, like
+from ...registry import Operator, implementations, kept, like
 
 IMPLEMENTATIONS = implementations(__package__)
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ... import reference
+from ...batching import front, joined, one_by_one, outputs_of, parted
 from ...capacitance import product_dtype
-from ...registry import Operator, front, implementations, joined, kept, like, one_by_one, outputs_of, parted
+from ...registry import Operator, implementations, kept, like
 from . import aten, forms
 
 IMPLEMENTATIONS = implementations(__package__)

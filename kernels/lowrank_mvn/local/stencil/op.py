@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ... import reference
+from ...batching import into_items, into_samples
 from ...capacitance import product_dtype
-from ...registry import Operator, implementations, into_items, into_samples, second_derivative
+from ...registry import Operator, implementations, second_derivative
 
 IMPLEMENTATIONS = implementations(__package__)
 
