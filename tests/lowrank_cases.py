@@ -4,6 +4,8 @@ import torch
 import torch.distributions as td
 from torch import Tensor
 
+from lowrank_mvn import LowRankMultivariateStudentT
+
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 # (id, batch, N, R, layout of P, diagonal): ragged first.
@@ -29,6 +31,10 @@ def parameters(batch, N, R, layout="BNR", diagonal="pixel", dtype=torch.float64,
     P = factor(dtype, batch, N, R, layout, scale=scale)
     shape = {"pixel": (*batch, N), "item": (*batch, 1), "scalar": ()}[diagonal]
     return loc.to(dtype), P, (d * (0.5 + torch.rand(shape, dtype=torch.float64))).to(dtype)
+
+
+def student_t(df=4.0, batch=(3,), N=7, R=2, dtype=torch.float64, **options) -> LowRankMultivariateStudentT:
+    return LowRankMultivariateStudentT(df, *parameters(batch, N, R, dtype=dtype), **options)
 
 
 def factor(dtype, batch, N, R, layout, scale=1.0, **options) -> Tensor:

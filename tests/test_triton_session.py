@@ -27,6 +27,7 @@ FILES = [
     "test_stencil_contract.py",
     "test_global_local.py",
     "test_student_t.py",
+    "test_student_t_contract.py",
 ]
 SELECTION = {
     "test_lowrank_leverage.py": ["-k", "kernels"],
