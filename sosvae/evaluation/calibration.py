@@ -19,7 +19,7 @@ INTERVALS = (0.5, 0.9)  # probability of the central intervals whose coverage is
 def squares(p: Observation, x: Tensor, counted: Tensor | None = None) -> Tensor:
     """δᵀΣ⁻¹δ/N of images `x` [B, N], [B], with the covariance Σ: 1 on average where the model is right.
 
-    One constant that is fitted can fake it: coverage, and the energy score, cannot be had that way.
+    One fitted constant can fake it. Coverage and the energy score cannot be faked so.
     """
     log_prob, entropy = log_prob_and_entropy(p, x, counted)
     return _squares(p, log_prob.double() + entropy.double(), x.shape[-1] if counted is None else int(counted.sum()))
